@@ -1,0 +1,47 @@
+# A fresh machine needs Python >= 3.11 and make; every target first builds .venv from the tested versions.
+PYTHON ?= python3
+# Test processes. Each runs torch on one thread (below), so two fill two cores.
+JOBS ?= 2
+BIN := .venv/bin
+READY := .venv/.ready
+
+# Nothing is downloaded from the Hugging Face hub: models are built from their configurations.
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+# Worker processes with a thread pool each fight for the cores.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.DEFAULT_GOAL := test
+.PHONY: demo test test-all lint format clean
+
+demo: $(READY)
+	$(BIN)/python examples/quickstart.py
+
+test: lint
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+
+test-all: lint
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS)
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch first and alone: it is the large download, and one that fails should fail before anything else is done.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
+	  "Python 3.11 or newer is needed; " + sys.version.split()[0] + " was found. Name another: make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --constraint constraints.txt torch
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[cli,test,dev]'
+	touch $@
