@@ -42,7 +42,7 @@ TWO_EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 2}
 
 @dataclass(frozen=True)
 class Architecture:
-    """One row: `make` builds the untrained model; `rotations` and `biases` are its sites in a forward pass."""
+    """One row: `make` builds the untrained model; `rotations` and `biases` are its sites per forward pass."""
 
     name: str
     make: Callable[[], nn.Module]

@@ -1,0 +1,197 @@
+"""Attention with ALiBi in which one thing is wrong.
+
+`refused`: what is added to the scores is not `slope * (j - t)` up to a constant per row, or the scores are
+more than a scaled product: no site may name it. Otherwise it may be refused, or become an encoding that
+equals it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from attention_layers import BiasedAttention, causal
+from torch import Tensor, nn
+
+Bias = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class BiasMutant:
+    """One wrong bias: `make` builds an attention layer."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    refused: bool = True
+
+
+def scores_of(query: Tensor, key: Tensor) -> Tensor:
+    scale = float(query.shape[-1]) ** -0.5
+    return torch.matmul(query, key.transpose(-1, -2)) * scale
+
+
+def weights_of(scores: Tensor) -> Tensor:
+    return scores.masked_fill(~causal(scores.shape[-1]), float("-inf")).softmax(dim=-1)
+
+
+def added(bias: Bias) -> Callable[[], nn.Module]:
+    """A layer that adds `bias(slopes [H, 1, 1], t [T, 1], j [T])` to its scores."""
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+        steps = torch.arange(key.shape[-2])
+        bias_of = bias(slopes[:, None, None], steps[:, None], steps)
+        return weights_of(scores_of(query, key) + bias_of) @ value
+
+    return lambda: BiasedAttention(attention)
+
+
+def linear(slopes: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """The right bias."""
+    return slopes * (key - query)
+
+
+def bucketed(slopes: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return slopes * ((key - query) // 4)
+
+
+def saturated(slopes: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return slopes * (key - query).clamp(min=-6)
+
+
+def slope_of_each_key(slopes: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return slopes * (1 + 0.1 * key) * (key - query)
+
+
+def slope_of_each_query(slopes: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return slopes * (1 + 0.1 * query) * key
+
+
+def quadratic(slopes: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return -slopes * (key - query).square()
+
+
+def logarithmic(slopes: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return -slopes * (1 + (key - query).abs()).log()
+
+
+def one_key_off(slopes: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Linear everywhere but at one key."""
+    return slopes * (key - query) + 0.5 * (key == 3)
+
+
+def one_row_off(slopes: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Linear in every row but one, whose slope is doubled."""
+    return slopes * (key - query) * (1 + (query == 7).to(slopes.dtype))
+
+
+def within_blocks(slopes: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return slopes * (key % 8)
+
+
+def saturated_beyond(slopes: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Linear for as long as the sequence it is captured with."""
+    return slopes * (key - query).clamp(min=-15)
+
+
+def bucketed_beyond(slopes: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """T5's buckets: exact for short distances, logarithmic for long ones."""
+    distance = query - key
+    far = 16 + (distance.clamp(min=1) / 16).log()
+    return -slopes * torch.where(distance < 16, distance.to(far.dtype), far)
+
+
+def slopes_as_given(slopes: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return slopes * (key - query) + 3.0
+
+
+def of_the_previous_key(slopes: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return slopes * (key - 1 - query)
+
+
+def rewarding_distance(slopes: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return slopes * (query - key)
+
+
+def under_tanh(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    steps = torch.arange(key.shape[-2])
+    biased = scores_of(query, key) + linear(slopes[:, None, None], steps[:, None], steps)
+    return weights_of(biased.tanh()) @ value
+
+
+def under_a_soft_cap(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    steps = torch.arange(key.shape[-2])
+    biased = scores_of(query, key) + linear(slopes[:, None, None], steps[:, None], steps)
+    return weights_of(5.0 * (biased / 5.0).tanh()) @ value
+
+
+def above_a_soft_cap(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    """A linear bias, but an operator that adds it to the plain product would lose the cap."""
+    steps = torch.arange(key.shape[-2])
+    capped = 2.0 * (scores_of(query, key) / 2.0).tanh()
+    return weights_of(capped + linear(slopes[:, None, None], steps[:, None], steps)) @ value
+
+
+def scaled_by_the_scores(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    steps = torch.arange(key.shape[-2])
+    bias = linear(slopes[:, None, None], steps[:, None], steps)
+    return weights_of(scores_of(query, key) * (1 + bias)) @ value
+
+
+def after_the_softmax(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    steps = torch.arange(key.shape[-2])
+    bias = linear(slopes[:, None, None], steps[:, None], steps)
+    return (weights_of(scores_of(query, key)) + bias.tril()) @ value
+
+
+def softmax_over_queries(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    steps = torch.arange(key.shape[-2])
+    biased = scores_of(query, key) + linear(slopes[:, None, None], steps[:, None], steps)
+    return biased.masked_fill(~causal(biased.shape[-1]), -1e9).softmax(dim=-2) @ value
+
+
+def both_ways_signed(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    steps = torch.arange(key.shape[-2])
+    bias = linear(slopes[:, None, None], steps[:, None], steps)
+    return (scores_of(query, key) + bias).softmax(dim=-1) @ value
+
+
+def both_ways_by_distance(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    steps = torch.arange(key.shape[-2])
+    bias = -slopes[:, None, None] * (steps[:, None] - steps).abs()
+    return (scores_of(query, key) + bias).softmax(dim=-1) @ value
+
+
+def _layer(attention: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Callable[[], nn.Module]:
+    return lambda: BiasedAttention(attention)
+
+
+NOT_LINEAR: tuple[Bias, ...] = (
+    bucketed,
+    saturated,
+    slope_of_each_key,
+    slope_of_each_query,
+    quadratic,
+    logarithmic,
+    one_key_off,
+    one_row_off,
+    within_blocks,
+)
+NOT_ADDED = (under_tanh, under_a_soft_cap, above_a_soft_cap, scaled_by_the_scores, softmax_over_queries)
+
+BIAS_MUTANTS: tuple[BiasMutant, ...] = (
+    *(BiasMutant(wrong.__name__, added(wrong)) for wrong in NOT_LINEAR),
+    *(BiasMutant(wrong.__name__, _layer(wrong)) for wrong in NOT_ADDED),
+    BiasMutant("after_the_softmax", _layer(after_the_softmax)),
+    BiasMutant("both_ways_signed", _layer(both_ways_signed), refused=False),
+    BiasMutant("both_ways_by_distance", _layer(both_ways_by_distance), refused=False),
+    BiasMutant("constant_added", added(slopes_as_given), refused=False),
+    BiasMutant("of_the_previous_key", added(of_the_previous_key), refused=False),
+    BiasMutant("rewarding_distance", added(rewarding_distance), refused=False),
+)
+
+# Linear for as long as the sequence the graph was captured with: see the rotations of the same kind.
+LATE_MUTANTS: tuple[BiasMutant, ...] = (
+    BiasMutant("saturated_beyond", added(saturated_beyond), refused=False),
+    BiasMutant("bucketed_beyond", added(bucketed_beyond), refused=False),
+)
