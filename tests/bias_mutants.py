@@ -7,6 +7,7 @@ equals it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,7 +28,7 @@ class BiasMutant:
 
 
 def scores_of(query: Tensor, key: Tensor) -> Tensor:
-    scale = float(query.shape[-1]) ** -0.5
+    scale = 1 / math.sqrt(query.shape[-1])
     return torch.matmul(query, key.transpose(-1, -2)) * scale
 
 
