@@ -1,0 +1,221 @@
+"""ALiBi as different people wrote it: one bias site each, found and equal to itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from attention_layers import HEAD_DIM, HEADS, HIDDEN, BiasedAttention, causal
+from torch import Tensor, nn
+from torch.nn import functional
+
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class BiasSpelling:
+    """One way to write attention with a linear bias: `make` builds a layer over [B, T, hidden]."""
+
+    name: str
+    make: Callable[[], nn.Module]
+
+
+def scores_of(query: Tensor, key: Tensor) -> Tensor:
+    return torch.matmul(query, key.transpose(-1, -2)) / math.sqrt(HEAD_DIM)
+
+
+def by_distance(slopes: Tensor, length: int) -> Tensor:
+    steps = torch.arange(length)
+    return slopes[:, None, None] * (steps - steps[:, None])
+
+
+def by_key(slopes: Tensor, length: int) -> Tensor:
+    return slopes[:, None, None] * torch.arange(length)
+
+
+def fill_above_diagonal(scores: Tensor) -> Tensor:
+    return scores.masked_fill(~causal(scores.shape[-1]), float("-inf"))
+
+
+# How the bias is formed.
+
+
+def distance_then_masked_fill(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    scores = scores_of(query, key) + by_distance(slopes, key.shape[-2])
+    return fill_above_diagonal(scores).softmax(-1) @ value
+
+
+def key_position_only(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    scores = scores_of(query, key) + by_key(slopes, key.shape[-2])
+    return fill_above_diagonal(scores).softmax(-1) @ value
+
+
+def distance_to_the_last_key(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    bias = torch.arange(1 - key.shape[-2], 1).view(1, 1, 1, -1) * slopes.view(1, -1, 1, 1)
+    return fill_above_diagonal(scores_of(query, key) + bias).softmax(-1) @ value
+
+
+def distance_subtracted(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    steps = torch.arange(key.shape[-2])
+    scores = scores_of(query, key) - slopes.view(-1, 1, 1) * (steps[:, None] - steps[None, :])
+    return fill_above_diagonal(scores).softmax(-1) @ value
+
+
+def absolute_distance_below_the_diagonal(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    steps = torch.arange(key.shape[-2])
+    scores = scores_of(query, key) - slopes.view(-1, 1, 1) * (steps[:, None] - steps[None, :]).abs()
+    return fill_above_diagonal(scores).softmax(-1) @ value
+
+
+def product_of_rows_and_columns(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    steps = torch.arange(key.shape[-2]).to(slopes.dtype)
+    scores = scores_of(query, key) + torch.einsum("h,j->hj", slopes, steps)[:, None]
+    return fill_above_diagonal(scores).softmax(-1) @ value
+
+
+def slopes_from_a_list(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    written_out = torch.tensor([0.25, 0.0625], dtype=query.dtype)
+    return key_position_only(query, key, value, written_out)
+
+
+# How it meets the scores.
+
+
+def batched_multiply_add(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    length = key.shape[-2]
+    bias = by_key(slopes, length).expand(HEADS, length, length).repeat(query.shape[0], 1, 1).to(query.dtype)
+    scores = torch.baddbmm(
+        bias, query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2), beta=1.0, alpha=1 / math.sqrt(HEAD_DIM)
+    )
+    weights = fill_above_diagonal(scores.view(*query.shape[:3], length)).softmax(-1)
+    return torch.bmm(weights.flatten(0, 1), value.flatten(0, 1)).view(query.shape)
+
+
+def scaled_after_the_sum(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    scores = query @ key.transpose(-1, -2) + by_key(slopes, key.shape[-2])
+    return fill_above_diagonal(scores * (1 / math.sqrt(HEAD_DIM))).softmax(-1) @ value
+
+
+def query_scaled_before(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    scores = (query * HEAD_DIM**-0.5) @ key.transpose(-1, -2) + by_distance(slopes, key.shape[-2])
+    return fill_above_diagonal(scores).softmax(-1) @ value
+
+
+def contracted_by_name(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    scores = torch.einsum("bhtd,bhjd->bhtj", query, key) / math.sqrt(HEAD_DIM)
+    weights = fill_above_diagonal(scores + by_distance(slopes, key.shape[-2])).softmax(-1)
+    return torch.einsum("bhtj,bhjd->bhtd", weights, value)
+
+
+def bias_first(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    scores = by_key(slopes, key.shape[-2]) + scores_of(query, key)
+    return fill_above_diagonal(scores).softmax(-1) @ value
+
+
+# How the mask is written.
+
+
+def mask_by_where(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    scores = scores_of(query, key) + by_distance(slopes, key.shape[-2])
+    least = torch.finfo(scores.dtype).min
+    return torch.where(causal(key.shape[-2]), scores, least).softmax(-1) @ value
+
+
+def mask_added(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    length = key.shape[-2]
+    mask = torch.full((length, length), float("-inf"), dtype=query.dtype).triu(1)
+    return (scores_of(query, key) + by_key(slopes, length) + mask).softmax(-1) @ value
+
+
+def mask_and_bias_in_one(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    mask = fill_above_diagonal(by_distance(slopes, key.shape[-2]))
+    return (scores_of(query, key) + mask).softmax(-1) @ value
+
+
+def fused_attention_with_a_mask(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    mask = fill_above_diagonal(by_distance(slopes, key.shape[-2]))[None].to(query.dtype)
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+def fused_attention_by_key(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    least = torch.finfo(query.dtype).min
+    mask = torch.where(causal(key.shape[-2]), by_key(slopes, key.shape[-2]), least).to(query.dtype)
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask[None], scale=0.2)
+
+
+def sliding_window(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    length = key.shape[-2]
+    seen = causal(length) & ~causal(length).tril(-5)
+    scores = scores_of(query, key) + by_distance(slopes, length)
+    return scores.masked_fill(~seen, float("-inf")).softmax(-1) @ value
+
+
+def softmax_in_wider_type(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    scores = fill_above_diagonal(scores_of(query, key) + by_distance(slopes, key.shape[-2]))
+    return scores.softmax(-1, dtype=torch.float64).to(query.dtype) @ value
+
+
+class LearnedSlopes(nn.Module):
+    """Slopes that are trained."""
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        self.inner = BiasedAttention(self.with_own_slopes)
+        self.attention = attention
+        self.log_slopes = nn.Parameter(torch.tensor([-1.0, -2.0]))
+
+    def with_own_slopes(self, query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+        return self.attention(query, key, value, self.log_slopes.exp())
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner(x)
+        return out
+
+
+class KeptTable(nn.Module):
+    """The whole bias, mask included, in a buffer that is cut to the length of the sequence."""
+
+    table: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        slopes = torch.tensor([0.25, 0.0625])
+        self.register_buffer("table", fill_above_diagonal(by_distance(slopes, 64)))
+        self.qkv = nn.Linear(HIDDEN, 3 * HIDDEN, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        query, key, value = self.qkv(x).view(batch, length, 3, HEADS, HEAD_DIM).permute(2, 0, 3, 1, 4)
+        scores = scores_of(query, key) + self.table[:, :length, :length]
+        return torch.matmul(scores.softmax(-1), value).transpose(1, 2).flatten(-2)
+
+
+def _row(attention: Attention) -> BiasSpelling:
+    return BiasSpelling(attention.__name__, lambda: BiasedAttention(attention))
+
+
+BIAS_SPELLINGS: tuple[BiasSpelling, ...] = (
+    _row(distance_then_masked_fill),
+    _row(key_position_only),
+    _row(distance_to_the_last_key),
+    _row(distance_subtracted),
+    _row(absolute_distance_below_the_diagonal),
+    _row(product_of_rows_and_columns),
+    _row(slopes_from_a_list),
+    _row(batched_multiply_add),
+    _row(scaled_after_the_sum),
+    _row(query_scaled_before),
+    _row(contracted_by_name),
+    _row(bias_first),
+    _row(mask_by_where),
+    _row(mask_added),
+    _row(mask_and_bias_in_one),
+    _row(fused_attention_with_a_mask),
+    _row(fused_attention_by_key),
+    _row(sliding_window),
+    _row(softmax_in_wider_type),
+    BiasSpelling("learned_slopes", lambda: LearnedSlopes(distance_then_masked_fill)),
+    BiasSpelling("kept_table", KeptTable),
+)
