@@ -1,0 +1,95 @@
+"""The command line: `grape-compile inspect MODEL`."""
+
+import contextlib
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+from grape_compile.errors import GrapeError
+
+if TYPE_CHECKING:
+    import typer
+
+    from grape_compile.reporting import Report
+
+_MISTAKE = 2
+
+
+def main() -> None:
+    """Runs the command line; a mistake of the caller is one message on stderr and exit status 2."""
+    try:
+        import rich  # noqa: F401 - asked for here, used by `_show`
+        import typer
+    except ModuleNotFoundError as missing:
+        sys.stderr.write(f"The command line needs {missing.name}: pip install 'grape-compile[cli]'\n")
+        sys.exit(_MISTAKE)
+    try:
+        app()()
+    except GrapeError as error:
+        typer.echo(error, err=True)
+        sys.exit(_MISTAKE)
+
+
+def app() -> "typer.Typer":
+    """The commands, built on call: the module itself loads without the `cli` extra."""
+    import typer
+
+    commands = typer.Typer(
+        name="grape-compile", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+    )
+
+    @commands.callback()
+    def describe() -> None:
+        """Finds position encodings in PyTorch models."""
+
+    @commands.command("inspect")
+    def inspect_model(
+        model: Annotated[
+            str,
+            typer.Argument(
+                help="package.module:callable that returns a module or (module, args, kwargs); "
+                "a .pt2 file of torch.export.save; or the config.json of a Hugging Face model"
+            ),
+        ],
+        json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+        seq: Annotated[int, typer.Option(min=2, help="Tokens per row of a config.json's input.")] = 16,
+        batch: Annotated[int, typer.Option(min=1, help="Rows of a config.json's input.")] = 1,
+    ) -> None:
+        """Prints where MODEL encodes position. Nothing is changed and nothing is downloaded."""
+        report = _inspect(model, batch=batch, sequence=seq)
+        if json:
+            typer.echo(report.to_json())
+        else:
+            _show(report)
+
+    return commands
+
+
+def _inspect(name: str, *, batch: int, sequence: int) -> "Report":
+    from grape_compile import named_models
+    from grape_compile.compiler import inspect
+
+    # What a model prints while it is built and run is not part of the report.
+    with contextlib.redirect_stdout(sys.stderr):
+        named = named_models.load(name, batch=batch, sequence=sequence)
+        return inspect(named.model, named.args, dict(named.kwargs))
+
+
+def _show(report: "Report") -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from grape_compile.reporting import HEADER, refusal_paragraphs, site_cells, summary
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        sys.stdout.write(f"{report}\n")
+        return
+    console.print(Text(summary(report), style="bold"))
+    if report.sites:
+        table = Table(*HEADER, box=None, header_style="dim", pad_edge=False)
+        for cells in site_cells(report.sites):
+            table.add_row(*(Text(cell, overflow="fold") for cell in cells))
+        console.print(table)
+    for paragraph in refusal_paragraphs(report.refusals):
+        console.print(Text(f"\n{paragraph}", style="yellow"))
