@@ -1,0 +1,73 @@
+"""The algebra of position encodings: values without tensors that print, compare, compose and invert.
+
+An encoding is structure; tensors fill its named slots at each use. `parse(str(encoding)) == encoding`.
+Equations and section numbers are those of GRAPE (arXiv 2512.07805). Nothing here imports torch.
+"""
+
+from grape_compile.encoding.base import Encoding, Term
+from grape_compile.encoding.bias import Absolute, Bias, Distance, Euclidean, Signed
+from grape_compile.encoding.clock import Accumulated, Clock, Positions, Steps, Tables
+from grape_compile.encoding.compose import Compose, Nope
+from grape_compile.encoding.describe import describe_frequencies, describe_slopes
+from grape_compile.encoding.named import alibi, nope, rope
+from grape_compile.encoding.planes import Axes, Half, Interleaved, Pairs, Partial, Planes, planes_of
+from grape_compile.encoding.rotation import Rotation
+from grape_compile.encoding.slopes import AlibiSlopes, Constant, Slopes
+from grape_compile.encoding.spectrum import (
+    Geometric,
+    Linear,
+    Llama3,
+    Ntk,
+    Rule,
+    Scaled,
+    Spectrum,
+    Yarn,
+    yarn_norm_factor,
+)
+from grape_compile.encoding.tensors import Learned, Table
+from grape_compile.encoding.text import parse
+
+__all__ = [
+    "Absolute",
+    "Accumulated",
+    "AlibiSlopes",
+    "Axes",
+    "Bias",
+    "Clock",
+    "Compose",
+    "Constant",
+    "Distance",
+    "Encoding",
+    "Euclidean",
+    "Geometric",
+    "Half",
+    "Interleaved",
+    "Learned",
+    "Linear",
+    "Llama3",
+    "Nope",
+    "Ntk",
+    "Pairs",
+    "Partial",
+    "Planes",
+    "Positions",
+    "Rotation",
+    "Rule",
+    "Scaled",
+    "Signed",
+    "Slopes",
+    "Spectrum",
+    "Steps",
+    "Table",
+    "Tables",
+    "Term",
+    "Yarn",
+    "alibi",
+    "describe_frequencies",
+    "describe_slopes",
+    "nope",
+    "parse",
+    "planes_of",
+    "rope",
+    "yarn_norm_factor",
+]

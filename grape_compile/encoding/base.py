@@ -1,0 +1,100 @@
+"""What all values of the algebra share: frozen, printed as call syntax, naming the tensors they need."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, fields
+from typing import Any, Final
+
+from grape_compile.errors import EncodingError
+
+#: Metadata of a dataclass field that holds the name of a tensor (or None).
+SLOT: Final[Mapping[str, bool]] = {"slot": True}
+
+
+def term_name(kind: type[Term]) -> str:
+    """Return the name of a class in the text form: its Python name in snake case.
+
+    >>> term_name(Term)
+    'term'
+    """
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """A value of the algebra: structure without tensors, hashable, equal by value.
+
+    `str` writes call syntax: required fields by position, the others by keyword where they differ from their
+    default, no parentheses where nothing is left to write.
+    """
+
+    def __str__(self) -> str:
+        arguments = [text for field in fields(self) if (text := _argument(field, getattr(self, field.name)))]
+        name = term_name(type(self))
+        return f"{name}({', '.join(arguments)})" if arguments else name
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Names of the tensors this value needs: depth first in the order of the fields, each name once."""
+        return tuple(dict.fromkeys(name for name, _ in slot_roles(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding(Term, ABC):
+    """How a position acts on queries, keys and logits (GRAPE, arXiv 2512.07805, section 1)."""
+
+    @abstractmethod
+    def inverse(self) -> Encoding:
+        """Return the encoding that undoes this one; EncodingError where no value of the algebra does."""
+
+    @abstractmethod
+    def canonical(self) -> Encoding:
+        """Return the value that stands for all of the same meaning; `slots` may change their order."""
+
+
+def slot_roles(value: object) -> Iterator[tuple[str, str]]:
+    """Yield (tensor name, role) of every slot below `value`; the role is `class.field`."""
+    if isinstance(value, tuple):
+        for item in value:
+            yield from slot_roles(item)
+    if not isinstance(value, Term):
+        return
+    for field in fields(value):
+        content = getattr(value, field.name)
+        if not field.metadata.get("slot"):
+            yield from slot_roles(content)
+        elif content is not None:
+            yield content, f"{term_name(type(value))}.{field.name}"
+
+
+def check_roles(term: Term) -> None:
+    """Raise EncodingError where one tensor name stands for two different things."""
+    roles: dict[str, str] = {}
+    for name, role in slot_roles(term):
+        if roles.setdefault(name, role) != role:
+            raise EncodingError(
+                f"one tensor {name!r} in {term_name(type(term))}",
+                f"it is named both as {roles[name]} and as {role}",
+                "a name of its own for each tensor",
+            )
+
+
+def _argument(field: Field[Any], value: object) -> str:
+    """Write one argument, or "" for a value that is its default."""
+    if field.default is MISSING:
+        return _literal(value)
+    return "" if value == field.default else f"{field.name}={_literal(value)}"
+
+
+def _literal(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return f'"{value}"'
+    if isinstance(value, tuple):
+        inner = ", ".join(map(_literal, value))
+        return f"({inner},)" if len(value) == 1 else f"({inner})"
+    return str(value) if isinstance(value, Term) else repr(value)
