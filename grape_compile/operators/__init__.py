@@ -1,0 +1,9 @@
+"""What an encoding computes: `grape::rotate`, `grape::attend`, and their definitions in plain torch.
+
+Importing this package registers the operators as `torch.ops.grape.rotate` and `torch.ops.grape.attend`.
+"""
+
+from grape_compile.operators.reference import reference_rotate
+from grape_compile.operators.rotation import decompositions, rotate, rotate_decomposition
+
+__all__ = ["decompositions", "reference_rotate", "rotate", "rotate_decomposition"]
