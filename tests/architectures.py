@@ -97,7 +97,8 @@ def draw_parameters(model: nn.Module, seed: int) -> None:
                 continue
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() < 2:
-                parameter.add_(0.1 * noise)
+                # Around one for a scale, around zero for a bias: whichever the configuration starts with.
+                parameter.copy_(parameter.round() + 0.1 * noise)
             else:
                 experts = parameter.dim() == 3
                 fan_in = parameter.shape[-1] if experts else parameter[0].numel()

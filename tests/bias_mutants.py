@@ -20,11 +20,12 @@ Bias = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class BiasMutant:
-    """One wrong bias: `make` builds an attention layer."""
+    """One wrong bias: `make` builds an attention layer; `told`: its refusal needs a sentence."""
 
     name: str
     make: Callable[[], nn.Module]
     refused: bool = True
+    told: bool = True
 
 
 def scores_of(query: Tensor, key: Tensor) -> Tensor:
@@ -178,12 +179,14 @@ NOT_LINEAR: tuple[Bias, ...] = (
     one_row_off,
     within_blocks,
 )
-NOT_ADDED = (under_tanh, under_a_soft_cap, above_a_soft_cap, scaled_by_the_scores, softmax_over_queries)
+NOT_PLAIN = (under_tanh, under_a_soft_cap, above_a_soft_cap)
+# Nothing is added to a score that a softmax over the keys reads: there is no place to tell of.
+NOT_ADDED = (scaled_by_the_scores, softmax_over_queries, after_the_softmax)
 
 BIAS_MUTANTS: tuple[BiasMutant, ...] = (
     *(BiasMutant(wrong.__name__, added(wrong)) for wrong in NOT_LINEAR),
-    *(BiasMutant(wrong.__name__, _layer(wrong)) for wrong in NOT_ADDED),
-    BiasMutant("after_the_softmax", _layer(after_the_softmax)),
+    *(BiasMutant(wrong.__name__, _layer(wrong)) for wrong in NOT_PLAIN),
+    *(BiasMutant(wrong.__name__, _layer(wrong), told=False) for wrong in NOT_ADDED),
     BiasMutant("both_ways_signed", _layer(both_ways_signed), refused=False),
     BiasMutant("both_ways_by_distance", _layer(both_ways_by_distance), refused=False),
     BiasMutant("constant_added", added(slopes_as_given), refused=False),

@@ -3,7 +3,7 @@
 Each row says what the detector has to make of it. `refused`: the map is no rotation, and no site may name it.
 Otherwise it is a rotation, though not the usual one: it may be refused, or become an encoding that equals it.
 `ordinary` is how many of the two rotated tensors may be said to turn by a closed-form spectrum at positions
-0, 1, 2, ...
+0, 1, 2, ... `told`: a refusal needs a sentence.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class RotationMutant:
     make: Callable[[], nn.Module]
     refused: bool
     ordinary: int = 0
+    told: bool = True
 
 
 def halves(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,167 @@
+"""What a test measures: the error contract, the operators that really ran.
+
+The contract: relative root-mean-square error against the original model in float64, over several draws of
+weights and inputs, at most `MARGIN` times the larger error of the original and of plain `torch.compile`, plus
+`FLOOR`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from architectures import Architecture, draw_parameters, output_of
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+SEEDS = (0, 1, 2)
+MARGIN = 1.25
+FLOOR = 1e-7
+
+
+class InDouble(TorchFunctionMode):
+    """Turns requests for float32 into ones for float64: `.double()` leaves the casts a model writes out."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        wider = {key: _widen(value) for key, value in (kwargs or {}).items()}
+        if func is Tensor.float:
+            return args[0].double()
+        return func(*(_widen(value) for value in args), **wider)
+
+
+def _widen(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
+
+
+class GrapeCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves the class untyped
+    """Counts what ran of ours: tensors given to `grape::rotate`, calls of `grape::attend`."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # as above
+        self.rotated = 0
+        self.attended = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name = func._schema.name
+        self.rotated += len(args[0]) if name == "grape::rotate" else 0
+        self.attended += name == "grape::attend"
+        return func(*args, **(kwargs or {}))
+
+
+def in_double(model: nn.Module) -> nn.Module:
+    """A copy of the model in float64; run it under `InDouble`."""
+    wide = copy.deepcopy(model).double()
+    config = getattr(wide, "config", None)
+    if getattr(config, "_experts_implementation", None) is not None:
+        # The grouped matrix product knows no float64.
+        wide.set_experts_implementation("eager")  # type: ignore[operator]  # a method of transformers' models
+    return wide
+
+
+def widened(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs with floating tensors in float64."""
+    return {
+        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
+
+
+@dataclass
+class Deviation:
+    """Squared error and squared reference, gathered over runs."""
+
+    squared_error: float = 0.0
+    squared_reference: float = 0.0
+
+    def add(self, found: Tensor, reference: Tensor, weight: float = 1.0) -> None:
+        self.squared_error += weight * (found.double() - reference).square().sum().item()
+        self.squared_reference += weight * reference.square().sum().item()
+
+    @property
+    def relative(self) -> float:
+        return math.sqrt(self.squared_error / self.squared_reference)
+
+
+@dataclass
+class Errors:
+    """Relative error of the logits and of the gradients of one way to run a model."""
+
+    logits: Deviation = field(default_factory=Deviation)
+    gradients: Deviation = field(default_factory=Deviation)
+
+
+Gradients = dict[str, Tensor]
+
+
+def forward_backward(model: nn.Module, inputs: Mapping[str, Any], seed: int) -> tuple[Tensor, Gradients]:
+    """The output, and every parameter's gradient for a random cotangent."""
+    model.zero_grad()
+    output = output_of(model(**inputs))
+    cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed)).to(output.dtype)
+    torch.autograd.backward(output, cotangent)
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return output.detach(), gradients
+
+
+def errors_of(
+    row: Architecture,
+    ways: Mapping[str, nn.Module],
+    *,
+    dtype: torch.dtype = torch.float32,
+    gradients: bool = True,
+    oracle: nn.Module | None = None,
+) -> dict[str, Errors]:
+    """Each way to run the model of a row, measured against its float64 oracle over `SEEDS`.
+
+    The oracle is the row's own model unless another is given.
+    """
+    errors = {name: Errors() for name in ways}
+    for seed in SEEDS:
+        inputs = row.inputs(seed=seed, dtype=dtype)
+        original = oracle or row.build(seed, dtype)
+        draw_parameters(original, seed)
+        wide = in_double(original)
+        with InDouble(), torch.set_grad_enabled(gradients):
+            reference = run(wide, widened(inputs), seed, gradients)
+        for name, model in ways.items():
+            draw_parameters(model, seed)
+            with torch.set_grad_enabled(gradients):
+                _gather(errors[name], run(model, inputs, seed, gradients), reference)
+    return errors
+
+
+def run(model: nn.Module, inputs: Mapping[str, Any], seed: int, gradients: bool) -> tuple[Tensor, Gradients]:
+    return forward_backward(model, inputs, seed) if gradients else (output_of(model(**inputs)), {})
+
+
+def _gather(errors: Errors, found: tuple[Tensor, Gradients], reference: tuple[Tensor, Gradients]) -> None:
+    """Each parameter's gradient counts by its relative error: a large one does not hide a wrong small one.
+
+    Gradients that vanish in exact arithmetic (a bias of the keys, which the softmax does not see) are noise.
+    """
+    errors.logits.add(found[0], reference[0])
+    wanted = reference[1]
+    assert found[1].keys() == wanted.keys()
+    largest = max((_mean_square(gradient) for gradient in wanted.values()), default=0.0)
+    for name, gradient in wanted.items():
+        size = _mean_square(gradient)
+        if size > 1e-12 * largest:
+            errors.gradients.add(found[1][name], gradient, 1 / (size * gradient.numel()))
+
+
+def _mean_square(x: Tensor) -> float:
+    return x.square().mean().item()
+
+
+def bound(errors: Iterable[float]) -> float:
+    """The largest relative error the contract allows, given those of the ways to compare with."""
+    return MARGIN * max(errors) + FLOOR
