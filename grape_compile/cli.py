@@ -23,7 +23,7 @@ def main() -> None:
         sys.stderr.write(f"The command line needs {missing.name}: pip install 'grape-compile[cli]'\n")
         sys.exit(_MISTAKE)
     try:
-        app()()
+        app()(prog_name="grape-compile")
     except GrapeError as error:
         typer.echo(error, err=True)
         sys.exit(_MISTAKE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,14 +53,13 @@ def _existing(name: str) -> Path:
 
 
 def _saved_program(path: Path) -> ExportedProgram:
+    asked, works = f"the exported program {str(path)!r}", "a file that torch.export.save wrote"
+    if not zipfile.is_zipfile(path):
+        raise ModelError(asked, "not a .pt2 archive", works)
     try:
         return torch.export.load(path)
     except Exception as error:  # torch.export.load raises whatever its unpickling meets in a foreign file
-        raise ModelError(
-            f"the exported program {str(path)!r}",
-            f"{type(error).__name__}: {error}",
-            "a file of torch.export.save",
-        ) from error
+        raise ModelError(asked, f"{type(error).__name__}: {error}", works) from error
 
 
 def _callable(name: str) -> Callable[[], object]:
