@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from grape_compile import grape_compile, report
 
 rows = pytest.mark.parametrize("row", ENCODED, ids=lambda row: row.name)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def compiled_eagerly(row: Architecture, dtype: torch.dtype = torch.float32) -> nn.Module:
-    return grape_compile(row.build(dtype=dtype), backend="eager")
+    model: nn.Module = grape_compile(row.build(dtype=dtype), backend="eager")
+    return model
 
 
 def calls_of(model: nn.Module, row: Architecture, dtype: torch.dtype = torch.float32) -> GrapeCalls:
@@ -29,15 +29,16 @@ def calls_of(model: nn.Module, row: Architecture, dtype: torch.dtype = torch.flo
     return calls
 
 
-@rows
-def test_every_site_runs_as_an_operator(row: Architecture) -> None:
-    model = compiled_eagerly(row)
-    calls = calls_of(model, row)
-    assert (calls.rotated, calls.attended) == (row.rotations, row.biases)
+def assert_all_sites_run(model: nn.Module, row: Architecture, dtype: torch.dtype = torch.float32) -> None:
+    """Counted as operators that run in a forward pass, and in the report of every graph that was compiled."""
     found = report(model)
-    assert len(found.sites) == row.sites, str(found)
+    graphs = len(found.sites) // row.sites
+    assert graphs in (1, 2), str(found)
+    assert len(found.sites) == graphs * row.sites, str(found)
     assert found.refusals == (), str(found)
     assert all(site.lowering != "none" for site in found.sites)
+    calls = calls_of(model, row, dtype)
+    assert (calls.rotated, calls.attended) == (row.rotations, row.biases), str(found)
 
 
 @pytest.mark.parametrize("row", WITHOUT, ids=lambda row: row.name)
@@ -52,20 +53,21 @@ def test_where_there_is_nothing_nothing_changes(row: Architecture) -> None:
 
 
 @rows
-def test_logits_and_gradients_in_float32(row: Architecture) -> None:
+def test_in_float32(row: Architecture) -> None:
+    """Logits and gradients keep the contract, and every site runs as an operator of ours."""
     ways = {"plain": row.build(), "ours": compiled_eagerly(row)}
     errors = errors_of(row, ways)
     assert errors["ours"].logits.relative <= bound([errors["plain"].logits.relative])
     assert errors["ours"].gradients.relative <= bound([errors["plain"].gradients.relative])
+    assert_all_sites_run(ways["ours"], row)
 
 
 @rows
-def test_logits_in_bfloat16(row: Architecture) -> None:
+def test_in_bfloat16(row: Architecture) -> None:
     ways = {"plain": row.build(dtype=torch.bfloat16), "ours": compiled_eagerly(row, torch.bfloat16)}
     errors = errors_of(row, ways, dtype=torch.bfloat16, gradients=False)
     assert errors["ours"].logits.relative <= bound([errors["plain"].logits.relative])
-    calls = calls_of(ways["ours"], row, torch.bfloat16)
-    assert (calls.rotated, calls.attended) == (row.rotations, row.biases)
+    assert_all_sites_run(ways["ours"], row, torch.bfloat16)
 
 
 INDUCTOR = [
@@ -142,19 +144,19 @@ WITH_TABLES = [row for row in ENCODED if row.biases == 0]
 
 
 @pytest.mark.parametrize("row", WITH_TABLES, ids=lambda row: row.name)
-@pytest.mark.parametrize("change", [change_in_place, replace], ids=["in place", "replaced"])
-def test_frequencies_changed_after_compilation(row: Architecture, change: object) -> None:
-    assert callable(change)
+def test_frequencies_changed_after_compilation(row: Architecture) -> None:
+    """In place, then by other tensors: what runs reads the model's own, whatever they hold by then."""
     inputs = row.inputs()
-    model = compiled_eagerly(row)
-    plain = row.build()
+    model, plain = compiled_eagerly(row), row.build()
     with torch.no_grad():
         before = output_of(model(**inputs))
-        change(model)
-        change(plain)
-        wanted, found = output_of(plain(**inputs)), output_of(model(**inputs))
-    assert (wanted - before).norm() > 1e-3 * wanted.norm(), "the change is not seen in the output"
-    assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+        for change in (change_in_place, replace):
+            change(model)
+            change(plain)
+            wanted, found = output_of(plain(**inputs)), output_of(model(**inputs))
+            assert (wanted - before).norm() > 1e-3 * wanted.norm(), "the change is not seen in the output"
+            assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+            before = wanted
 
 
 @pytest.mark.parametrize("name", ["llama", "bloom", "mpt"])

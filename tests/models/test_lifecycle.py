@@ -152,7 +152,7 @@ def test_gradient_checkpointing() -> None:
         model.gradient_checkpointing_enable()  # type: ignore[operator]  # a method of transformers' models
         if compiled:
             grape_compile(model, backend="eager")
-        output_of(model(**LLAMA.inputs())).square().mean().backward()
+        torch.autograd.backward(output_of(model(**LLAMA.inputs())).square().mean())
         gradients.append([parameter.grad for parameter in model.parameters()])
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-6)
 
@@ -203,7 +203,7 @@ def test_attention_weights_that_are_asked_for(name: str) -> None:
 
 
 def test_attention_dropout_is_kept() -> None:
-    """In training, weights that are dropped out are part of the model; the same draw gives the same output."""
+    """In training, weights that are dropped are part of the model; the same draw gives the same output."""
     row = BY_NAME["bloom"]
     found = []
     for compiled in (False, True):
