@@ -1,0 +1,324 @@
+"""The face of the library: `grape_compile`, `inspect`, `rewrite`, `report`, `restore`, and the `grape` backend.
+
+The stages are strung together here and nowhere else: capture, detect and rewrite rotations and biases, lower, hand the
+graph to the inner backend. Whatever fails before the inner backend leaves the original graph running.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import time
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from grape_compile.errors import CaptureError, GrapeError, ModelError, RefusalError
+from grape_compile.passes.capture import capture_dynamo, capture_export
+from grape_compile.passes.graph import Program
+from grape_compile.passes.lower import ShareAngles
+from grape_compile.passes.rewrite_biases import RewriteBiases
+from grape_compile.passes.rewrite_rotations import RewriteRotations
+from grape_compile.passes.site import Refusal, Site
+from grape_compile.reporting import Report
+
+Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+Model = TypeVar("Model", bound=nn.Module)
+Rewritable = TypeVar("Rewritable", ExportedProgram, fx.GraphModule)
+
+
+@dataclass
+class _Compiled:
+    """What is known of one compiled model: a report per graph, and the seconds spent before the inner backend."""
+
+    reports: list[Report] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+_compiled: weakref.WeakKeyDictionary[nn.Module, _Compiled] = weakref.WeakKeyDictionary()
+
+
+def grape_compile(
+    model: Model,
+    *,
+    backend: str | Backend = "inductor",
+    dynamic: bool | None = None,
+    fullgraph: bool = False,
+    on_refusal: str = "keep",
+    options: dict[str, Any] | None = None,
+) -> Model:
+    """Compile a model in place, its position encodings rewritten into GRAPE operators, and return the same object.
+
+    The model keeps its type, state, hooks and methods; `report(model)` tells what was done once it has run,
+    `restore(model)` undoes it, a second call replaces the first. `backend` compiles the rewritten graph ("eager" runs
+    it as it is, without a C++ compiler), `dynamic`, `fullgraph` and `options` mean what they mean to `torch.compile`.
+    `on_refusal="raise"` turns the first refusal into a RefusalError; "keep" leaves the place as it was.
+
+    Raises ModelError for something that is no module, GrapeError for an unknown backend or `on_refusal`.
+    """
+    _require_module(model)
+    if on_refusal not in ("keep", "raise"):
+        raise GrapeError("compile a model", f"on_refusal={on_refusal!r}", 'on_refusal="keep" or on_refusal="raise"')
+    inner = _inner_backend(backend, options)
+    record = _Compiled()
+    door = functools.partial(_compile_graph, inner=inner, record=record, strict=on_refusal == "raise")
+    compiled = torch.compile(model._call_impl, backend=door, dynamic=dynamic, fullgraph=fullgraph)
+    model._compiled_call_impl = _unwrapped_errors(compiled)
+    _compiled[model] = record
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undo `grape_compile` and return the same, plain model; a model never compiled is returned as it is."""
+    _require_module(model)
+    if _compiled.pop(model, None) is not None:
+        model._compiled_call_impl = None
+    return model
+
+
+def report(model: nn.Module) -> Report:
+    """What `grape_compile` did to a model, over every graph compiled so far; each place of the code counts once.
+
+    Raises ModelError for a model that `grape_compile` did not compile.
+    """
+    _require_module(model)
+    record = _compiled.get(model)
+    if record is None:
+        raise ModelError(
+            "report on a compiled model",
+            f"a {type(model).__name__} that grape_compile did not compile",
+            "grape_compile(model) first, or inspect(model, args) to look without compiling",
+        )
+    return _merged(record.reports)
+
+
+def rewrite_seconds(model: nn.Module) -> float:
+    """Seconds spent so far on capturing, detecting, rewriting and verifying a compiled model's graphs."""
+    record = _compiled.get(model)
+    return 0.0 if record is None else record.seconds
+
+
+def grape(module: fx.GraphModule, examples: Sequence[Any], **options: Any) -> Callable[..., Any]:
+    """The `torch.compile(model, backend="grape")` door: rewrite a Dynamo graph, then compile it with Inductor."""
+    inner = _inner_backend("inductor", options.get("options"))
+    return _compile_graph(module, examples, inner=inner, record=_Compiled(), strict=False)
+
+
+def inspect(
+    model: nn.Module | ExportedProgram,
+    args: Sequence[Any] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+) -> Report:
+    """Find the position encodings of a model or exported program without changing it.
+
+    A module is captured by `torch.export` on `args` and `kwargs`, or through `torch.compile` where export refuses it.
+    Every site is verified against an fp64 replay (`Site.error`). Raises ModelError for anything else, CaptureError when
+    neither door takes the model.
+    """
+    if isinstance(model, ExportedProgram):
+        return _rewrite_program(capture_export(model, args, kwargs))
+    _require_module(model)
+    with _untouched(model):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                program = torch.export.export(model, tuple(args), kwargs or {}, dynamic_shapes=dynamic_shapes, strict=False)
+        except Exception as failure:
+            return _inspect_by_running(model, args, kwargs or {}, failure)
+        return _rewrite_program(capture_export(program, args, kwargs))
+
+
+def rewrite(program: Rewritable, args: Sequence[Any] = ()) -> tuple[Rewritable, Report]:
+    """Rewrite the position encodings of an exported program, or of an fx GraphModule traced on `args`.
+
+    The result is of the same kind: an exported program can be saved, decomposed and exported again, its `grape::` nodes
+    traced; a GraphModule shares the parameters of the given one. Raises ModelError for anything else.
+    """
+    if isinstance(program, ExportedProgram):
+        return _rewrite_export(program, args)
+    if not isinstance(program, fx.GraphModule):
+        raise ModelError(
+            "rewrite a program",
+            f"a {type(program).__name__}",
+            "an ExportedProgram, or an fx.GraphModule with example args; for a module use grape_compile or inspect",
+        )
+    exported, found = _rewrite_export(torch.export.export(program, tuple(args), strict=False), args)
+    module = exported.module()
+    assert isinstance(module, fx.GraphModule)
+    return module, found
+
+
+# -- stages ---------------------------------------------------------------------------------------------------------------
+
+
+def _rewrite_program(program: Program) -> Report:
+    """All passes that find and replace; the program's graph is changed in place."""
+    sites: list[Site] = []
+    refusals: list[Refusal] = []
+    for step in (RewriteRotations(), RewriteBiases()):
+        outcome = step(program)
+        sites += outcome.sites
+        refusals += outcome.refusals
+    return Report(tuple(sites), tuple(refusals))
+
+
+def _compile_graph(module: fx.GraphModule, examples: Sequence[Any], *, inner: Backend, record: _Compiled, strict: bool) -> Callable[..., Any]:
+    """One graph of `torch.compile`: rewritten if anything was found, the original otherwise."""
+    start = time.perf_counter()
+    try:
+        program = capture_dynamo(module, examples)
+        found = _rewrite_program(program)
+        if found.sites:
+            ShareAngles()(program)
+    except CaptureError as failure:
+        program, found = None, Report(refusals=(_capture_refusal(failure),))
+    record.seconds += time.perf_counter() - start
+    record.reports.append(found)
+    if strict and found.refusals:
+        first = found.refusals[0]
+        raise RefusalError(f"rewrite every position encoding of {first.module or 'the model'}", first.reason, 'on_refusal="keep"')
+    return inner(module if program is None or not found.sites else program.module, examples)
+
+
+def _capture_refusal(failure: CaptureError) -> Refusal:
+    return Refusal("capture", str(failure), "", "", "")
+
+
+def _inner_backend(backend: str | Backend, options: dict[str, Any] | None) -> Backend:
+    if not isinstance(backend, str):
+        return backend
+    if backend not in torch._dynamo.list_backends(exclude_tags=()):
+        known = ", ".join(sorted(torch._dynamo.list_backends()))
+        raise GrapeError("compile a model", f"backend={backend!r}", f"a callable or one of {known}")
+    found: Backend = torch._dynamo.lookup_backend(backend)
+    return functools.partial(found, config_patches=options) if options and backend == "inductor" else found
+
+
+def _rewrite_export(program: ExportedProgram, args: Sequence[Any]) -> tuple[ExportedProgram, Report]:
+    captured = capture_export(program, args)
+    found = _rewrite_program(captured)
+    signature = program.graph_signature
+    for spec in signature.output_specs:
+        name = getattr(spec.arg, "name", None)
+        if name in captured.renamed:
+            signature = _renamed(signature, captured.renamed)
+            break
+    rewritten = ExportedProgram(
+        captured.module,
+        captured.graph,
+        signature,
+        program.state_dict,
+        program.range_constraints,
+        program.module_call_graph,
+        program.example_inputs,
+        program.constants,
+        verifiers=program.verifiers,
+    )
+    return rewritten, found
+
+
+def _renamed(signature: Any, names: dict[str, str]) -> Any:
+    signature = copy.deepcopy(signature)
+    for spec in signature.output_specs:
+        if getattr(spec.arg, "name", None) in names:
+            spec.arg.name = names[spec.arg.name]
+    return signature
+
+
+def _inspect_by_running(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], failure: Exception) -> Report:
+    """The second door: run the model once under `torch.compile` and look at every graph it makes."""
+    reports: list[Report] = []
+
+    def look(module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        try:
+            reports.append(_rewrite_program(capture_dynamo(module, examples)))
+        except CaptureError as reason:
+            reports.append(Report(refusals=(_capture_refusal(reason),)))
+        return module.forward
+
+    try:
+        with torch.no_grad():
+            torch.compile(model._call_impl, backend=look)(*args, **kwargs)
+    except Exception as second:
+        raise CaptureError(
+            f"capture {type(model).__name__} with {len(args)} positional and {len(kwargs)} keyword arguments",
+            f"torch.export: {_first_line(failure)}; torch.compile: {_first_line(second)}",
+            "arguments the model's forward accepts",
+        ) from second
+    return _merged(reports)
+
+
+def _merged(reports: Sequence[Report]) -> Report:
+    """Every place once, although a model compiled for several shapes has several graphs of the same code."""
+    return Report(_union([each.sites for each in reports]), _union([each.refusals for each in reports]))
+
+
+Place = TypeVar("Place", Site, Refusal)
+
+
+def _union(groups: Sequence[Sequence[Place]]) -> tuple[Place, ...]:
+    """Multiset union by place: q and k on one line stay two, the same line in a second graph adds nothing."""
+    merged: list[Place] = []
+    held: Counter[object] = Counter()
+    for group in groups:
+        seen: Counter[object] = Counter()
+        for item in group:
+            key = (type(item), item.module, item.source, getattr(item, "kind", getattr(item, "rule", "")))
+            seen[key] += 1
+            if seen[key] > held[key]:
+                held[key] += 1
+                merged.append(item)
+    return tuple(merged)
+
+
+# -- helpers of the face ----------------------------------------------------------------------------------------------------
+
+
+def _require_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise ModelError("work on a model", f"a {type(model).__name__}", "a torch.nn.Module (its class must be instantiated first)")
+
+
+def _unwrapped_errors(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a GrapeError raised inside the backend reach the user as itself."""
+
+    @functools.wraps(compiled)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return compiled(*args, **kwargs)
+        except torch._dynamo.exc.BackendCompilerFailed as failure:
+            if isinstance(failure.inner_exception, GrapeError):
+                raise failure.inner_exception from None
+            raise
+
+    return call
+
+
+def _first_line(failure: Exception) -> str:
+    lines = str(failure).strip().splitlines()
+    return f"{type(failure).__name__}: {lines[0] if lines else ''}"
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Put back what a capture leaves in the modules (tables cached as fake tensors, for instance)."""
+    saved = [(module, dict(module.__dict__), {name: dict(module.__dict__[name]) for name in ("_parameters", "_buffers", "_modules")}) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes, registered in saved:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            for name, entries in registered.items():
+                module.__dict__[name].clear()
+                module.__dict__[name].update(entries)

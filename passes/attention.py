@@ -1,0 +1,271 @@
+"""Read an attention layer around its softmax: query, key, value, scale, and everything added to the scores.
+
+What: `softmax(scale * q k^T + terms) v`, written with matmul, bmm, baddbmm or `scaled_dot_product_attention`.
+Leaves alone: layers whose weights leave the layer, are dropped out at random, or pass a non-linear operation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from grape_compile.passes.graph import Program, Taint, fake, op_name, require_fake
+
+_PASSED = {"aten::to", "aten::_to_copy", "aten::clone", "aten::contiguous", "aten::type_as", "aten::alias"}
+_RESHAPED = {"aten::view", "aten::reshape", "aten::_unsafe_view"}
+_BENDING = {"aten::tanh", "aten::clamp", "aten::relu", "aten::sigmoid", "aten::exp", "aten::abs", "aten::hardtanh", "aten::silu", "aten::gelu", "aten::pow"}
+
+
+@dataclass(frozen=True)
+class ScoreTerm:
+    """Something added to the scores: `factor * node`, or where `dead` the entries of a boolean mask set to `value`.
+
+    `dead` is None for an additive term, else the truth value that marks dead entries. `folded` is the batch and heads
+    of a term that still lives in the folded [B * H, ...] layout.
+    """
+
+    node: fx.Node
+    factor: float = 1.0
+    dead: bool | None = None
+    value: float = 0.0
+    folded: bool = False
+
+
+@dataclass
+class Attention:
+    """One attention layer: `output` is its value, `scores` the [B, H, Tq, Tk] argument of the softmax."""
+
+    softmax: fx.Node
+    output: fx.Node
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    key_transposed: bool
+    scale: float
+    terms: list[ScoreTerm] = field(default_factory=list)
+    is_causal: bool = False
+    obstacle: str = ""
+    batch_heads: tuple[Any, Any] | None = None
+
+
+def find_attention(program: Program) -> list[Attention]:
+    """Every attention layer whose scores carry position-side terms."""
+    found = []
+    for node in program.graph.nodes:
+        name = op_name(node)
+        if name in ("aten::softmax", "aten::_softmax", "aten::special_softmax"):
+            layer = _Reader(program).around_softmax(node)
+        elif name == "aten::scaled_dot_product_attention":
+            layer = _fused(program, node)
+        else:
+            continue
+        if layer is not None and layer.terms:
+            found.append(layer)
+    return found
+
+
+def _fused(program: Program, node: fx.Node) -> Attention | None:
+    """A call of `scaled_dot_product_attention` with an additive mask."""
+    names = ["query", "key", "value", "attn_mask", "dropout_p", "is_causal"]
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    query, key, value, mask = (given.get(name) for name in names[:4])
+    if not isinstance(mask, fx.Node) or not all(isinstance(part, fx.Node) for part in (query, key, value)):
+        return None
+    value_of = fake(mask)
+    if value_of is None or not value_of.is_floating_point() or program.taints[mask] >= Taint.DATA:
+        return None
+    assert isinstance(query, fx.Node) and isinstance(key, fx.Node) and isinstance(value, fx.Node)
+    if require_fake(query).dim() != 4:
+        return None
+    scale = given.get("scale")
+    width = int(require_fake(query).shape[-1])
+    layer = Attention(node, node, query, key, value, False, float(scale) if scale is not None else width**-0.5)
+    layer.is_causal = bool(given.get("is_causal", False))
+    layer.terms = _position_terms(program, mask, 1.0)
+    if given.get("dropout_p", 0.0):
+        layer.obstacle = f"attention weights are dropped out with probability {given['dropout_p']}"
+    return layer
+
+
+class _Reader:
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.terms: list[ScoreTerm] = []
+        self.obstacle = ""
+        self.batch_heads: tuple[Any, Any] | None = None
+        self.folded = False
+
+    def around_softmax(self, softmax: fx.Node) -> Attention | None:
+        scores = softmax.args[0]
+        if not isinstance(scores, fx.Node) or self.program.taints[scores] is not Taint.DATA:
+            return None
+        rank = require_fake(scores).dim()
+        if rank not in (3, 4) or softmax.args[1] not in (-1, rank - 1):
+            return None
+        core = self._scores(scores, 1.0)
+        if core is None:
+            return None
+        query, key, transposed, scale = core
+        consumed = self._consumer(softmax)
+        if consumed is None:
+            return None
+        output, value = consumed
+        return Attention(softmax, output, query, key, value, transposed, scale, self.terms, False, self.obstacle, self.batch_heads)
+
+    # -- before the softmax ------------------------------------------------------------------------------------------
+
+    def _scores(self, node: fx.Node, factor: float) -> tuple[fx.Node, fx.Node, bool, float] | None:
+        """Walk from the softmax back to the product of query and key, collecting what was added on the way."""
+        name, args = op_name(node), node.args
+        operands = [arg for arg in args if isinstance(arg, fx.Node) and fake(arg) is not None]
+        data = [operand for operand in operands if self.program.taints[operand] is Taint.DATA]
+        if name in ("aten::matmul", "aten::bmm", "aten::baddbmm"):
+            return self._product(node, name, factor)
+        if len(data) != 1:
+            return None
+        if name in _PASSED:
+            return self._scores(data[0], factor)
+        if name in _RESHAPED:
+            return self._unfold(node, data[0], factor)
+        if name in ("aten::mul", "aten::div") and len(operands) == 1 and isinstance(args[1], int | float):
+            return self._scores(data[0], factor * args[1] if name == "aten::mul" else factor / args[1])
+        if name in ("aten::add", "aten::sub"):
+            return self._added(node, name, data[0], factor)
+        if name in ("aten::masked_fill", "aten::where"):
+            return self._masked(node, name, data[0], factor)
+        if name in _BENDING and not self.obstacle:
+            self.obstacle = f"the scores pass {name.removeprefix('aten::')} after something was added to them"
+            before = len(self.terms)
+            core = self._scores(data[0], factor)
+            if len(self.terms) == before:
+                self.obstacle = ""
+                return None
+            return core
+        return None
+
+    def _added(self, node: fx.Node, name: str, data: fx.Node, factor: float) -> tuple[fx.Node, fx.Node, bool, float] | None:
+        other = node.args[1] if node.args[0] is data else node.args[0]
+        alpha = float(node.kwargs.get("alpha", 1))  # type: ignore[arg-type] # a number by the operator's schema
+        sign = -1.0 if name == "aten::sub" else 1.0
+        if node.args[1] is data:
+            if sign * alpha != 1:
+                return None
+            sign = alpha = 1.0
+        if isinstance(other, int | float):
+            return self._scores(data, factor)
+        if not isinstance(other, fx.Node) or self.program.taints[other] > Taint.PARAMETER:
+            return None
+        self.terms += _position_terms(self.program, other, factor * sign * alpha, self.folded)
+        return self._scores(data, factor)
+
+    def _masked(self, node: fx.Node, name: str, data: fx.Node, factor: float) -> tuple[fx.Node, fx.Node, bool, float] | None:
+        mask, filled, dead = (node.args[1], node.args[2], True) if name == "aten::masked_fill" else (node.args[0], node.args[2], False)
+        if filled is data:
+            filled, dead = node.args[1], True
+        value = _constant(filled)
+        if not isinstance(mask, fx.Node) or self.program.taints[mask] >= Taint.PARAMETER or value is None:
+            return None
+        self.terms.append(ScoreTerm(mask, dead=dead, value=value * factor, folded=self.folded))
+        return self._scores(data, factor)
+
+    def _unfold(self, node: fx.Node, data: fx.Node, factor: float) -> tuple[fx.Node, fx.Node, bool, float] | None:
+        """The view from [B * H, Tq, Tk] to [B, H, Tq, Tk]."""
+        shape, inner = require_fake(node).shape, require_fake(data).shape
+        if len(shape) == 4 and len(inner) == 3:
+            self.batch_heads, self.folded = (shape[0], shape[1]), True
+        elif len(shape) != len(inner):
+            return None
+        return self._scores(data, factor)
+
+    def _product(self, node: fx.Node, name: str, factor: float) -> tuple[fx.Node, fx.Node, bool, float] | None:
+        operands = list(node.args)
+        if name == "aten::baddbmm":
+            bias = operands.pop(0)
+            beta, alpha = (float(node.kwargs.get(key, 1)) for key in ("beta", "alpha"))  # type: ignore[arg-type] # numbers
+            if beta != 0 and isinstance(bias, fx.Node):
+                if self.program.taints[bias] > Taint.PARAMETER:
+                    return None
+                self.terms += _position_terms(self.program, bias, factor * beta, self.folded)
+            factor *= alpha
+        query, key = operands[0], operands[1]
+        if not isinstance(query, fx.Node) or not isinstance(key, fx.Node):
+            return None
+        swapped = self._untransposed(key)
+        return query, swapped or key, swapped is None, factor
+
+    def _untransposed(self, key: fx.Node) -> fx.Node | None:
+        rank = require_fake(key).dim()
+        if op_name(key) in ("aten::transpose", "aten::swapaxes", "aten::swapdims"):
+            dims = {int(dim) % rank for dim in key.args[1:3]}  # type: ignore[arg-type] # dimensions are ints
+            if dims == {rank - 1, rank - 2} and isinstance(key.args[0], fx.Node):
+                return key.args[0]
+        return None
+
+    # -- behind the softmax ------------------------------------------------------------------------------------------
+
+    def _consumer(self, softmax: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+        """The product with the values, and the values, when nothing else looks at the weights."""
+        node = softmax
+        while True:
+            users = [user for user in node.users if op_name(user) != "aten::_assert_tensor_metadata"]
+            if not users:
+                return None
+            product = next((user for user in users if op_name(user) in ("aten::matmul", "aten::bmm") and user.args[0] is node), None)
+            if len(users) > 1:
+                self.obstacle = self.obstacle or "the attention weights are used elsewhere (returned, masked or averaged)"
+            if product is not None:
+                value = product.args[1]
+                return (product, value) if isinstance(value, fx.Node) else None
+            user = users[0]
+            if op_name(user) == "aten::dropout":
+                if user.args[2] and user.args[1]:
+                    self.obstacle = self.obstacle or f"attention weights are dropped out with probability {user.args[1]} in training"
+            elif op_name(user) not in _PASSED | _RESHAPED:
+                return None
+            node = user
+
+
+def _position_terms(program: Program, node: fx.Node, factor: float, folded: bool = False) -> list[ScoreTerm]:
+    """Split a position-side value along its sums, so that a bias and a mask added together are seen apart."""
+    name, args = op_name(node), node.args
+    if name in _PASSED and isinstance(args[0], fx.Node) and require_fake(args[0]).is_floating_point():
+        return _position_terms(program, args[0], factor, folded)
+    if name in ("aten::add", "aten::sub") and all(isinstance(arg, fx.Node) for arg in args[:2]) and not node.kwargs:
+        value = require_fake(node)
+        if value.dim() >= 3:
+            first, second = args[0], args[1]
+            assert isinstance(first, fx.Node) and isinstance(second, fx.Node)
+            sign = -1.0 if name == "aten::sub" else 1.0
+            return _position_terms(program, first, factor, folded) + _position_terms(program, second, factor * sign, folded)
+    if name in ("aten::masked_fill", "aten::where"):
+        mask, kept, filled, dead = (args[1], args[0], args[2], True) if name == "aten::masked_fill" else (args[0], args[1], args[2], False)
+        if _constant(kept) is not None and _constant(filled) is None:
+            kept, filled, dead = filled, kept, not dead
+        value_of, kept_of = _constant(filled), _constant(kept)
+        if value_of is not None and value_of <= -1e4 and kept_of is None and isinstance(mask, fx.Node) and isinstance(kept, fx.Node):
+            return [ScoreTerm(mask, dead=dead, value=value_of * factor, folded=folded), *_position_terms(program, kept, factor, folded)]
+    return [ScoreTerm(node, factor, folded=folded)]
+
+
+def _constant(value: Any) -> float | None:
+    """A number, or a scalar tensor made of one."""
+    if isinstance(value, int | float):
+        return float(value)
+    if not isinstance(value, fx.Node):
+        return None
+    name = op_name(value)
+    if name == "aten::full" and list(value.args[0]) == []:  # type: ignore[call-overload] # a list of sizes
+        return _constant(value.args[1])
+    if name == "aten::zeros" and list(value.args[0]) == []:  # type: ignore[call-overload] # a list of sizes
+        return 0.0
+    if name == "aten::scalar_tensor":
+        return _constant(value.args[0])
+    if name in ("aten::lift_fresh_copy", "aten::to", "aten::_to_copy", "aten::clone"):
+        return _constant(value.args[0])
+    return None
+
+
+

@@ -1,0 +1,298 @@
+"""Find additive position biases by what softmax can see.
+
+What: attention layers whose scores carry slope_h * clock_j off the mask, up to a constant per row (GRAPE 4.2): softmax
+    ignores the constant, so `slope * j` and `slope * (j - t)` are one bias.
+How: the terms added to the scores are read in fp64 at the captured size, every row of them; slope and clock are
+    followed back to the values the model multiplies.
+Leaves alone: buckets, saturating tables, slopes that differ per key, anything behind a non-linear operation.
+Cost: one evaluation per distinct term.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx
+
+from grape_compile.encoding import Absolute, Distance, Signed
+from grape_compile.passes.attention import Attention, ScoreTerm, find_attention
+from grape_compile.passes.clocks import is_given
+from grape_compile.passes.elements import Factor, Index, Reader, broadcast
+from grape_compile.passes.graph import Program, Sizes, Taint, Unreadable, require_fake
+from grape_compile.passes.operands import Axis, Operand, fit
+from grape_compile.passes.plans import Miss
+from grape_compile.passes.replay import Replay
+
+DEAD = -1e4
+"""An added value this low marks a dead entry."""
+NEVER = -1e9
+"""A value this low removes an entry whatever the scores are; only such a mask may be replaced by `is_causal`."""
+_AFFINE = 1e-6
+_BATCH, _HEAD, _QUERY, _KEY = range(4)
+
+
+@dataclass(frozen=True)
+class BiasPlan:
+    """A bias found: `slopes` [B, H] and `clock` [B, Tk] to multiply, or one `table` of finished biases to take them from."""
+
+    layer: Attention
+    masks: tuple[ScoreTerm, ...]
+    slopes: Operand | None
+    clock: Operand | None
+    table: Operand | None
+    distance: Distance
+    number: float
+    given: bool
+    is_causal: bool
+    window: int | None
+
+
+def detect_biases(program: Program) -> tuple[list[BiasPlan], list[tuple[fx.Node, Miss]]]:
+    """All additive biases of a program, and the layers with a position-dependent bias of another form."""
+    plans: list[BiasPlan] = []
+    misses: list[tuple[fx.Node, Miss]] = []
+    replay = Replay(program)
+    for layer in find_attention(program):
+        try:
+            result = _Layer(program, replay, layer).plan()
+        except Unreadable as reason:
+            result = Miss("readable", f"what is added to the scores cannot be read: {reason}", 1)
+        if isinstance(result, BiasPlan):
+            plans.append(result)
+        elif result is not None:
+            misses.append((layer.softmax, result))
+    return plans, misses
+
+
+class _Layer:
+    def __init__(self, program: Program, replay: Replay, layer: Attention) -> None:
+        self.program, self.replay, self.layer = program, replay, layer
+        self.sizes = Sizes()
+        self.shape = self._shape()
+
+    def _shape(self) -> tuple[int, int, int, int]:
+        """Batch, heads, queries, keys."""
+        query, value = self.sizes.shape(self.layer.query), self.sizes.shape(self.layer.value)
+        if len(query) == 4:
+            return query[0], query[1], query[2], value[-2]
+        if self.layer.batch_heads is None:
+            return 1, query[0], query[1], value[-2]
+        batch, heads = (self.sizes(size) for size in self.layer.batch_heads)
+        return batch, heads, query[1], value[-2]
+
+    def plan(self) -> BiasPlan | Miss | None:
+        masks, biases = self._split()
+        if not biases:
+            return None
+        if self.layer.obstacle:
+            return Miss("attention", f"the layer adds a position bias, but {self.layer.obstacle}", 3)
+        if len(biases) > 1:
+            return Miss("terms", f"{len(biases)} biases are added to the scores of one layer", 2)
+        alive = self._alive(masks)
+        return self._affine(biases[0], alive, masks)
+
+    # -- masks and biases apart ----------------------------------------------------------------------------------------
+
+    def _split(self) -> tuple[list[ScoreTerm], list[ScoreTerm]]:
+        masks, biases = [], []
+        for term in self.layer.terms:
+            if term.dead is not None:
+                masks.append(term)
+                continue
+            value = self.value(term)
+            live = value[value > DEAD]
+            if live.numel() == 0 or bool((live == 0).all()):
+                masks.append(term)
+            elif bool((value <= DEAD).any()):
+                raise Unreadable("biases and mask are finished in one table")
+            elif value.shape[-1] > 1 and bool((value != value[..., :1]).any()):
+                biases.append(term)
+        return masks, biases
+
+    def value(self, term: ScoreTerm) -> Tensor:
+        """What a term adds, with four axes: [B or 1, H or 1, Tq or 1, Tk or 1], without its factor."""
+        return self.unfolded(term, self.replay.tensor(term.node))
+
+    def unfolded(self, term: ScoreTerm, value: Tensor) -> Tensor:
+        if term.folded or value.dim() == 3 and require_fake(self.layer.query).dim() == 3:
+            batch, heads = self.shape[:2]
+            while value.dim() < 3:
+                value = value.unsqueeze(0)
+            return value.unsqueeze(0) if value.shape[0] == 1 else value.reshape(batch, heads, *value.shape[1:])
+        while value.dim() < 4:
+            value = value.unsqueeze(0)
+        return value
+
+    def _alive(self, masks: list[ScoreTerm]) -> Tensor:
+        """Entries a query can see."""
+        alive = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+        if self.layer.is_causal:
+            alive = torch.ones(self.shape[_QUERY], self.shape[_KEY], dtype=torch.bool).tril()[None, None]
+        for term in masks:
+            value = self.value(term)
+            dead = value.bool() == term.dead if term.dead is not None else value * term.factor <= DEAD
+            alive = alive & ~dead
+        return alive
+
+    # -- the bias ------------------------------------------------------------------------------------------------------
+
+    def _affine(self, term: ScoreTerm, alive: Tensor, masks: list[ScoreTerm]) -> BiasPlan | Miss:
+        causal, window = self._causal(alive, masks)
+        plan = BiasPlan(self.layer, tuple(masks), None, None, None, Signed(), term.factor, False, causal, window)
+        value = self.value(term)
+        distance = self._distance(value, alive)
+        if distance is None:
+            return self._miss(value, alive)
+        views = self._views(term)
+        if views is None:
+            return self._table(plan, term, distance)
+        number, slopes, clock = views
+        given = is_given(clock.node)
+        if not given and not self._unit(clock, alive, distance):
+            return Miss("steps", "the slope is multiplied by something that does not count keys one by one", 3, "ALiBi at every key position")
+        if not self._positions_only(clock, distance):
+            return self._table(plan, term, distance)
+        return replace(plan, slopes=slopes, clock=clock, number=term.factor * number, distance=distance, given=given)
+
+    def _distance(self, value: Tensor, alive: Tensor) -> Distance | None:
+        """Signed when every row is affine in the key with one slope per head, Absolute when it is mirrored at the query."""
+        batch, heads, queries, keys = self.shape
+        rises = value[..., 1:] - value[..., :-1] if value.shape[-1] > 1 else value[..., :0]
+        both = (alive[..., 1:] & alive[..., :-1]) if alive.shape[-1] > 1 else alive
+        shape = torch.broadcast_shapes(rises.shape, both.shape)
+        if torch.Size(shape).numel() == 0:
+            return Signed()
+        seen, steps = both.expand(shape), rises.expand(shape)
+        scale = _AFFINE * float(value.abs().max())
+        high = torch.where(seen, steps, -torch.inf).amax(dim=(-2, -1))
+        low = torch.where(seen, steps, torch.inf).amin(dim=(-2, -1))
+        if bool(((high - low)[torch.isfinite(high)] <= scale).all()):
+            return Signed()
+        if queries != keys:
+            return None
+        offset = torch.arange(keys) - torch.arange(queries)[:, None]
+        mirrored = torch.where(offset[:, :-1] < 0, steps, -steps)
+        high = torch.where(seen, mirrored, -torch.inf).amax(dim=(-2, -1))
+        low = torch.where(seen, mirrored, torch.inf).amin(dim=(-2, -1))
+        return Absolute() if bool(((high - low)[torch.isfinite(high)] <= scale).all()) else None
+
+    def _miss(self, value: Tensor, alive: Tensor) -> Miss:
+        steps = value[..., 1:] - value[..., :-1]
+        spread = float((steps.amax(-1) - steps.amin(-1)).max())
+        return Miss(
+            "affine",
+            f"the bias is not one slope per head times the key position: from one key to the next it changes by amounts "
+            f"that differ by up to {spread:.3g} within a row",
+            3,
+            "ALiBi: a bias that changes by the same slope from every key to the next",
+        )
+
+    def _views(self, term: ScoreTerm) -> tuple[float, Operand, Operand] | None:
+        """Slope and clock as operands, when the term is a product of the two."""
+        lead, index, rows = self._samples(term)
+        reader = Reader(self.program, self.sizes)
+        try:
+            terms = reader.position(term.node, index, rows)
+        except Unreadable:
+            return None
+        if len(terms) != 1 or len(terms[0].rows) != len(rows) or len(terms[0].factors) != 2:
+            return None
+        numbers = terms[0].coefficient
+        if bool((numbers != numbers[0]).any()) or float(numbers[0].imag) != 0:
+            return None
+        views = [self._view(factor, lead) for factor in terms[0].factors]
+        if views[0] is None or views[1] is None:
+            return None
+        slopes, clock = (views[0], views[1]) if _KEY in views[1].token_axes else (views[1], views[0])
+        if not set(slopes.token_axes) <= {_BATCH, _HEAD} or _KEY not in clock.token_axes or _HEAD in clock.token_axes:
+            return None
+        return float(numbers[0].real), slopes, clock
+
+    def _samples(self, term: ScoreTerm) -> tuple[Index, Index, Tensor]:
+        """Sampled (batch, head, query, key), and the element of the term each of them sees."""
+        choices = [torch.tensor(sorted({0, 1, size // 2, size - 1} & set(range(size)))) for size in self.shape]
+        grid = torch.cartesian_prod(*choices).reshape(-1, 4)
+        lead = tuple(grid[:, axis] for axis in range(4))
+        shape = self.sizes.shape(term.node)
+        full: Index = lead
+        if term.folded or len(shape) == 3 and require_fake(self.layer.query).dim() == 3:
+            full = (lead[0] * self.shape[_HEAD] + lead[1], lead[2], lead[3])
+        return lead, broadcast(full, shape), torch.arange(len(grid))
+
+    def _view(self, factor: Factor, lead: Index) -> Operand | None:
+        if factor.part not in ("value", "reciprocal"):
+            return None
+        node = self.program.representative(factor.node)
+        plane = torch.zeros_like(lead[0])
+        axes = fit(self.program, node, factor.index, lead, plane, self.sizes, (*self.shape, 1))
+        return None if axes is None else Operand(node, axes, factor.part)
+
+    def _unit(self, clock: Operand, alive: Tensor, distance: Distance) -> bool:
+        """Live keys of a row are one step apart."""
+        value = self._aligned(clock)
+        rises = value[..., 1:] - value[..., :-1]
+        both = alive[..., 1:] & alive[..., :-1] if alive.shape[-1] > 1 else alive
+        shape = torch.broadcast_shapes(rises.shape, both.shape)
+        return bool((rises.abs().expand(shape)[both.expand(shape)] == 1).all())
+
+    def _aligned(self, clock: Operand) -> Tensor:
+        """The clock with axes batch, head, query, key."""
+        value = self.replay.tensor(clock.node)
+        kept = []
+        for dimension in reversed(range(len(clock.axes))):
+            axis = clock.axes[dimension]
+            if axis.role == "fixed":
+                value = value.select(dimension, axis.offset)
+                continue
+            kept.insert(0, int(axis.role))
+            count = self.shape[int(axis.role)]
+            value = value.index_select(dimension, axis.offset + axis.stride * torch.arange(count))
+        value = value.permute([kept.index(role) for role in sorted(kept)])
+        for role in range(4):
+            if role not in kept:
+                value = value.unsqueeze(role)
+        return value.double()
+
+    def _positions_only(self, clock: Operand, distance: Distance) -> bool:
+        """A clock per key, or a matrix of distances whose last row is one."""
+        return not isinstance(distance, Absolute) or _QUERY in clock.token_axes
+
+    def _table(self, plan: BiasPlan, term: ScoreTerm, distance: Distance) -> BiasPlan | Miss:
+        """A finished table: the slope is taken from its last row."""
+        if isinstance(distance, Absolute) or self.shape[_KEY] < 2 or self.program.taints[term.node] >= Taint.PARAMETER:
+            return Miss("product", "the bias is affine in the key, but slope and position cannot be told apart", 3, "ALiBi")
+        lead, index, _ = self._samples(term)
+        view = self._view(Factor(term.node, index), lead)
+        if view is None:
+            return Miss("product", "the table of biases is not regular enough to be handed to an operator", 3, "ALiBi")
+        return replace(plan, table=last_row(view, self.shape[_QUERY]), distance=distance)
+
+    def _causal(self, alive: Tensor, masks: list[ScoreTerm]) -> tuple[bool, int | None]:
+        """Whether the masks are exactly lower-right causal (and a window) for the only size the graph can run at."""
+        _, _, queries, keys = self.shape
+        if not masks:
+            return self.layer.is_causal, None
+        if self.layer.is_causal or any(self.program.taints[term.node] > Taint.STRUCTURE for term in masks):
+            return False, None
+        for term in masks:
+            if any(not isinstance(size, int) for size in require_fake(term.node).shape):
+                return False, None
+            lowest = self.value(term) * term.factor
+            if term.dead is None and bool(((lowest <= DEAD) & (lowest > NEVER)).any()) or term.dead is not None and term.value > NEVER:
+                return False, None
+        offset = torch.arange(keys) - torch.arange(queries)[:, None] - (keys - queries)
+        seen = alive[..., -1, :].expand(*alive.shape[:-2], keys).sum(-1)
+        window = int(seen.max())
+        wanted = (offset <= 0) & (offset > -window)
+        if not bool((alive == wanted).all()) or alive.shape[-2:] != wanted.shape:
+            return False, None
+        return True, None if window >= keys else window
+
+
+def last_row(view: Operand, queries: int) -> Operand:
+    """The view with its query axis fixed at the last query, which sees every key."""
+    axes = tuple(
+        Axis("fixed", axis.offset + axis.stride * (queries - 1)) if axis.role == _QUERY else axis for axis in view.axes
+    )
+    return replace(view, axes=axes)

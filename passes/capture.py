@@ -1,0 +1,158 @@
+"""Bring a model's code into the one dialect: a flat pre-dispatch ATen graph, before autograd, with its inputs' values.
+
+Two doors: an exported program (already in the dialect but for its no-grad submodules), and a Dynamo graph, which is
+retraced with `make_fx(pre_dispatch=True)` under Dynamo's own fake mode so that autograd, mutation and symbolic sizes
+stay as they are. Node provenance survives because the retrace interprets the graph under `preserve_node_meta`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from grape_compile.errors import CaptureError
+from grape_compile.passes.graph import Program, Role
+
+_KINDS = {
+    InputKind.PARAMETER: Role.PARAMETER,
+    InputKind.BUFFER: Role.BUFFER,
+    InputKind.CONSTANT_TENSOR: Role.BUFFER,
+    InputKind.USER_INPUT: Role.INPUT,
+}
+
+
+def capture_dynamo(module: fx.GraphModule, examples: Sequence[Any]) -> Program:
+    """A program from the graph and example inputs a `torch.compile` backend is given.
+
+    Raises CaptureError when the graph cannot be retraced; the caller then runs the original graph.
+    """
+    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
+    fakes = [node.meta.get("example_value", example) for node, example in zip(inputs, examples, strict=True)]
+    try:
+        with fx.traceback.preserve_node_meta():
+            traced = make_fx(fx.Interpreter(module).run, pre_dispatch=True, tracing_mode="symbolic")(*fakes)
+    except Exception as failure:
+        raise CaptureError(
+            "retrace the Dynamo graph into ATen operators",
+            f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure).strip() else ''}",
+            "the original graph runs unchanged",
+        ) from failure
+    placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
+    if len(placeholders) != len(inputs):
+        raise CaptureError("retrace the Dynamo graph", "a graph with other inputs", "the original graph runs unchanged")
+    roles = {new: _dynamo_role(old, example) for new, old, example in zip(placeholders, inputs, examples, strict=True)}
+    values = dict(zip(placeholders, examples, strict=True))
+    return _program(traced, roles, values)
+
+
+def _dynamo_role(node: fx.Node, example: Any) -> Role:
+    """Parameters by type; buffers and tensor attributes of modules by their source, a path that starts at `self`."""
+    if isinstance(example, torch.nn.Parameter):
+        return Role.PARAMETER
+    static = (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type")
+    return Role.BUFFER if static == "unguarded" or node.name.startswith("l_self_") else Role.INPUT
+
+
+def capture_export(program: ExportedProgram, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Program:
+    """A program from a copy of an exported program's graph, its no-grad submodules inlined."""
+    module = copy.copy(program.graph_module)
+    module = fx.GraphModule(module, copy.deepcopy(program.graph_module.graph))
+    module.meta.update(program.graph_module.meta)
+    inline_no_grad(module)
+    placeholders = {node.name: node for node in module.graph.nodes if node.op == "placeholder"}
+    examples = _flat_examples(program, args, kwargs)
+    roles: dict[fx.Node, Role] = {}
+    values: dict[fx.Node, Any] = {}
+    for spec in program.graph_signature.input_specs:
+        node = placeholders[spec.arg.name]
+        roles[node] = _KINDS.get(spec.kind, Role.INPUT)
+        if spec.kind is InputKind.USER_INPUT:
+            values[node] = examples.pop(0) if examples else None
+        elif spec.target is not None:
+            values[node] = program.state_dict.get(spec.target, program.constants.get(spec.target))
+    return _program(module, roles, values)
+
+
+def _flat_examples(program: ExportedProgram, args: Sequence[Any], kwargs: dict[str, Any] | None) -> list[Any]:
+    if not args and not kwargs:
+        given = program.example_inputs
+        if given is None:
+            return []
+        args, kwargs = given
+    return list(torch.utils._pytree.tree_leaves((tuple(args), dict(kwargs or {}))))
+
+
+def _program(module: fx.GraphModule, roles: dict[fx.Node, Role], values: dict[fx.Node, Any]) -> Program:
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            value = _attribute(module, str(node.target))
+            values[node] = value if isinstance(value, torch.Tensor) else None
+            roles[node] = Role.PARAMETER if isinstance(value, torch.nn.Parameter) else Role.BUFFER
+            if isinstance(value, torch.Tensor):
+                node.meta.setdefault("val", value)
+    return Program(module, roles, values, frozenset(_no_grad_nodes(module.graph)))
+
+
+def _attribute(module: torch.nn.Module, path: str) -> Any:
+    value: Any = module
+    for name in path.split("."):
+        value = getattr(value, name, None)
+    return value
+
+
+def _no_grad_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """Nodes computed while gradients were switched off inside the graph."""
+    enabled, found = True, []
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target is torch._C._set_grad_enabled:
+            enabled = bool(node.args[0])
+        elif not enabled:
+            found.append(node)
+    return found
+
+
+def inline_no_grad(module: fx.GraphModule) -> None:
+    """Copy the bodies of `wrap_with_set_grad_enabled(False, ...)` into the graph; their results are detached instead."""
+    graph = module.graph
+    for node in list(graph.nodes):
+        if node.op != "call_function" or getattr(node.target, "__name__", "") != "wrap_with_set_grad_enabled":
+            continue
+        enabled, body, *operands = node.args
+        inner = getattr(module, body.target)
+        values = dict(zip((n for n in inner.graph.nodes if n.op == "placeholder"), operands, strict=True))
+        with graph.inserting_before(node):
+            for step in inner.graph.nodes:
+                if step.op == "get_attr":
+                    name = f"{body.target}_{step.target}"
+                    setattr(module, name, _attribute(inner, str(step.target)))
+                    values[step] = graph.create_node("get_attr", name)
+                    values[step].meta = dict(step.meta)
+                elif step.op not in ("placeholder", "output"):
+                    values[step] = graph.node_copy(step, values.__getitem__)
+            results = [_detached(graph, values.get(result, result), enabled) for result in inner.graph.output_node().args[0]]
+        for user in list(node.users):
+            user.replace_all_uses_with(results[user.args[1]])
+            graph.erase_node(user)
+        graph.erase_node(node)
+        if not body.users:
+            graph.erase_node(body)
+    module.recompile()
+
+
+def _detached(graph: fx.Graph, result: Any, enabled: bool) -> Any:
+    value = result.meta.get("val") if isinstance(result, fx.Node) else None
+    if enabled or not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return result
+    detached = graph.call_function(torch.ops.aten.detach.default, (result,))
+    detached.meta = dict(result.meta)
+    return detached
+
+
+

@@ -1,0 +1,112 @@
+"""Recognise a clock: a value that counts positions one by one, as opposed to any function of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from grape_compile.passes.elements import MOVEMENTS
+from grape_compile.passes.graph import Program, Taint, Unreadable, fake, op_name
+from grape_compile.passes.operands import Operand
+from grape_compile.passes.replay import Replay
+
+_COUNTING = MOVEMENTS | {
+    "aten::add", "aten::sub", "aten::rsub", "aten::arange", "aten::cumsum", "aten::masked_fill", "aten::where", "aten::clamp",
+    "aten::clamp_min", "aten::relu", "aten::detach", "aten::index", "aten::index_select", "aten::gather", "aten::ones", "aten::full",
+    "aten::zeros", "aten::new_ones", "aten::ones_like", "aten::zeros_like", "aten::eq", "aten::ne", "aten::scalar_tensor",
+    "aten::linspace", "aten::nonzero", "aten::max", "aten::sum", "aten::bitwise_not", "aten::logical_not", "aten::__and__",
+}  # fmt: skip
+
+
+def is_unit_clock(program: Program, replay: Replay, clock: Operand) -> bool:
+    """True for given positions, and for values that count them: shifted, restarted or masked, never squared or binned.
+
+    An integer input of the graph is given positions whatever it holds. A computed clock must be made of counting
+    operations only, and move by at most one step a token except where it restarts.
+    """
+    if program.taints[clock.node] >= Taint.PARAMETER or clock.part != "value":
+        return False
+    if clock.node.op == "placeholder":
+        return program.taints[clock.node] is Taint.POSITION or _is_index(clock.node)
+    operations = _operations(clock.node)
+    return operations is not None and _steps_by_one(replay, clock, may_rest="aten::cumsum" in operations)
+
+
+def is_steps(program: Program, replay: Replay, clock: Operand, shape: tuple[int, ...]) -> bool:
+    """True when the clock is 0, 1, 2, ... along its one token axis, from the graph's own structure."""
+    if program.taints[clock.node] is not Taint.STRUCTURE or clock.node.op == "placeholder" or len(clock.token_axes) != 1:
+        return False
+    try:
+        values = _along_token(replay, clock)
+    except Unreadable:
+        return False
+    count = shape[clock.token_axes[0]]
+    return values.numel() >= count and torch.equal(values.flatten()[:count].double(), torch.arange(count).double())
+
+
+def _is_index(node: fx.Node) -> bool:
+    value = fake(node)
+    return value is not None and not value.is_floating_point()
+
+
+def _operations(node: fx.Node) -> set[str] | None:
+    """The operations a value is made of, or None when one of them does more than count."""
+    seen, stack, names = {node}, [node], set()
+    while stack:
+        step = stack.pop()
+        if step.op == "placeholder" or not isinstance(step.meta.get("val"), torch.Tensor | tuple | list):
+            continue
+        if step.op != "call_function" or op_name(step) not in _COUNTING and not _masks(step):
+            return None
+        names.add(op_name(step))
+        for operand in step.all_input_nodes:
+            if operand not in seen:
+                seen.add(operand)
+                stack.append(operand)
+    return names
+
+
+def _masks(node: fx.Node) -> bool:
+    """A product with a boolean or integer mask input (BLOOM: `(cumsum(mask) - 1) * mask`), or with the number one."""
+    if op_name(node) != "aten::mul":
+        return False
+    if any(operand == 1 for operand in node.args):
+        return True
+    return any(_is_mask(operand) for operand in node.all_input_nodes) and len(set(node.all_input_nodes)) == 2
+
+
+def _is_mask(node: fx.Node) -> bool:
+    while op_name(node) in MOVEMENTS and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node.op == "placeholder" and _is_index(node)
+
+
+def _along_token(replay: Replay, clock: Operand) -> torch.Tensor:
+    value = replay.tensor(clock.node)
+    for dimension in reversed(range(len(clock.axes))):
+        axis = clock.axes[dimension]
+        if axis.role == "fixed":
+            value = value.select(dimension, axis.offset)
+        else:
+            value = value.narrow(dimension, axis.offset, value.shape[dimension] - axis.offset)[(slice(None),) * dimension + (slice(None, None, axis.stride),)]
+    return value
+
+
+def _steps_by_one(replay: Replay, clock: Operand, may_rest: bool) -> bool:
+    """One step a token; a restart goes to 0 or 1; a count of a mask (`may_rest`) stands still on masked tokens."""
+    try:
+        values = _along_token(replay, clock).double()
+    except Unreadable:
+        return False
+    if values.dim() == 0 or values.shape[-1] < 2:
+        return True
+    rises = values[..., 1:] - values[..., :-1]
+    fine = (rises == 1) | (values[..., 1:] <= 1)
+    if may_rest:
+        fine = fine | (rises == 0)
+    return bool(fine.all()) and (bool((rises == 1).any()) or values.shape[-1] == 2)
+
+
+def is_given(node: fx.Node) -> bool:
+    """True for positions that are an input of the graph."""
+    return node.op == "placeholder" and _is_index(node)

@@ -1,0 +1,256 @@
+"""The one graph dialect, seen by detection: roles of inputs, taint of values, value numbers, sizes.
+
+A `Program` is a flat pre-dispatch ATen graph with the real values of its inputs. Nothing in this file changes it.
+"""
+
+from __future__ import annotations
+
+import enum
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import fx
+
+
+class Role(enum.Enum):
+    """What an input of the graph is to the model."""
+
+    PARAMETER = "parameter"
+    BUFFER = "buffer"
+    INPUT = "input"
+
+
+class Taint(enum.IntEnum):
+    """What a value depends on, ordered: a result carries the largest taint of its operands.
+
+    STRUCTURE: shapes, constants, buffers, aranges. POSITION: integer and boolean inputs as well (positions, masks).
+    PARAMETER: weights. DATA: activations.
+    """
+
+    STRUCTURE = 0
+    POSITION = 1
+    PARAMETER = 2
+    DATA = 3
+
+
+class Unreadable(Exception):
+    """A value that cannot be read here (unbacked symbol, missing real input, unknown op): detection stops, softly."""
+
+
+@dataclass
+class Program:
+    """A flat ATen graph, what its inputs are, and their values where they are known."""
+
+    module: fx.GraphModule
+    roles: Mapping[fx.Node, Role]
+    values: Mapping[fx.Node, Any]
+    no_grad: frozenset[fx.Node] = frozenset()
+    renamed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module.graph
+
+    @cached_property
+    def order(self) -> dict[fx.Node, int]:
+        """Position of every node in the graph as captured."""
+        return {node: index for index, node in enumerate(self.graph.nodes)}
+
+    @cached_property
+    def taints(self) -> dict[fx.Node, Taint]:
+        """Taint of every node."""
+        taints: dict[fx.Node, Taint] = {}
+        for node in self.graph.nodes:
+            taints[node] = _taint(node, taints, self.roles)
+        return taints
+
+    @cached_property
+    def value_numbers(self) -> dict[fx.Node, int]:
+        """Equal numbers mean equal values: pure nodes with equal operators and operands share one."""
+        numbers: dict[fx.Node, int] = {}
+        table: dict[Any, int] = {}
+        for node in self.graph.nodes:
+            key: Any = node
+            if node.op == "call_function" and self.taints[node] <= Taint.PARAMETER and is_pure(node):
+                key = (node.target, _freeze(node.args, numbers), _freeze(node.kwargs, numbers))
+            try:
+                numbers[node] = table.setdefault(key, len(table))
+            except TypeError:
+                numbers[node] = table.setdefault(node, len(table))
+        return numbers
+
+    @cached_property
+    def representatives(self) -> dict[int, fx.Node]:
+        """The first node of every value number."""
+        first: dict[int, fx.Node] = {}
+        for node, number in self.value_numbers.items():
+            first.setdefault(number, node)
+        return first
+
+    def representative(self, node: fx.Node) -> fx.Node:
+        """The first node with the same value."""
+        return self.representatives[self.value_numbers[node]]
+
+    def forget(self) -> None:
+        """Drop what was derived from the graph, after the graph changed."""
+        for name in ("order", "taints", "value_numbers", "representatives"):
+            self.__dict__.pop(name, None)
+
+
+def op_name(node: fx.Node) -> str:
+    """Name of the operator without its overload ("aten::mul"), "getitem", or ""."""
+    if node.op != "call_function":
+        return ""
+    if node.target is operator.getitem:
+        return "getitem"
+    schema = getattr(node.target, "_schema", None)
+    return str(schema.name) if schema is not None else ""
+
+
+def is_pure(node: fx.Node) -> bool:
+    """True when the node neither mutates nor draws random numbers."""
+    if node.op != "call_function":
+        return False
+    if node.target is operator.getitem:
+        return True
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    return not node.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in node.target.tags
+
+
+def fake(node: fx.Node) -> torch.Tensor | None:
+    """The fake tensor of a node, or None when it is no tensor."""
+    value = node.meta.get("val")
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def require_fake(node: fx.Node) -> torch.Tensor:
+    """The fake tensor of a node; Unreadable when it is no tensor."""
+    value = fake(node)
+    if value is None:
+        raise Unreadable(f"{node.name} is not a tensor")
+    return value
+
+
+def module_path(node: fx.Node) -> str:
+    """Qualified name of the module whose code made the node."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    entry = list(stack.values())[-1]
+    path = str(entry[0] if isinstance(entry, tuple) else entry)
+    return clean_path(path)
+
+
+def clean_path(path: str) -> str:
+    """A dotted module path from the spellings of Dynamo ("L['self'].model.layers[0]") and of export ("model.layers.0")."""
+    for old, new in (("L['self']", ""), ("._modules", ""), ("['", "."), ("']", ""), ("[", "."), ("]", "")):
+        path = path.replace(old, new)
+    return path.strip(".")
+
+
+def source_line(node: fx.Node) -> str:
+    """`file:line` of the model's code that made the node."""
+    trace = node.meta.get("stack_trace") or ""
+    frames = [line.strip() for line in trace.splitlines() if line.strip().startswith('File "')]
+    if not frames:
+        return ""
+    file, _, rest = frames[-1].removeprefix('File "').partition('", line ')
+    return f"{file}:{rest.partition(',')[0]}"
+
+
+class Sizes:
+    """Turns symbolic sizes into integers: the hints of the captured example, or a chosen binding of symbols."""
+
+    def __init__(self, binding: Mapping[Any, int] | None = None) -> None:
+        self.binding = dict(binding or {})
+
+    def __call__(self, value: Any) -> int:
+        if isinstance(value, fx.Node):
+            value = value.meta.get("val")
+        if isinstance(value, bool | int):
+            return int(value)
+        if isinstance(value, torch.SymInt):
+            return self._symbolic(value)
+        raise Unreadable(f"{value!r} is no size")
+
+    def _symbolic(self, value: torch.SymInt) -> int:
+        expression = value.node.expr.xreplace(self.binding)
+        if expression.is_number:
+            return int(expression)
+        hint = value.node.hint
+        if hint is None:
+            raise Unreadable(f"{value} has no known value")
+        return int(hint)
+
+    def shape(self, node: fx.Node) -> tuple[int, ...]:
+        """Shape of a node's tensor."""
+        return tuple(self(size) for size in require_fake(node).shape)
+
+
+_SHAPE_ONLY = {
+    "aten::sym_size", "aten::sym_numel", "aten::sym_stride", "aten::size", "aten::zeros_like", "aten::ones_like",
+    "aten::full_like", "aten::empty_like", "aten::new_zeros", "aten::new_ones", "aten::new_full", "aten::new_empty",
+}  # fmt: skip
+_ANGLES = {"aten::cos", "aten::sin", "aten::polar"}
+_LOOKUPS = {"aten::embedding": (0, 1), "aten::index_select": (0, 2), "aten::gather": (0, 2), "aten::index": (0, 1)}
+
+
+def _taint(node: fx.Node, taints: Mapping[fx.Node, Taint], roles: Mapping[fx.Node, Role]) -> Taint:
+    if node.op in ("placeholder", "get_attr"):
+        return _input_taint(node, roles)
+    operands = [taints[operand] for operand in node.all_input_nodes]
+    name = op_name(node)
+    if name in _SHAPE_ONLY:
+        return Taint.STRUCTURE
+    if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and not is_pure(node):
+        return Taint.DATA
+    if not isinstance(node.meta.get("val"), torch.Tensor | tuple | list):
+        return Taint.STRUCTURE if name or node.op == "call_function" else max(operands, default=Taint.STRUCTURE)
+    if name in ("aten::type_as", "aten::expand_as", "aten::view_as", "aten::to") and node.args:
+        return _of(node.args[0], taints)
+    worst = max(operands, default=Taint.STRUCTURE)
+    if worst is Taint.PARAMETER and name in _ANGLES:
+        return Taint.POSITION
+    if worst is Taint.PARAMETER and name in _LOOKUPS:
+        return _lookup_taint(node, taints, *_LOOKUPS[name])
+    return worst
+
+
+def _of(argument: Any, taints: Mapping[fx.Node, Taint]) -> Taint:
+    return taints[argument] if isinstance(argument, fx.Node) else Taint.STRUCTURE
+
+
+def _lookup_taint(node: fx.Node, taints: Mapping[fx.Node, Taint], table: int, index: int) -> Taint:
+    """A weight looked up by positions is a table of positions; looked up by tokens it is an activation."""
+    indices = node.args[index]
+    flat = list(indices) if isinstance(indices, list | tuple) else [indices]
+    if _of(node.args[table], taints) is not Taint.PARAMETER:
+        return Taint.PARAMETER
+    return Taint.STRUCTURE if all(_of(item, taints) is Taint.STRUCTURE for item in flat) else Taint.DATA
+
+
+def _input_taint(node: fx.Node, roles: Mapping[fx.Node, Role]) -> Taint:
+    role = roles.get(node, Role.BUFFER)
+    value = node.meta.get("val")
+    if role is Role.PARAMETER:
+        return Taint.PARAMETER
+    if role is Role.BUFFER or not isinstance(value, torch.Tensor):
+        return Taint.STRUCTURE
+    return Taint.DATA if value.is_floating_point() or value.is_complex() else Taint.POSITION
+
+
+def _freeze(argument: Any, numbers: Mapping[fx.Node, int]) -> Any:
+    if isinstance(argument, fx.Node):
+        return ("value", numbers[argument])
+    if isinstance(argument, list | tuple):
+        return tuple(_freeze(item, numbers) for item in argument)
+    if isinstance(argument, dict):
+        return tuple((key, _freeze(item, numbers)) for key, item in argument.items())
+    if isinstance(argument, slice):
+        return ("slice", _freeze((argument.start, argument.stop, argument.step), numbers))
+    return (type(argument), argument)

@@ -1,0 +1,204 @@
+"""Cut an operator's operand out of an earlier value: fitted from the elements that were read, emitted as view nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from grape_compile.passes.elements import Index
+from grape_compile.passes.graph import Program, Sizes, Unreadable, require_fake
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Where a dimension of the value goes: `role` is "fixed" (element `offset`), "plane", or a target axis number.
+
+    Along an axis the element read for position `i` is `offset + stride * i`.
+    """
+
+    role: str | int
+    offset: int = 0
+    stride: int = 1
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A value seen through `axes`, one of its parts, times a number.
+
+    `detach` cuts its gradient as the model did; `planes` asks for a trailing plane axis.
+    """
+
+    node: fx.Node
+    axes: tuple[Axis, ...]
+    part: str = "value"
+    scale: float = 1.0
+    detach: bool = False
+    planes: bool = False
+
+    @property
+    def has_planes(self) -> bool:
+        return any(axis.role == "plane" for axis in self.axes)
+
+    @property
+    def token_axes(self) -> tuple[int, ...]:
+        return tuple(axis.role for axis in self.axes if isinstance(axis.role, int))
+
+
+def fit(program: Program, node: fx.Node, index: Index, lead: Index, plane: Tensor, sizes: Sizes, counts: Sequence[int]) -> tuple[Axis, ...] | None:
+    """Express every dimension of the read elements through the target's axes or the plane number, or give up.
+
+    `lead` and `plane` say, row by row, for which target position and plane the element `index` was read; `counts` are
+    the sizes of the target's axes followed by the number of planes.
+    """
+    axes: list[Axis] = []
+    used: set[str | int] = set()
+    targets: list[tuple[str | int, Tensor, int]] = [(number, axis, counts[number]) for number, axis in enumerate(lead)]
+    targets.append(("plane", plane, counts[-1]))
+    for dimension, size in zip(index, sizes.shape(node), strict=True):
+        axis = _fit_dimension(dimension, size, targets, used)
+        if axis is None:
+            return None
+        used.add(axis.role)
+        axes.append(axis)
+    return tuple(axes)
+
+
+def _fit_dimension(values: Tensor, size: int, targets: list[tuple[str | int, Tensor, int]], used: set[str | int]) -> Axis | None:
+    if not values.numel() or bool((values == values[0]).all()):
+        return Axis("fixed", int(values[0]) if values.numel() else 0)
+    for role, positions, count in targets:
+        if role in used or count < 2:
+            continue
+        low, high = int(positions.min()), int(positions.max())
+        if low == high:
+            continue
+        rise = int(values[positions == high][0]) - int(values[positions == low][0])
+        if rise % (high - low):
+            continue
+        stride = rise // (high - low)
+        offset = int(values[positions == low][0]) - stride * low
+        if stride > 0 and bool((offset + stride * positions == values).all()):
+            return Axis(role, offset, stride)
+    return None
+
+
+@dataclass
+class Emitter:
+    """Adds nodes to a program's graph, each distinct operand once, with fake values and the origin's metadata."""
+
+    program: Program
+    sizes: Sizes
+    cache: dict[Any, fx.Node] = field(default_factory=dict)
+    ranks: dict[fx.Node, float] = field(default_factory=dict)
+
+    def call(self, after: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
+        """A new pure node right after `after` and the operands."""
+        key = (target, _key(args), _key(tuple((kwargs or {}).items())))
+        if key in self.cache:
+            return self.cache[key]
+        graph = self.program.graph
+        place = max([after, *_nodes(args)], key=self.position)
+        while place.next.op == "placeholder" or place.next in self.ranks:
+            place = place.next
+        with graph.inserting_after(place):
+            node = graph.call_function(target, args, kwargs or {})
+        self.annotate(node, after)
+        self.ranks[node] = self.position(place) + (len(self.ranks) + 1) * 1e-9
+        self.cache[key] = node
+        return node
+
+    def position(self, node: fx.Node) -> float:
+        """Where a node stands in the graph, new nodes included."""
+        known = self.program.order.get(node)
+        return float(known) if known is not None else self.ranks[node]
+
+    def annotate(self, node: fx.Node, origin: fx.Node) -> None:
+        """Fake value and provenance of a new node."""
+        for name in ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn"):
+            if name in origin.meta:
+                node.meta[name] = origin.meta[name]
+        node.meta["val"] = fake_value(node)
+
+    def rotated(self, operand: Operand, target: fx.Node, planes: int) -> fx.Node:
+        """The operand shaped to broadcast against `target.shape[:-1]`, with a plane axis behind where it asks for one."""
+        counts: dict[str | int, Any] = dict(enumerate(require_fake(target).shape[:-1]))
+        wanted = [*counts, *(["plane"] if operand.planes else [])]
+        return self.operand(operand, wanted, {**counts, "plane": planes})
+
+    def operand(self, operand: Operand, wanted: Sequence[str | int], counts: Mapping[str | int, Any]) -> fx.Node:
+        """The operand with its axes in the order `wanted`, size 1 where it has none, leading ones left away."""
+        node = self._part(operand)
+        if operand.detach and require_fake(node).is_floating_point():
+            node = self.call(node, aten.detach.default, (node,))
+        names: list[str | int] = []
+        for axis in operand.axes:
+            dimension = len(names)
+            if axis.role == "fixed":
+                node = self.call(node, aten.select.int, (node, dimension, axis.offset))
+                continue
+            node = self._slice(node, axis, dimension, counts[axis.role])
+            names.append(axis.role)
+        order = sorted(range(len(names)), key=lambda dimension: wanted.index(names[dimension]))
+        if order != list(range(len(order))):
+            node = self.call(node, aten.permute.default, (node, order))
+        present = [names[dimension] for dimension in order]
+        first = wanted.index(present[0]) if present else len(wanted) - 1
+        for dimension, name in enumerate(wanted[first:]):
+            if name not in present:
+                node = self.call(node, aten.unsqueeze.default, (node, dimension))
+        if operand.scale != 1.0:
+            node = self.call(node, aten.mul.Tensor, (node, operand.scale))
+        return node
+
+    def _part(self, operand: Operand) -> fx.Node:
+        node = operand.node
+        if operand.part == "reciprocal":
+            return self.call(node, aten.reciprocal.default, (node,))
+        if operand.part in ("real", "imag"):
+            pairs = self.call(node, aten.view_as_real.default, (node,))
+            return self.call(node, aten.select.int, (pairs, -1, 0 if operand.part == "real" else 1))
+        return node
+
+    def _slice(self, node: fx.Node, axis: Axis, dimension: int, count: Any) -> fx.Node:
+        have = require_fake(node).shape[dimension]
+        if axis.offset == 0 and axis.stride == 1 and _same(have, count):
+            return node
+        if isinstance(count, torch.SymInt):
+            raise Unreadable("a table cut to a symbolic length")
+        stop = axis.offset + axis.stride * (count - 1) + 1
+        return self.call(node, aten.slice.Tensor, (node, dimension, axis.offset, stop, axis.stride))
+
+
+def fake_value(node: fx.Node) -> Any:
+    """What a node's operator gives for fake operands."""
+    args, kwargs = fx.node.map_aggregate(
+        (node.args, dict(node.kwargs)), lambda item: item.meta["val"] if isinstance(item, fx.Node) else item
+    )
+    mode = torch._guards.detect_fake_mode([operand.meta.get("val") for operand in node.all_input_nodes])
+    assert callable(node.target)
+    if mode is None:
+        return node.target(*args, **kwargs)
+    with mode:
+        return node.target(*args, **kwargs)
+
+
+def _same(first: Any, second: Any) -> bool:
+    if isinstance(first, torch.SymInt) and isinstance(second, torch.SymInt):
+        return bool(first.node.expr == second.node.expr)
+    return isinstance(first, int) and isinstance(second, int) and first == second
+
+
+def _nodes(args: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.node.map_arg(args, lambda node: found.append(node) or node)
+    return found
+
+
+def _key(value: Any) -> Any:
+    return tuple(_key(item) for item in value) if isinstance(value, list | tuple) else value

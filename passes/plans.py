@@ -1,0 +1,65 @@
+"""What detection hands to rewriting: plans that say which value becomes which operator call, and misses that say why not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from grape_compile.encoding import Rotation
+from grape_compile.passes.elements import Factor, Index, Reader
+from grape_compile.passes.graph import Program
+from grape_compile.passes.operands import Operand
+from grape_compile.passes.replay import Replay
+
+
+@dataclass(frozen=True)
+class RotationPlan:
+    """A rotation found: `output` equals `encoding` applied to `input` with `operands` in the slots of `operator`.
+
+    `encoding` describes, `operator` is what is called: it reads frequencies and positions from slots, so that a model
+    may change them. Plans of equal `key` compute the same function of their input.
+    """
+
+    input: fx.Node
+    output: fx.Node
+    encoding: Rotation
+    operator: Rotation
+    operands: tuple[Operand, ...]
+    evidence: str
+    region: tuple[fx.Node, ...]
+    key: object = None
+
+
+@dataclass(frozen=True)
+class Miss:
+    """Why a candidate is no rotation: the rule it broke, in a sentence, and how far it came (higher is nearer)."""
+
+    rule: str
+    reason: str
+    depth: int
+    nearest: str = ""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One coefficient of the per-token matrix: output channel, input channel, number, and the position-side factor."""
+
+    out: int
+    source: int
+    number: float
+    factor: Factor | None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A candidate as it was read: the sampled target positions `lead` of a map from `source` to `output` of `shape`."""
+
+    program: Program
+    replay: Replay
+    reader: Reader
+    source: fx.Node
+    output: fx.Node
+    region: tuple[fx.Node, ...]
+    lead: Index
+    shape: tuple[int, ...]

@@ -1,0 +1,115 @@
+"""Replay parts of a program in fp64: the oracle of detection and verification.
+
+Casts to a lower precision become casts to fp64, asserts are skipped, inputs keep their own (stored) values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+
+from grape_compile.passes.graph import Program, Sizes, Taint, Unreadable, fake, op_name
+
+_LARGEST = 1 << 27
+"""Elements of one value: 1 GiB in fp64. A larger value is not worth an oracle."""
+
+
+def exact(value: Any) -> Any:
+    """The same value in fp64 or complex128; integers and booleans unchanged."""
+    if isinstance(value, Tensor):
+        if value.is_complex():
+            return value.detach().to(torch.complex128)
+        return value.detach().to(torch.float64) if value.is_floating_point() else value.detach()
+    if isinstance(value, torch.dtype):
+        return torch.complex128 if value.is_complex else torch.float64 if value.is_floating_point else value
+    if isinstance(value, list | tuple):
+        return type(value)(exact(item) for item in value)
+    return value
+
+
+class Replay:
+    """Values of nodes in fp64, computed once each; `bound` fixes the values of chosen nodes."""
+
+    def __init__(self, program: Program, sizes: Sizes | None = None, bound: Mapping[fx.Node, Any] | None = None) -> None:
+        self.program = program
+        self.sizes = sizes or Sizes()
+        self.known: dict[fx.Node, Any] = dict(bound or {})
+
+    def __call__(self, node: fx.Node) -> Any:
+        """Value of a node; Unreadable where an input has no real value or an operator cannot be replayed."""
+        for step in self._missing(node):
+            self.known[step] = self._run(step)
+        return self.known[node]
+
+    def tensor(self, node: fx.Node) -> Tensor:
+        value = self(node)
+        if not isinstance(value, Tensor):
+            raise Unreadable(f"{node.name} is not a tensor")
+        return value
+
+    def branch(self, bound: Mapping[fx.Node, Any]) -> Replay:
+        """A replay that shares what is known on the position side and fixes further nodes."""
+        known = {node: value for node, value in self.known.items() if self.program.taints.get(node, Taint.DATA) < Taint.DATA}
+        return Replay(self.program, self.sizes, {**known, **bound})
+
+    def _missing(self, node: fx.Node) -> list[fx.Node]:
+        order: list[fx.Node] = []
+        stack, seen = [(node, False)], set()
+        while stack:
+            step, ready = stack.pop()
+            if ready:
+                order.append(step)
+            elif step not in self.known and step not in seen:
+                seen.add(step)
+                stack.append((step, True))
+                stack.extend((operand, False) for operand in self._operands(step))
+        return order
+
+    def _operands(self, node: fx.Node) -> list[fx.Node]:
+        if not isinstance(node.meta.get("val"), Tensor | tuple | list):
+            return []
+        return [operand for operand in node.all_input_nodes if not self._metadata_only(node, operand)]
+
+    def _metadata_only(self, node: fx.Node, operand: fx.Node) -> bool:
+        return operand not in self.known and self._taint(node) < Taint.DATA and self._taint(operand) is Taint.DATA
+
+    def _taint(self, node: fx.Node) -> Taint:
+        return self.program.taints.get(node, Taint.DATA)
+
+    def _run(self, node: fx.Node) -> Any:
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt | int) and not isinstance(value, bool):
+            return self.sizes(value)
+        if node.op in ("placeholder", "get_attr"):
+            return self._input(node)
+        if node.op != "call_function" or (op_name(node) == "" and not isinstance(node.target, torch._ops.OpOverload)):
+            raise Unreadable(f"{node.name} ({node.op}) cannot be replayed")
+        if isinstance(value, Tensor) and value.numel() and torch.Size(self.sizes.shape(node)).numel() > _LARGEST:
+            raise Unreadable(f"{node.name} has more than {_LARGEST} elements")
+        args, kwargs = fx.node.map_aggregate((node.args, dict(node.kwargs)), lambda item: self._argument(node, item))
+        try:
+            assert callable(node.target)
+            return exact(node.target(*args, **kwargs))
+        except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as failure:
+            raise Unreadable(f"{op_name(node)} cannot be replayed in fp64: {failure}") from failure
+
+    def _argument(self, node: fx.Node, item: Any) -> Any:
+        if isinstance(item, fx.Node):
+            if item in self.known:
+                return self.known[item]
+            if self._metadata_only(node, item) and fake(item) is not None:
+                return torch.zeros((), dtype=torch.float64).expand(self.sizes.shape(item))
+            return self.sizes(item)
+        if isinstance(item, torch.SymInt):
+            return self.sizes(item)
+        return exact(item) if isinstance(item, torch.dtype) else item
+
+    def _input(self, node: fx.Node) -> Any:
+        value = self.program.values.get(node)
+        if value is None or isinstance(value, FakeTensor) or isinstance(value, Tensor) and value.is_meta:
+            raise Unreadable(f"the input {node.name} has no value here")
+        return exact(value)

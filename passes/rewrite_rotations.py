@@ -1,0 +1,169 @@
+"""Replace rotations by `grape::rotate`.
+
+What: every verified rotation; q and k that turn by the same angles share one call.
+Leaves alone: a site whose operands cannot be cut out of the graph, whose fp64 replay differs, or whose values are
+    mutated in between: it becomes a refusal.
+Ensures: consumers see a value of the same shape and dtype at the same place.
+Cost: one reading and one replay per distinct region.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+import grape_compile.operators  # noqa: F401 - registers torch.ops.grape
+from grape_compile.passes.base import Outcome, Pass
+from grape_compile.passes.graph import Program, Sizes, Unreadable, is_pure, module_path, op_name, require_fake, source_line
+from grape_compile.passes.operands import Emitter
+from grape_compile.passes.plans import Miss, RotationPlan
+from grape_compile.passes.replay import Replay
+from grape_compile.passes.rotations import detect_rotations
+from grape_compile.passes.site import Refusal, Site
+from grape_compile.passes.verify import verify_rotation
+
+
+@dataclass
+class _Ready:
+    plan: RotationPlan
+    operands: tuple[fx.Node, ...]
+    error: float
+
+
+@dataclass(frozen=True)
+class RewriteRotations(Pass):
+    """Rotations become `grape::rotate` nodes."""
+
+    def run(self, program: Program) -> Outcome:
+        plans, misses = detect_rotations(program)
+        outcome = Outcome(refusals=[refusal(node, miss) for node, miss in misses])
+        emitter, replay = Emitter(program, Sizes()), Replay(program)
+        ready: list[_Ready] = []
+        verified: dict[object, float] = {}
+        for plan in plans:
+            try:
+                ready.append(_prepare(program, plan, emitter, replay, verified))
+            except Unreadable as reason:
+                outcome.refusals.append(
+                    refusal(plan.output, Miss("verification", f"{plan.encoding} was recognised but not used: {reason}", 9, str(plan.encoding)))
+                )
+        for group in _groups(program, emitter, ready):
+            _replace(program, emitter, group)
+            outcome.sites += [_site(item) for item in group]
+        remove_unused(program.graph, [*(item.plan.output for item in ready), *emitter.ranks])
+        return outcome
+
+
+def refusal(node: fx.Node, miss: Miss) -> Refusal:
+    """A miss as the report shows it."""
+    return Refusal(miss.rule, miss.reason, node.name, module_path(node), source_line(node), miss.nearest)
+
+
+def _site(item: _Ready) -> Site:
+    node, plan = item.plan.output, item.plan
+    return Site("rotation", plan.encoding, module_path(node), source_line(node), plan.evidence, item.error, "grape::rotate")
+
+
+def _prepare(program: Program, plan: RotationPlan, emitter: Emitter, replay: Replay, verified: dict[object, float]) -> _Ready:
+    hazard = mutation_between(program, plan.region, plan.output)
+    if hazard is not None:
+        raise Unreadable(f"{hazard.name} changes a value in place while it is being rotated")
+    planes = plan.operator.planes.count
+    operands = tuple(emitter.rotated(operand, plan.input, planes) for operand in plan.operands)
+    key = (plan.key, operands)
+    if key not in verified:
+        verified[key] = verify_rotation(plan, operands, replay)
+    return _Ready(plan, operands, verified[key])
+
+
+def mutation_between(program: Program, region: Iterable[fx.Node], output: fx.Node) -> fx.Node | None:
+    """A node that writes, between the first read of the region and its output, into something the region reads."""
+    order = program.order
+    touched = {_base(operand) for node in region for operand in (node, *node.all_input_nodes)}
+    start = min(order[node] for node in region)
+    for node in program.graph.nodes:
+        if not start < order.get(node, -1) < order[output] or node.op != "call_function":
+            continue
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or not schema.is_mutable:
+            continue
+        if any(_base(operand) in touched for operand in node.all_input_nodes[:1]):
+            return node
+    return None
+
+
+_VIEWS = {"aten::view", "aten::transpose", "aten::permute", "aten::slice", "aten::select", "aten::expand", "aten::unsqueeze", "aten::squeeze", "aten::reshape",
+          "aten::alias", "aten::t", "aten::flatten", "aten::unflatten", "aten::detach", "aten::contiguous", "aten::to", "aten::split", "aten::chunk", "aten::unbind",
+          "aten::split_with_sizes", "aten::narrow", "getitem", "aten::view_as_real", "aten::view_as_complex"}  # fmt: skip
+
+
+def _base(node: fx.Node) -> fx.Node:
+    while op_name(node) in _VIEWS and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _groups(program: Program, emitter: Emitter, ready: list[_Ready]) -> list[list[_Ready]]:
+    """Rotations that one call can serve: equal operator and operands, all inputs ready before the first use."""
+    groups: list[list[_Ready]] = []
+    for item in ready:
+        last = groups[-1] if groups else None
+        if last is not None and _fits(emitter, [*last, item]):
+            last.append(item)
+        else:
+            groups.append([item])
+    return groups
+
+
+def _fits(emitter: Emitter, group: list[_Ready]) -> bool:
+    first = group[0]
+    if any(item.plan.operator != first.plan.operator or item.operands != first.operands for item in group[1:]):
+        return False
+    if any(require_fake(item.plan.input).dim() != require_fake(first.plan.input).dim() for item in group[1:]):
+        return False
+    start = max(emitter.position(item.plan.input) for item in group)
+    uses = [emitter.position(user) for item in group for user in item.plan.output.users]
+    return all(start < use for use in uses) and len({item.plan.input for item in group}) == len(group)
+
+
+def _replace(program: Program, emitter: Emitter, group: list[_Ready]) -> None:
+    graph = program.graph
+    tensors = [_cast(emitter, item.plan.input, require_fake(item.plan.output).dtype) for item in group]
+    place = max([*tensors, *group[0].operands], key=emitter.position)
+    call = emitter.call(place, torch.ops.grape.rotate.default, (tensors, list(group[0].operands), str(group[0].plan.operator)))
+    for position, item in enumerate(group):
+        output = item.plan.output
+        value = emitter.call(call, operator.getitem, (call, position))
+        value = _cast(emitter, value, require_fake(output).dtype)
+        for name in ("stack_trace", "nn_module_stack"):
+            if name in output.meta:
+                call.meta[name] = value.meta[name] = output.meta[name]
+        output.replace_all_uses_with(value)
+        if graph.find_nodes(op="output") and value.name != output.name:
+            program.renamed[output.name] = value.name
+
+
+def _cast(emitter: Emitter, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    have = require_fake(node).dtype
+    if have == dtype or torch.promote_types(have, dtype) == have and op_name(node) != "getitem":
+        return node
+    return emitter.call(node, torch.ops.aten.to.dtype, (node, dtype))
+
+
+def remove_unused(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
+    """Erase pure nodes nothing uses any more, starting at `nodes`; random and mutating nodes stay."""
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node._erased or node.users or not is_pure(node) and op_name(node) != "aten::_assert_tensor_metadata":
+            continue
+        operands = node.all_input_nodes
+        graph.erase_node(node)
+        stack.extend(operands)
+
+
+__all__ = ["RewriteRotations", "mutation_between", "refusal", "remove_unused"]

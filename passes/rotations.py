@@ -1,0 +1,302 @@
+"""Find rotations by what they compute.
+
+What: every value that is, token by token, a block rotation of one earlier activation: 2 x 2 planes turned by angles
+    that depend on the position alone, other coordinates untouched.
+How: regions linear in one activation are read exactly (elements.py); their coefficients are followed back to cos and
+    sin of clock times frequency ("proved"), or to tables whose use is a rotation whatever they hold ("tables").
+Leaves alone: anything else. A place that mixes channels with position-dependent coefficients and is not a rotation
+    becomes a refusal.
+Cost: one structural pass over the graph; one reading per distinct region, identical layers share it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from grape_compile.passes.elements import COMPLEX, MOVEMENTS, PRODUCTS, SUMS, Index, Reader, Term
+from grape_compile.passes.graph import Program, Sizes, Taint, Unreadable, fake, is_pure, op_name
+from grape_compile.passes.planes import name_rotation
+from grape_compile.passes.plans import Entry, Miss, Reading, RotationPlan
+from grape_compile.passes.replay import Replay
+
+_SAMPLES = 48
+
+
+def detect_rotations(program: Program) -> tuple[list[RotationPlan], list[tuple[fx.Node, Miss]]]:
+    """All rotations of a program, and the places that mix channels by position without being one."""
+    return _Finder(program).find()
+
+
+class _Finder:
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.roots = self._roots()
+        self.cache: dict[object, tuple[RotationPlan, tuple[fx.Node, ...]] | Miss] = {}
+        self.replay = Replay(program)
+
+    # -- regions -----------------------------------------------------------------------------------------------------
+
+    def _roots(self) -> dict[fx.Node, tuple[fx.Node, bool]]:
+        """For every activation: the activation it is linear in, and whether a position-side factor is involved."""
+        roots: dict[fx.Node, tuple[fx.Node, bool]] = {}
+        for node in self.program.graph.nodes:
+            if self.program.taints[node] is not Taint.DATA:
+                continue
+            roots[node] = self._linear_root(node, roots) or (node, False)
+        return roots
+
+    def _linear_root(self, node: fx.Node, roots: dict[fx.Node, tuple[fx.Node, bool]]) -> tuple[fx.Node, bool] | None:
+        name = op_name(node)
+        if name not in MOVEMENTS and name not in SUMS and name not in PRODUCTS and name not in COMPLEX:
+            return None
+        if not is_pure(node) or name != "getitem" and not isinstance(node.meta.get("val"), torch.Tensor | tuple | list):
+            return None
+        operands = node.all_input_nodes
+        taints = [self.program.taints[operand] for operand in operands]
+        if any(taint is Taint.PARAMETER for taint in taints):
+            return None
+        data = [roots[operand] for operand, taint in zip(operands, taints, strict=True) if taint is Taint.DATA]
+        if len({root for root, _ in data}) != 1:
+            return None
+        if name in ("aten::add", "aten::sub", "aten::rsub", *_JOIN_NAMES) and len(data) != len(operands):
+            return None
+        factor = name in PRODUCTS and len(data) < len(operands) and self._varies(operands)
+        return data[0][0], factor or any(mixed for _, mixed in data)
+
+    def _varies(self, operands: Iterable[fx.Node]) -> bool:
+        for operand in operands:
+            value = fake(operand)
+            if self.program.taints[operand] is not Taint.DATA and value is not None and value.dim() > 0:
+                return True
+        return False
+
+    def _candidates(self) -> Iterable[fx.Node]:
+        for node, (root, mixed) in self.roots.items():
+            if mixed and root is not node and op_name(node) in _COMPLETIONS and fake(node) is not None:
+                yield node
+
+    def region(self, output: fx.Node) -> tuple[fx.Node, ...]:
+        """The activations between the root and `output`, in graph order, root first."""
+        root = self.roots[output][0]
+        seen, stack = {output}, [output]
+        while stack:
+            node = stack.pop()
+            if node is root:
+                continue
+            for operand in node.all_input_nodes:
+                if self.program.taints[operand] is Taint.DATA and operand not in seen:
+                    seen.add(operand)
+                    stack.append(operand)
+        return tuple(sorted(seen, key=self.program.order.__getitem__))
+
+    def inputs(self, region: Sequence[fx.Node]) -> list[fx.Node]:
+        """Nodes of the region every path runs through, earliest first: where the operator's input may be taken.
+
+        A factor common to all channels (the score scale) stays outside of the rotation.
+        """
+        members = set(region)
+        trunk: list[fx.Node] = []
+        for node in region:
+            trunk = [node] if op_name(node) in PRODUCTS else [*trunk, node]
+            users = [user for user in node.users if user in members]
+            if len(users) != 1:
+                break
+        return trunk
+
+    # -- search ------------------------------------------------------------------------------------------------------
+
+    def find(self) -> tuple[list[RotationPlan], list[tuple[fx.Node, Miss]]]:
+        found: list[RotationPlan] = []
+        misses: list[tuple[fx.Node, Miss, tuple[fx.Node, ...]]] = []
+        for output in self._candidates():
+            region = self.region(output)
+            result = self._read(output, region)
+            if isinstance(result, RotationPlan):
+                found.append(result)
+            elif result is not None:
+                misses.append((output, result, region))
+        return self._maximal(found), self._refusals(found, misses)
+
+    def _maximal(self, found: list[RotationPlan]) -> list[RotationPlan]:
+        """Of rotations one inside the other keep the one over the most channels, and of equals the earliest."""
+        kept: list[RotationPlan] = []
+        for plan in sorted(found, key=lambda plan: (-plan.encoding.planes.head_dim, self.program.order[plan.output])):
+            if not any(set(plan.region[1:]) & set(other.region[1:]) - _trunk(plan, other) for other in kept):
+                kept.append(plan)
+        return sorted(kept, key=lambda plan: self.program.order[plan.output])
+
+    def _refusals(self, found: list[RotationPlan], misses: list[tuple[fx.Node, Miss, tuple[fx.Node, ...]]]) -> list[tuple[fx.Node, Miss]]:
+        """Of the failures around one activation keep the nearest miss, unless the place became a rotation after all."""
+        covered = {node for plan in found for node in plan.region if self.roots[node][1]}
+        nearest: dict[frozenset[fx.Node], tuple[fx.Node, Miss]] = {}
+        for output, miss, region in misses:
+            core = frozenset(node for node in region if self._is_seed(node))
+            if miss.depth == 0 or not core or core & covered:
+                continue
+            group = next((key for key in nearest if key & core), core)
+            held = nearest.pop(group, None)
+            best = (output, miss) if held is None or miss.depth > held[1].depth else held
+            nearest[group | core] = best
+        return list(nearest.values())
+
+    def _is_seed(self, node: fx.Node) -> bool:
+        root, mixed = self.roots[node]
+        return mixed and not any(self.roots.get(operand, (root, False))[1] for operand in node.all_input_nodes)
+
+    def _read(self, output: fx.Node, region: tuple[fx.Node, ...]) -> RotationPlan | Miss | None:
+        signature = self._signature(region)
+        held = self.cache.get(signature)
+        if isinstance(held, Miss):
+            return held
+        if held is not None:
+            plan, nodes = held
+            return replace(plan, input=region[nodes.index(plan.input)], output=output, region=region)
+        result = self._read_new(output, region)
+        if isinstance(result, RotationPlan):
+            result = replace(result, key=signature)
+            self.cache[signature] = (result, region)
+        elif result is not None:
+            self.cache[signature] = result
+        return result
+
+    def _signature(self, region: tuple[fx.Node, ...]) -> object:
+        """Equal for regions that compute the same function of their root: same operators, same position-side values."""
+        place = {node: number for number, node in enumerate(region)}
+        numbers = self.program.value_numbers
+
+        def freeze(argument: object) -> object:
+            if isinstance(argument, fx.Node):
+                return ("region", place[argument]) if argument in place else ("value", numbers[argument])
+            if isinstance(argument, list | tuple):
+                return tuple(freeze(item) for item in argument)
+            return (type(argument), argument)
+
+        body = tuple((node.target, freeze(node.args), freeze(tuple(node.kwargs.items()))) for node in region[1:])
+        value = fake(region[0])
+        return body, None if value is None else (tuple(map(str, value.shape)), value.dtype)
+
+    def _read_new(self, output: fx.Node, region: tuple[fx.Node, ...]) -> RotationPlan | Miss | None:
+        nearest: Miss | None = None
+        for source in self.inputs(region):
+            if fake(source) is None or source is output:
+                continue
+            try:
+                result = _Reading(self.program, self.replay, source, output, region).plan()
+            except Unreadable as reason:
+                result = Miss("readable", f"the values between {source.name} and {output.name} cannot be read: {reason}", 0)
+            if isinstance(result, RotationPlan):
+                return result
+            if nearest is None or result.depth >= nearest.depth:
+                nearest = result
+        return nearest
+
+
+_JOIN_NAMES = ("aten::cat", "aten::concat", "aten::concatenate", "aten::stack")
+_COMPLETIONS = {*_JOIN_NAMES, "aten::add", "aten::sub", "aten::addcmul", "aten::sum", "aten::view", "aten::reshape", "aten::flatten", "aten::mul"}
+
+
+def _trunk(plan: RotationPlan, other: RotationPlan) -> set[fx.Node]:
+    """Nodes two regions share because both start at the same activation, before either has rotated anything."""
+    shared = set(plan.region) & set(other.region)
+    inside = {node for each in (plan, other) for node in each.region[each.region.index(each.input) + 1 :]}
+    return shared - inside
+
+
+class _Reading:
+    """One candidate: the map from `source` to `output`, read at sampled tokens for all channels."""
+
+    def __init__(self, program: Program, replay: Replay, source: fx.Node, output: fx.Node, region: tuple[fx.Node, ...]) -> None:
+        self.program, self.replay = program, replay
+        self.source, self.output, self.region = source, output, region
+        self.sizes = Sizes()
+        self.reader = Reader(program, self.sizes)
+
+    def plan(self) -> RotationPlan | Miss:
+        shape = self.reader.shape(self.output)
+        if len(shape) < 2 or self.reader.shape(self.source) != shape or shape[-1] < 2:
+            return Miss("shape", "input and output differ in shape", 0)
+        if not 0 not in shape:
+            return Miss("shape", "the example has no elements", 0)
+        self.shape = shape
+        self.width = shape[-1]
+        self.lead, self.index = _sample(shape)
+        self.rows = torch.arange(self.index[-1].numel())
+        entries = self._entries(self.reader.linear(self.output, self.source, self.index, self.rows))
+        if isinstance(entries, Miss):
+            return entries
+        return self._classify(entries)
+
+    def _entries(self, terms: list[Term]) -> list[list[Entry]] | Miss:
+        """The per-token matrix, one list of entries per output channel, the same for every sampled token."""
+        columns: list[list[Entry]] = [[] for _ in range(self.width)]
+        samples = self.rows.numel() // self.width
+        for term in terms:
+            if term.source is None:
+                return Miss("linear", "a position-dependent constant is added", 0)
+            if any(not torch.equal(axis, at[term.rows]) for axis, at in zip(term.source[1][:-1], self.index[:-1], strict=True)):
+                return Miss("token-local", "an output token is made of several tokens", 0)
+            if bool((term.coefficient.imag != 0).any()):
+                return Miss("real", "a coefficient is not real", 0)
+            miss = self._columns(term, samples, columns)
+            if miss is not None:
+                return miss
+        return columns
+
+    def _columns(self, term: Term, samples: int, columns: list[list[Entry]]) -> Miss | None:
+        assert term.source is not None
+        channel = self.index[-1][term.rows]
+        order = torch.argsort(channel, stable=True)
+        channels, counts = torch.unique_consecutive(channel[order], return_counts=True)
+        if bool((counts != samples).any()):
+            return Miss("token-local", "tokens are treated differently", 0)
+        by_channel = order.reshape(len(channels), samples)
+        sources, numbers = term.source[1][-1][by_channel], term.coefficient.real[by_channel]
+        if bool((sources != sources[:, :1]).any()) or bool((numbers != numbers[:, :1]).any()):
+            return Miss("token-local", "tokens are treated differently", 0)
+        for position, out in enumerate(channels.tolist()):
+            pick = by_channel[position]
+            number = float(numbers[position, 0])
+            if number == 0:
+                continue
+            factors = term.take(pick).factors
+            if len(factors) > 1:
+                return Miss("degree", "a coefficient is a product of several position-side values", 1)
+            columns[out].append(Entry(out, int(sources[position, 0]), number, factors[0] if factors else None))
+        return None
+
+    def _classify(self, columns: list[list[Entry]]) -> RotationPlan | Miss:
+        through: dict[int, int] = {}
+        mixed: dict[int, list[Entry]] = {}
+        for out, entries in enumerate(columns):
+            if len(entries) == 2 and entries[0].source != entries[1].source:
+                mixed[out] = sorted(entries, key=lambda entry: entry.source)
+            elif len(entries) == 1 and entries[0].factor is None and entries[0].number == 1.0:
+                through[out] = entries[0].source
+            elif not any(len(column) > 1 for column in columns):
+                return Miss("mixing", "channels are only scaled", 0)
+            else:
+                return Miss("planes", f"output channel {out} is not a combination of exactly two input channels", 1)
+        if not mixed:
+            return Miss("mixing", "no two channels are mixed", 0)
+        if any(entry.factor is None for pair in mixed.values() for entry in pair):
+            return Miss("planes", "channels are mixed with constant coefficients", 0 if all(e.factor is None for p in mixed.values() for e in p) else 1)
+        reading = Reading(self.program, self.replay, self.reader, self.source, self.output, self.region, self.lead, self.shape)
+        return name_rotation(reading, mixed, through)
+
+
+def _sample(shape: tuple[int, ...]) -> tuple[Index, Index]:
+    """Sampled target positions (one row each) and the index of all their channels."""
+    choices = [sorted({0, 1, size // 2, size - 1} & set(range(size))) for size in shape[:-1]]
+    grid = torch.cartesian_prod(*(torch.tensor(choice) for choice in choices)).reshape(-1, len(choices))
+    if len(grid) > _SAMPLES:
+        generator = torch.Generator().manual_seed(0)
+        inner = torch.randperm(len(grid) - 2, generator=generator)[: _SAMPLES - 2] + 1
+        grid = torch.cat([grid[:1], grid[inner.sort().values], grid[-1:]])
+    lead = tuple(grid[:, axis] for axis in range(len(choices)))
+    width = shape[-1]
+    channel = torch.arange(width).repeat(len(grid))
+    return lead, (*(axis.repeat_interleave(width) for axis in lead), channel)

@@ -1,0 +1,39 @@
+"""Verify a plan before it is carried out: the original region in fp64 against the operator's reference in fp64."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from grape_compile.operators import reference_rotate
+from grape_compile.passes.graph import Unreadable
+from grape_compile.passes.plans import RotationPlan
+from grape_compile.passes.replay import Replay
+
+TOLERANCE = 1e-9
+"""Largest difference to the fp64 replay, relative to its largest value. Both sides use the model's own stored tables,
+so what is left is fp64 rounding (1e-15 times the length of the longest sum)."""
+
+
+def verify_rotation(plan: RotationPlan, operands: tuple[fx.Node, ...], replay: Replay) -> float:
+    """Largest absolute difference between the region and the operator on random input; Unreadable if either fails."""
+    shape = replay.sizes.shape(plan.input)
+    query = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    original = replay.branch({plan.input: query}).tensor(plan.output)
+    slots = dict(zip(plan.operator.slots, (replay.tensor(node) for node in operands), strict=True))
+    (rewritten,) = reference_rotate([query], plan.operator, slots)
+    return difference(original, rewritten)
+
+
+TABLE_TOLERANCE = 3e-6
+"""The same where the operator recomputes a table the model stores in fp32 (24 bits, a few roundings)."""
+
+
+def difference(original: torch.Tensor, rewritten: torch.Tensor, table: bool = False) -> float:
+    """Largest absolute difference; Unreadable when the shapes differ or it exceeds the tolerance."""
+    if original.shape != rewritten.shape:
+        raise Unreadable(f"the operator gives shape {tuple(rewritten.shape)} where the model has {tuple(original.shape)}")
+    error = float((original - rewritten).abs().max()) if original.numel() else 0.0
+    if not error <= (TABLE_TOLERANCE if table else TOLERANCE) * max(1.0, float(original.abs().max()) if original.numel() else 1.0):
+        raise Unreadable(f"the operator differs from the model's own code by {error:.3g} in fp64")
+    return error
