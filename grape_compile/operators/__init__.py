@@ -3,7 +3,16 @@
 Importing this package registers the operators as `torch.ops.grape.rotate` and `torch.ops.grape.attend`.
 """
 
-from grape_compile.operators.reference import reference_rotate
+from grape_compile.operators.attention import attend
+from grape_compile.operators.reference import reference_attend, reference_bias, reference_rotate
 from grape_compile.operators.rotation import decompositions, rotate, rotate_decomposition
 
-__all__ = ["decompositions", "reference_rotate", "rotate", "rotate_decomposition"]
+__all__ = [
+    "attend",
+    "decompositions",
+    "reference_attend",
+    "reference_bias",
+    "reference_rotate",
+    "rotate",
+    "rotate_decomposition",
+]

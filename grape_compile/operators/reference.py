@@ -117,17 +117,17 @@ def reference_bias(encoding: Encoding, slots: Slots, query_length: int, keys: Te
     clock = _clock(encoding.clock, length, keys, slots)
     if clock.dim() == 1:
         clock = clock.unsqueeze(0)
-    # [..., B or 1, 1, T_q, T_k]; a leading axis of coordinates where the distance is Euclidean and has several.
-    rows = torch.arange(length - query_length, length, device=keys.device)
-    outside = (rows < 0)[:, None]
-    apart = clock[..., None, None, :] - clock[..., rows.clamp(min=0)][..., None, :, None]
     if isinstance(encoding.clock, Steps):
-        apart = (torch.arange(length, device=keys.device) - rows[:, None]).to(keys.dtype)[None, None]
+        rows = torch.arange(length - query_length, length, dtype=keys.dtype, device=keys.device)[None]
+    else:
+        rows = clock[..., length - query_length :]
+    # [B or 1, 1, T_q, T_k], with the coordinates in front where the distance is Euclidean and there are several.
+    apart = clock[..., None, None, :] - rows[..., None, :, None]
     if isinstance(encoding.distance, Signed):
-        return slopes * apart.masked_fill(outside, 0.0)
+        return slopes * apart
     if isinstance(encoding.distance, Absolute) or apart.dim() == 4:
-        return -slopes * apart.abs().masked_fill(outside, 0.0)
-    return -slopes * apart.norm(dim=0).masked_fill(outside, 0.0)
+        return -slopes * apart.abs()
+    return -slopes * apart.norm(dim=0)
 
 
 def _slopes(slopes: Slopes, like: Tensor, slots: Slots) -> Tensor:

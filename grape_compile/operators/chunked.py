@@ -1,0 +1,153 @@
+"""Attention in plain torch, a few queries at a time: runs on every device, computes everything in float32 or more.
+
+Also what the fast providers fall back on for the rows that need the logits themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import torch
+from torch import Tensor
+
+from grape_compile.operators.bias import spread, spread_gradient
+from grape_compile.operators.call import AttendCall, Gradients, cut, sum_heads
+
+#: Logits that may be in memory at once; several arrays of this size are alive in the backward pass.
+MAX_LOGITS: Final = 1 << 22
+
+
+def supports(call: AttendCall) -> Literal[True]:
+    """Every call that passed its checks."""
+    return True
+
+
+def forward(call: AttendCall) -> tuple[Tensor, Tensor]:
+    """Return the output [B, H, T_q, D_v] and logsumexp [B, H, T_q] of a call."""
+    output, logsumexp = empty_result(call)
+    for rows in row_chunks(call):
+        weights = Weights(call, rows)
+        output[:, :, rows] = weights.output()
+        logsumexp[:, :, rows] = weights.logsumexp
+    return output, logsumexp
+
+
+def backward(call: AttendCall, gradient: Tensor, output: Tensor, logsumexp: Tensor) -> Gradients:
+    """Return the gradients of a call for a cotangent of its output; the weights are computed again."""
+    sums = Sums(call)
+    for rows in row_chunks(call):
+        Weights(call, rows).add_gradients(gradient[:, :, rows], sums)
+    return sums.gradients()
+
+
+def empty_result(call: AttendCall) -> tuple[Tensor, Tensor]:
+    """Allocate output and logsumexp: the output lies in memory as [B, T_q, H, D_v], ready to join its heads."""
+    batch, heads, length, _ = call.query.shape
+    output = call.query.new_empty(batch, length, heads, call.value.shape[3]).transpose(1, 2)
+    return output, call.query.new_empty((batch, heads, length), dtype=call.dtype)
+
+
+def row_chunks(call: AttendCall) -> Iterator[slice]:
+    """Cut the queries so that the logits of a chunk stay below `MAX_LOGITS`."""
+    batch, heads, length, _ = call.query.shape
+    size = max(1, min(256, MAX_LOGITS // max(1, batch * heads * call.key.shape[2])))
+    return (slice(start, min(start + size, length)) for start in range(0, length, size))
+
+
+class Sums:
+    """Gradients of one call while its chunks are summed, in the compute dtype."""
+
+    def __init__(self, call: AttendCall) -> None:
+        self.call = call
+        batch, heads, keys, _ = call.keys.shape
+        axes = 1 if call.bias is None or call.bias.clock is None else call.bias.clock.shape[0]
+        self.query = self._zeros(call.query.shape)
+        self.key = self._zeros(call.keys.shape)
+        self.value = self._zeros(call.values.shape)
+        self.slopes = self._zeros((batch, heads))
+        self.clock = self._zeros((axes, batch, keys))
+        self.mask = self._zeros(call.mask.shape) if call.mask is not None and call.wants_mask_gradient else None
+
+    def _zeros(self, shape: Sequence[int]) -> Tensor:
+        return self.call.query.new_zeros(shape, dtype=self.call.dtype)
+
+    def gradients(self) -> Gradients:
+        """Round to the dtypes of the operands and sum over grouped heads."""
+        call = self.call
+        return Gradients(
+            self.query.to(call.query.dtype),
+            sum_heads(self.key, call.groups).to(call.key.dtype),
+            sum_heads(self.value, call.groups).to(call.value.dtype),
+            self.slopes if call.wants_bias_gradient else None,
+            self.clock if call.wants_bias_gradient else None,
+            self.mask,
+        )
+
+
+@dataclass(frozen=True)
+class _Operands:
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+class Weights:
+    """Softmax weights of some queries over the keys they may see, [B, H, rows, keys], in the compute dtype."""
+
+    def __init__(self, call: AttendCall, rows: slice) -> None:
+        self.call, self.rows, self.keys = call, rows, call.key_range(rows)
+        dtype = call.dtype
+        self.operands = _Operands(
+            call.query[:, :, rows].to(dtype),
+            call.keys[:, :, self.keys].to(dtype),
+            call.values[:, :, self.keys].to(dtype),
+        )
+        logits = (self.operands.query @ self.operands.key.mT).mul_(call.scale)
+        added = call.logit_block(rows, self.keys)
+        if added is not None:
+            logits += added
+        lowest = torch.finfo(dtype).min
+        # A row without a key has no largest logit; with the lowest finite one in its place its weights are zero.
+        largest = (
+            logits.amax(-1, keepdim=True).clamp_(min=lowest)
+            if logits.shape[-1]
+            else logits.new_full((*logits.shape[:-1], 1), lowest)
+        )
+        weights = logits.sub_(largest).exp_()
+        total = weights.sum(-1, keepdim=True)
+        self.logsumexp = (largest + total.log()).squeeze(-1)
+        self.weights = weights.div_(torch.where(total == 0, 1.0, total))
+
+    def output(self) -> Tensor:
+        """Return weights @ values, [B, H, rows, D_v], in the compute dtype."""
+        return self.weights @ self.operands.value
+
+    def add_gradients(self, cotangent: Tensor, sums: Sums) -> None:
+        """Add what these rows contribute to all gradients, for the cotangent [B, H, rows, D_v] of their output."""
+        call, wide = self.call, cotangent.to(self.call.dtype)
+        sums.value[:, :, self.keys] += self.weights.mT @ wide
+        logits = wide @ self.operands.value.mT
+        logits -= (logits * self.weights).sum(-1, keepdim=True)
+        logits *= self.weights
+        sums.query[:, :, self.rows] += (logits @ self.operands.key).mul_(call.scale)
+        sums.key[:, :, self.keys] += (logits.mT @ self.operands.query).mul_(call.scale)
+        if sums.mask is not None:
+            part = cut(cut(sums.mask, 2, self.rows), 3, self.keys)
+            part += logits.sum_to_size(part.shape)
+        if call.wants_bias_gradient:
+            self._add_bias_gradients(logits, sums)
+
+    def _add_bias_gradients(self, logits: Tensor, sums: Sums) -> None:
+        bias, offset = self.call.bias, self.call.offset
+        assert bias is not None, "no bias has a gradient where there is none"
+        at = slice(self.rows.start + offset, self.rows.stop + offset)
+        apart = bias.apart(at, self.keys)
+        sums.slopes += (logits * spread(bias.distance, apart).unsqueeze(1)).sum((-2, -1))
+        if bias.clock is None:
+            return
+        by_difference = (logits * bias.slopes[..., None, None]).sum(1)
+        by_clock = by_difference * spread_gradient(bias.distance, apart)
+        sums.clock[..., self.keys] += by_clock.sum(-2)
+        sums.clock[..., at] -= by_clock.sum(-1)
