@@ -34,7 +34,7 @@ def test_every_site_is_found_and_the_model_is_left_alone(row: Architecture) -> N
 
 
 class Fingerprint:
-    """Everything that must not change in a model: its tensors and their values, its modules, their attributes."""
+    """What must not change in a model: its tensors and their values, its modules, their attributes."""
 
     def __init__(self, model: nn.Module) -> None:
         self.tensors = self.tensors_of(model)
