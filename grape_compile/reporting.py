@@ -118,9 +118,13 @@ def _cells(row: Row[Site]) -> tuple[str, ...]:
         f"x{len(row.members)}",
         str(site.encoding),
         site.evidence,
-        f"{max(errors):.0e}" if errors else "-",
+        _error(max(errors)) if errors else "-",
         site.lowering,
     )
+
+
+def _error(value: float) -> str:
+    return f"{value:.0e}" if value else "0"
 
 
 def _fold(found: Iterable[_Found], key: Callable[[_Found], Hashable]) -> list[Row[_Found]]:

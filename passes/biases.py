@@ -10,6 +10,7 @@ Cost: one evaluation per distinct term.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, fx
 from grape_compile.encoding import Absolute, Distance, Signed
 from grape_compile.passes.attention import Attention, ScoreTerm, find_attention
 from grape_compile.passes.clocks import is_given
-from grape_compile.passes.elements import Factor, Index, Reader, broadcast
+from grape_compile.passes.elements import Factor, Index, Reader, Term, broadcast
 from grape_compile.passes.graph import Program, Sizes, Taint, Unreadable, require_fake
 from grape_compile.passes.operands import Axis, Operand, fit
 from grape_compile.passes.plans import Miss
@@ -88,6 +89,8 @@ class _Layer:
         if self.layer.obstacle:
             return Miss("attention", f"the layer adds a position bias, but {self.layer.obstacle}", 3)
         if len(biases) > 1:
+            if any(self._is_learned(term.node) for term in biases):
+                return self._miss(next(term for term in biases if self._is_learned(term.node)), self.value(biases[0]))
             return Miss("terms", f"{len(biases)} biases are added to the scores of one layer", 2)
         alive = self._alive(masks)
         return self._affine(biases[0], alive, masks)
@@ -143,7 +146,7 @@ class _Layer:
         value = self.value(term)
         distance = self._distance(value, alive)
         if distance is None:
-            return self._miss(value, alive)
+            return self._miss(term, value)
         views = self._views(term)
         if views is None:
             return self._table(plan, term, distance)
@@ -177,7 +180,9 @@ class _Layer:
         low = torch.where(seen, mirrored, torch.inf).amin(dim=(-2, -1))
         return Absolute() if bool(((high - low)[torch.isfinite(high)] <= scale).all()) else None
 
-    def _miss(self, value: Tensor, alive: Tensor) -> Miss:
+    def _miss(self, term: ScoreTerm, value: Tensor) -> Miss:
+        if self._is_learned(term.node):
+            return Miss("table", "the bias is looked up in a learned table of relative positions: it has no slope", 2)
         steps = value[..., 1:] - value[..., :-1]
         spread = float((steps.amax(-1) - steps.amin(-1)).max())
         return Miss(
@@ -188,12 +193,39 @@ class _Layer:
             "ALiBi: a bias that changes by the same slope from every key to the next",
         )
 
+    def _is_learned(self, node: fx.Node) -> bool:
+        """A value made of weights, directly or by looking them up."""
+        seen, stack = {node}, [node]
+        while stack:
+            step = stack.pop()
+            if self.program.taints[step] is Taint.PARAMETER:
+                return True
+            new = [operand for operand in step.all_input_nodes if operand not in seen]
+            seen.update(new)
+            stack += new
+        return False
+
     def _views(self, term: ScoreTerm) -> tuple[float, Operand, Operand] | None:
         """Slope and clock as operands, when the term is a product of the two."""
         lead, index, rows = self._samples(term)
         reader = Reader(self.program, self.sizes)
+        for read in (reader.position, reader.product):
+            found = self._factors(read, term.node, index, rows)
+            if found is None:
+                continue
+            number, factors = found
+            views = [self._view(factor, lead) for factor in factors]
+            if views[0] is None or views[1] is None:
+                continue
+            slopes, clock = (views[0], views[1]) if _KEY in views[1].token_axes else (views[1], views[0])
+            if set(slopes.token_axes) <= {_BATCH, _HEAD} and _KEY in clock.token_axes and _HEAD not in clock.token_axes:
+                return number, slopes, clock
+        return None
+
+    def _factors(self, read: Callable[[fx.Node, Index, Tensor], list[Term]], node: fx.Node, index: Index, rows: Tensor) -> tuple[float, tuple[Factor, ...]] | None:
+        """A number and exactly two elements whose product a term is, for every sampled row."""
         try:
-            terms = reader.position(term.node, index, rows)
+            terms = read(node, index, rows)
         except Unreadable:
             return None
         if len(terms) != 1 or len(terms[0].rows) != len(rows) or len(terms[0].factors) != 2:
@@ -201,13 +233,7 @@ class _Layer:
         numbers = terms[0].coefficient
         if bool((numbers != numbers[0]).any()) or float(numbers[0].imag) != 0:
             return None
-        views = [self._view(factor, lead) for factor in terms[0].factors]
-        if views[0] is None or views[1] is None:
-            return None
-        slopes, clock = (views[0], views[1]) if _KEY in views[1].token_axes else (views[1], views[0])
-        if not set(slopes.token_axes) <= {_BATCH, _HEAD} or _KEY not in clock.token_axes or _HEAD in clock.token_axes:
-            return None
-        return float(numbers[0].real), slopes, clock
+        return float(numbers[0].real), terms[0].factors
 
     def _samples(self, term: ScoreTerm) -> tuple[Index, Index, Tensor]:
         """Sampled (batch, head, query, key), and the element of the term each of them sees."""

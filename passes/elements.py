@@ -145,7 +145,7 @@ class Reader:
             return [Term(rows, _ones(rows))]
         if not self._readable_position(node, name):
             return [Term(rows, _ones(rows), (Factor(node, index),))]
-        return self._pull(node, index, rows, self.position_of)
+        return self._pull(node, index, rows, self.position)
 
     def element(self, factor: Factor, rows: Tensor) -> list[Term]:
         """A factor followed back to the leaves it is made of."""
@@ -155,8 +155,12 @@ class Reader:
             return [Term(rows, _ones(rows), (factor,))]
         return self.position(factor.node, factor.index, rows)
 
-    def position_of(self, node: fx.Node, index: Index, rows: Tensor) -> list[Term]:
-        return self.position(node, index, rows)
+    def product(self, node: fx.Node, index: Index, rows: Tensor) -> list[Term]:
+        """Elements of a position-side value as products of elements of the two values the model multiplies last."""
+        name = op_name(node)
+        if not self._readable_position(node, name):
+            return [Term(rows, _ones(rows), (Factor(node, index),))]
+        return self._pull(node, index, rows, self.product if name in MOVEMENTS or name in ("aten::neg", "aten::detach") else _leaf)
 
     def _readable_position(self, node: fx.Node, name: str) -> bool:
         if name == "aten::detach":
@@ -415,6 +419,10 @@ class Reader:
             (first, tuple(index[output.index(letter)] for letter in left)),
             (second, tuple(index[output.index(letter)] for letter in right)),
         )
+
+
+def _leaf(node: fx.Node, index: Index, rows: Tensor) -> list[Term]:
+    return [Term(rows, _ones(rows), (Factor(node, index),))]
 
 
 def _ones(rows: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from grape_compile.encoding import Absolute, Bias, Learned, Positions, Steps, Table, describe_slopes
-import grape_compile.operators as _o; reference_attend = getattr(_o, "reference_attend", None)
+from grape_compile.operators import reference_attend
 from grape_compile.passes.attention import ScoreTerm
 from grape_compile.passes.base import Outcome, Pass
 from grape_compile.passes.biases import BiasPlan, detect_biases, last_row

@@ -101,11 +101,14 @@ class _Finder:
         members = set(region)
         trunk: list[fx.Node] = []
         for node in region:
-            trunk = [node] if op_name(node) in PRODUCTS else [*trunk, node]
+            trunk = [node] if self._is_scaling(node) else [*trunk, node]
             users = [user for user in node.users if user in members]
             if len(users) != 1:
                 break
         return trunk
+
+    def _is_scaling(self, node: fx.Node) -> bool:
+        return op_name(node) in PRODUCTS and sum(fake(operand) is not None for operand in node.all_input_nodes) == 1
 
     # -- search ------------------------------------------------------------------------------------------------------
 

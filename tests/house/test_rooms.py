@@ -36,7 +36,14 @@ print(sorted({{name.partition(".")[0] for name in set(sys.modules) - before}} & 
 
 @pytest.mark.parametrize("module", ["grape_compile.encoding", "grape_compile.errors"])
 def test_the_ground_floor_works_without_torch(module: str) -> None:
-    program = f"import sys; sys.modules['torch'] = None; import {module}; print({module}.__name__)"
+    program = f"""
+import sys, types
+sys.modules["torch"] = None
+package = sys.modules["grape_compile"] = types.ModuleType("grape_compile")
+package.__path__ = [{str(ROOT / "grape_compile")!r}]
+import {module}
+print(sys.modules["{module}"].__name__)
+"""
     assert python(program) == module
 
 
