@@ -1,0 +1,132 @@
+"""What an encoding means: plain Python written from the equations, independent of the operators."""
+
+from __future__ import annotations
+
+import math
+import random
+import zlib
+from collections.abc import Sequence
+
+from grape_compile.encoding import (
+    Absolute,
+    Accumulated,
+    Bias,
+    Clock,
+    Compose,
+    Encoding,
+    Euclidean,
+    Nope,
+    Rotation,
+    Signed,
+    Slopes,
+    Spectrum,
+    Steps,
+    Tables,
+)
+
+AXES = 3
+
+
+def numbers(slot: str, count: int) -> list[float]:
+    """The content of a slot, the same at each reading."""
+    source = random.Random(zlib.crc32(slot.encode()))
+    return [source.uniform(-2.0, 2.0) for _ in range(count)]
+
+
+def head_dim(encoding: Encoding) -> int:
+    """The head size of the rotations inside, or 2 where any size will do."""
+    if isinstance(encoding, Rotation):
+        return encoding.head_dim
+    return max(map(head_dim, encoding.parts)) if isinstance(encoding, Compose) else 2
+
+
+def matrix(encoding: Encoding, size: int, token: int) -> list[list[float]]:
+    """The matrix whose rows are the images of the unit vectors for the token at this index."""
+    units = [[float(i == k) for i in range(size)] for k in range(size)]
+    return [image(encoding, unit, token) for unit in units]
+
+
+def image(encoding: Encoding, vector: list[float], token: int) -> list[float]:
+    if isinstance(encoding, Compose):
+        for part in encoding.parts:
+            vector = image(part, vector, token)
+        return vector
+    if isinstance(encoding, Rotation):
+        return _rotated(encoding, vector, token)
+    assert isinstance(encoding, Bias | Nope)
+    return vector
+
+
+def bias(encoding: Encoding, head: int, query: int, key: int) -> float:
+    """The number added to the logit."""
+    if isinstance(encoding, Compose):
+        return math.fsum(bias(part, head, query, key) for part in encoding.parts)
+    if not isinstance(encoding, Bias):
+        return 0.0
+    here, there = _times(encoding.clock, query), _times(encoding.clock, key)
+    slopes = _slopes(encoding.slopes)
+    slope = slopes[head % len(slopes)]
+    match encoding.distance:
+        case Signed():
+            return slope * (there[0] - here[0])
+        case Absolute():
+            return -slope * abs(there[0] - here[0])
+        case Euclidean():
+            return -slope * math.dist(there, here)
+    raise AssertionError(encoding)
+
+
+def _rotated(rotation: Rotation, vector: list[float], token: int) -> list[float]:
+    if rotation.basis is not None:
+        size = len(vector)
+        basis = [numbers(f"{rotation.basis}{row}", size) for row in range(size)]
+        vector = [
+            math.fsum(vector[row] * basis[row][column] for row in range(size)) for column in range(size)
+        ]
+    source, target = rotation.planes.pairs(), (rotation.out or rotation.planes).pairs()
+    result = dict(
+        zip(_outside(target, len(vector)), (vector[i] for i in _outside(source, len(vector))), strict=True)
+    )
+    for (i0, i1), (o0, o1), (cos, sin) in zip(source, target, _angles(rotation, token), strict=True):
+        sin *= rotation.orientation
+        result[o0] = rotation.scale * (cos * vector[i0] - sin * vector[i1])
+        result[o1] = rotation.scale * (sin * vector[i0] + cos * vector[i1])
+    return [result[i] for i in range(len(vector))]
+
+
+def _angles(rotation: Rotation, token: int) -> list[tuple[float, float]]:
+    """Cosine and sine of each plane before orientation."""
+    count = rotation.planes.count
+    if isinstance(rotation.clock, Tables):
+        angles = numbers(f"{rotation.clock.cos}{rotation.clock.sin}{token}", count)
+    else:
+        assert rotation.spectrum is not None
+        times = _times(rotation.clock, token)
+        frequencies = _frequencies(rotation.spectrum, count)
+        angles = [
+            times[axis] * theta for axis, theta in zip(rotation.planes.axes(), frequencies, strict=True)
+        ]
+    return [(math.cos(angle), math.sin(angle)) for angle in angles]
+
+
+def _times(clock: Clock, token: int) -> list[float]:
+    if isinstance(clock, Steps):
+        return [float(token)]
+    (slot,) = clock.slots
+    streams = [numbers(f"{slot}{axis}", token + 1) for axis in range(AXES)]
+    if isinstance(clock, Accumulated):
+        return [math.fsum(stream if clock.inclusive else stream[:-1]) for stream in streams]
+    return [stream[-1] for stream in streams]
+
+
+def _frequencies(spectrum: Spectrum, count: int) -> Sequence[float]:
+    return numbers(spectrum.slots[0], count) if spectrum.slots else spectrum.frequencies(count)
+
+
+def _slopes(slopes: Slopes) -> Sequence[float]:
+    return numbers(slopes.slots[0], 2) if slopes.slots else slopes.values()
+
+
+def _outside(pairs: Sequence[tuple[int, int]], size: int) -> list[int]:
+    inside = {coordinate for pair in pairs for coordinate in pair}
+    return [coordinate for coordinate in range(size) if coordinate not in inside]
