@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from attention_layers import BiasedAttention, causal
+from attention_layers import HEAD_DIM, HEADS, HIDDEN, BiasedAttention, causal
 from torch import Tensor, nn
 
 Bias = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -164,6 +164,25 @@ def both_ways_by_distance(query: Tensor, key: Tensor, value: Tensor, slopes: Ten
     return (scores_of(query, key) + bias).softmax(dim=-1) @ value
 
 
+class KeptTable(nn.Module):
+    """The right bias, mask included, in a buffer that anybody may write to after it was looked at."""
+
+    table: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        steps = torch.arange(64)
+        bias = linear(torch.tensor([0.25, 0.0625])[:, None, None], steps[:, None], steps)
+        self.register_buffer("table", bias.masked_fill(~causal(64), float("-inf")))
+        self.qkv = nn.Linear(HIDDEN, 3 * HIDDEN, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        query, key, value = self.qkv(x).view(batch, length, 3, HEADS, HEAD_DIM).permute(2, 0, 3, 1, 4)
+        scores = scores_of(query, key) + self.table[:, :length, :length]
+        return torch.matmul(scores.softmax(-1), value).transpose(1, 2).flatten(-2)
+
+
 def _layer(attention: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Callable[[], nn.Module]:
     return lambda: BiasedAttention(attention)
 
@@ -189,6 +208,7 @@ BIAS_MUTANTS: tuple[BiasMutant, ...] = (
     *(BiasMutant(wrong.__name__, _layer(wrong), told=False) for wrong in NOT_ADDED),
     BiasMutant("both_ways_signed", _layer(both_ways_signed), refused=False),
     BiasMutant("both_ways_by_distance", _layer(both_ways_by_distance), refused=False),
+    BiasMutant("kept_table", KeptTable, refused=False),
     BiasMutant("constant_added", added(slopes_as_given), refused=False),
     BiasMutant("of_the_previous_key", added(of_the_previous_key), refused=False),
     BiasMutant("rewarding_distance", added(rewarding_distance), refused=False),

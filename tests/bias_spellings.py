@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from attention_layers import HEAD_DIM, HEADS, HIDDEN, BiasedAttention, causal
+from attention_layers import HEAD_DIM, HEADS, BiasedAttention, causal
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -174,24 +174,6 @@ class LearnedSlopes(nn.Module):
         return out
 
 
-class KeptTable(nn.Module):
-    """The whole bias, mask included, in a buffer that is cut to the length of the sequence."""
-
-    table: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        slopes = torch.tensor([0.25, 0.0625])
-        self.register_buffer("table", fill_above_diagonal(by_distance(slopes, 64)))
-        self.qkv = nn.Linear(HIDDEN, 3 * HIDDEN, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, length, _ = x.shape
-        query, key, value = self.qkv(x).view(batch, length, 3, HEADS, HEAD_DIM).permute(2, 0, 3, 1, 4)
-        scores = scores_of(query, key) + self.table[:, :length, :length]
-        return torch.matmul(scores.softmax(-1), value).transpose(1, 2).flatten(-2)
-
-
 def _row(attention: Attention) -> BiasSpelling:
     return BiasSpelling(attention.__name__, lambda: BiasedAttention(attention))
 
@@ -217,5 +199,4 @@ BIAS_SPELLINGS: tuple[BiasSpelling, ...] = (
     _row(sliding_window),
     _row(softmax_in_wider_type),
     BiasSpelling("learned_slopes", lambda: LearnedSlopes(distance_then_masked_fill)),
-    BiasSpelling("kept_table", KeptTable),
 )

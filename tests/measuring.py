@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from architectures import Architecture, draw_parameters, output_of
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -40,13 +40,27 @@ def _widen(value: Any) -> Any:
     return torch.float64 if value is torch.float32 else value
 
 
-class GrapeCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves the class untyped
-    """Counts what ran of ours: tensors given to `grape::rotate`, calls of `grape::attend`."""
+class GrapeCalls(TorchDispatchMode):
+    """A backend that runs a graph as it is and counts what ran of ours.
+
+    `rotated` is the number of tensors given to `grape::rotate`, `attended` the number of calls of
+    `grape::attend`, since the last `reset`. It is a backend because torch.compile steps aside while a mode is
+    active around it.
+    """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # as above
-        self.rotated = 0
-        self.attended = 0
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self.reset()
+
+    def reset(self) -> None:
+        self.rotated = self.attended = 0
+
+    def __call__(self, module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        def counted(*args: Any) -> Any:
+            with self:
+                return module(*args)
+
+        return counted
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

@@ -116,8 +116,10 @@ def scale_missing_on_the_sine(x: Tensor, angle: Tensor) -> Tensor:
 
 
 def scale_on_one_half(x: Tensor, angle: Tensor) -> Tensor:
-    first, second = halves(turn(x, angle))
-    return torch.cat((1.2 * first, second), dim=-1)
+    scale = torch.where(torch.arange(HEAD_DIM) < HALF, 1.2, 1.0).to(x.dtype)
+    cos, sin = wide(angle)
+    first, second = halves(x)
+    return x * (scale * cos) + torch.cat((-second, first), dim=-1) * (scale * sin)
 
 
 def cosine_squared(x: Tensor, angle: Tensor) -> Tensor:

@@ -202,9 +202,10 @@ def copies_between(x: Tensor, angle: Tensor) -> Tensor:
     return (x.clone() * cos.contiguous() + rotate_half(x.clone()).contiguous() * sin.clone()).clone()
 
 
-def distributed(x: Tensor, angle: Tensor) -> Tensor:
-    """Two halves of the input, turned apart and added."""
-    return plain(0.5 * x, angle) + plain(x * 0.5, angle)
+def as_a_change(x: Tensor, angle: Tensor) -> Tensor:
+    """The input, and what the rotation changes about it."""
+    cos, sin = wide(angle)
+    return x + (x * (cos - 1) + rotate_half(x) * sin)
 
 
 def transposed_and_back(x: Tensor, angle: Tensor) -> Tensor:
@@ -382,7 +383,7 @@ METAMORPHIC = tuple(
         casts_between,
         views_between,
         copies_between,
-        distributed,
+        as_a_change,
         transposed_and_back,
     )
 )

@@ -23,17 +23,19 @@ def outputs(model: nn.Module, **more: object) -> Tensor:
         return output_of(model(**LLAMA.inputs(), **more))
 
 
+CALLS = GrapeCalls()
+
+
 def rotated_by(model: nn.Module) -> int:
+    """Tensors that `grape::rotate` turns in a forward pass of a model compiled with `backend=CALLS`."""
+    CALLS.reset()
     outputs(model)
-    calls = GrapeCalls()
-    with calls:
-        outputs(model)
-    return calls.rotated
+    return CALLS.rotated
 
 
 @pytest.fixture
 def model() -> nn.Module:
-    compiled: nn.Module = grape_compile(LLAMA.build(), backend="eager")
+    compiled: nn.Module = grape_compile(LLAMA.build(), backend=CALLS)
     outputs(compiled)
     return compiled
 
@@ -75,7 +77,7 @@ def test_restore_of_a_plain_model_changes_nothing() -> None:
 
 
 def test_a_second_call_replaces_the_first(model: nn.Module) -> None:
-    again = grape_compile(model, backend="eager", dynamic=True)
+    again = grape_compile(model, backend=CALLS, dynamic=True)
     assert again is model
     assert rotated_by(model) == LLAMA.rotations
     assert len(report(model).sites) == LLAMA.sites
@@ -83,7 +85,7 @@ def test_a_second_call_replaces_the_first(model: nn.Module) -> None:
 
 def test_compiled_again_after_restore(model: nn.Module) -> None:
     restore(model)
-    grape_compile(model, backend="eager")
+    grape_compile(model, backend=CALLS)
     assert rotated_by(model) == LLAMA.rotations
 
 
@@ -133,7 +135,7 @@ def test_a_hook_on_a_layer_runs() -> None:
     model.get_submodule("model.layers.0.self_attn.q_proj").register_forward_hook(
         lambda module, args, output: shapes.append(output.shape)
     )
-    grape_compile(model, backend="eager")
+    grape_compile(model, backend=CALLS)
     assert rotated_by(model) == LLAMA.rotations
     assert shapes
 

@@ -90,9 +90,18 @@ def test_the_unmutated_layers_are_rewritten() -> None:
     rotation = RotaryAttention(rotation_mutants.turn, expose=True)
     biased = bias_mutants.added(bias_mutants.linear)()
     for layer, rotated, attended in ((rotation, 2, 0), (biased, 0, 1)):
-        compiled = grape_compile(sharpen(layer), backend="eager")
-        compiled(example())
         calls = GrapeCalls()
-        with calls:
-            compiled(example())
+        compiled = grape_compile(sharpen(layer), backend=calls)
+        compiled(example())
         assert (calls.rotated, calls.attended) == (rotated, attended), str(report(compiled))
+
+
+def test_a_table_written_to_after_compilation() -> None:
+    """What a buffer held when the graph was looked at says nothing about later."""
+    layer = sharpen(bias_mutants.KeptTable())
+    compiled = grape_compile(copy.deepcopy(layer), backend="eager")
+    compiled(example())
+    for each in (layer, compiled):
+        table = each.get_buffer("table")
+        table[..., 3] += 1.0
+    torch.testing.assert_close(compiled(example()), layer(example()), rtol=1e-5, atol=1e-6)
