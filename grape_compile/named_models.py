@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import re
 import sys
 import zipfile
 from collections.abc import Callable, Mapping
@@ -19,6 +21,7 @@ from grape_compile.errors import ModelError
 
 _FORMS = "package.module:callable, a .pt2 file, or the config.json of a Hugging Face model"
 _SAMPLES = 16_000  # one second of sound at the rate the audio models of Hugging Face expect
+_TRANSFORMERS_MODULE = re.compile(rb"\b(transformers(?:\.\w+)+)\.[A-Z]\w*")
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,21 @@ def _saved_program(path: Path) -> ExportedProgram:
     asked, works = f"the exported program {str(path)!r}", "a file that torch.export.save wrote"
     if not zipfile.is_zipfile(path):
         raise ModelError(asked, "not a .pt2 archive", works)
+    _import_output_classes(path)
     try:
         return torch.export.load(path)
     except Exception as error:  # torch.export.load raises whatever its unpickling meets in a foreign file
         raise ModelError(asked, f"{type(error).__name__}: {error}", works) from error
+
+
+def _import_output_classes(path: Path) -> None:
+    """Import what the program names of transformers: its output classes register themselves on import."""
+    with zipfile.ZipFile(path) as archive:
+        texts = [archive.read(name) for name in archive.namelist() if name.endswith(".json")]
+    modules = {module.decode() for text in texts for module in _TRANSFORMERS_MODULE.findall(text)}
+    for module in sorted(modules):
+        with contextlib.suppress(ImportError):  # torch.export.load tells which class is missing
+            importlib.import_module(module)
 
 
 def _callable(name: str) -> Callable[[], object]:
