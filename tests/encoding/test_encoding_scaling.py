@@ -68,6 +68,7 @@ def test_ntk_is_the_dynamic_rule_at_one_length(seq_len: int) -> None:
         (150000.0, 64, 32.0, 4096, {"truncate": False}),
         (10000.0, 16, 4.0, 64, {}),
         (10000.0, 16, 4.0, 8, {}),
+        (10000.0, 16, 4.0, 4, {}),
         (500000.0, 12, 2.0, 100000000, {"beta_fast": 8.0, "beta_slow": 2.0}),
     ],
 )

@@ -165,6 +165,11 @@ def test_canonical_encodings(encoding: Encoding, canonical: Encoding) -> None:
     assert encoding.canonical() == canonical
 
 
+def test_planes_that_change_places_are_kept() -> None:
+    exchanged = Rotation(Interleaved(4), *STEPS, out=Pairs(((2, 3), (0, 1)), 4))
+    assert exchanged.canonical() == exchanged
+
+
 def test_the_order_of_rotations_is_meaning() -> None:
     first, second = rope(4), rope(4, interleaved=True)
     assert Compose((first, second)).canonical() != Compose((second, first)).canonical()
