@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from grape_compile.encoding import Bias, Compose, Encoding, Nope, Positions, Rotation, Steps, Tables
+from grape_compile.encoding import Bias, Compose, Encoding, Nope, Rotation
 from grape_compile.errors import OperandError
-from grape_compile.operators.bias import slots_gradient
 from grape_compile.operators.batching import attend_vmap, backward_vmap
+from grape_compile.operators.bias import slots_gradient
 from grape_compile.operators.call import attend_call
 from grape_compile.operators.chunked import empty_result
 from grape_compile.operators.operands import parse_encoding, slot_list, slot_mapping
@@ -24,9 +24,9 @@ SCHEMA = (
     "bool is_causal=False, float? scale=None, int? window=None) -> (Tensor output, Tensor logsumexp)"
 )
 BACKWARD_SCHEMA = (
-    "(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor output, Tensor logsumexp, Tensor[] slots, "
-    "str encoding, Tensor? mask, bool is_causal, float? scale, int? window, bool bias_gradient, bool mask_gradient) "
-    "-> Tensor[]"
+    "(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor output, Tensor logsumexp, "
+    "Tensor[] slots, str encoding, Tensor? mask, bool is_causal, float? scale, int? window, "
+    "bool bias_gradient, bool mask_gradient) -> Tensor[]"
 )
 
 
@@ -42,60 +42,58 @@ def attend(
     scale: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """Return softmax(scale q k^T + bias + mask) v with the bias of `encoding` (GRAPE 4.2), never T_q x T_k x H in memory.
+    """Return softmax(scale q k^T + bias + mask) v with the bias of `encoding` (GRAPE 4.2), in blocks.
 
-    `query` [B, H, T_q, D], `key` [B, H_kv, T_k, D], `value` [B, H_kv, T_k, D_v], H a multiple of H_kv, one dtype; result
-    [B, H, T_q, D_v]. The queries are the last T_q keys. `mask` broadcasts to [B, H, T_q, T_k]: bool, True where a key
-    may be seen, or a float that is added. `is_causal` hides the future, `window` all but the last `window` keys.
-    `scale` is 1/sqrt(D) by default. The rotations of a `Compose` turn queries and keys first. Logits and softmax are
-    float32 (float64 for float64). A row without any key gives zero. Differentiable once, in the tensors, a float mask
-    and every floating slot. Raises OperandError for operands that do not fit.
+    `query` [B, H, T_q, D], `key` [B, H_kv, T_k, D], `value` [B, H_kv, T_k, D_v], H a multiple of H_kv, one
+    dtype; result [B, H, T_q, D_v]. The queries are the last T_q keys. `mask` broadcasts to [B, H, T_q, T_k]:
+    bool, True where a key may be seen, or a float that is added. `is_causal` hides the future, `window` all
+    but the last `window` keys. `scale` is 1/sqrt(D) by default. The rotations of a `Compose` turn queries and
+    keys first. Logits and softmax are float32 (float64 for float64). A row without any key gives zero.
+    Differentiable once, in the tensors, a float mask and every floating slot. Raises OperandError for
+    operands that do not fit.
     """
     given = {} if slots is None else slots
-    rotations, bias = _split(encoding)
-    for rotation in rotations:
-        query, key = _turned_pair(query, key, rotation, given)
-    text = str(bias)
-    output, _ = torch.ops.grape.attend(query, key, value, slot_list(bias, given), text, mask, is_causal, scale, window)
+    parts = _parts(encoding)
+    biases = [part for part in parts if not isinstance(part, Rotation)]
+    if len(biases) > 1:
+        raise OperandError(
+            "attention", f"{len(biases)} biases in {encoding}", "one bias, and any number of rotations"
+        )
+    bias = biases[0] if biases else Nope()
+    for rotation in parts:
+        if isinstance(rotation, Rotation):
+            query, key = _turned_pair(query, key, rotation, given)
+    text = str(bias) if biases else "nope"
+    operands = slot_list(bias, given)
+    output, _ = torch.ops.grape.attend(query, key, value, operands, text, mask, is_causal, scale, window)
     return cast(Tensor, output)
 
 
-def _split(encoding: Encoding) -> tuple[list[Rotation], Encoding]:
-    """Return the rotations, in their order, and the one bias (or `Nope`) of an encoding."""
-    parts = encoding.canonical()
-    members = parts.parts if isinstance(parts, Compose) else (parts,)
-    rotations = [part for part in members if isinstance(part, Rotation)]
-    biases = [part for part in members if not isinstance(part, Rotation)]
-    if len(biases) > 1:
-        raise OperandError("attention", f"{len(biases)} biases in {encoding}", "one bias, and any number of rotations")
-    return rotations, biases[0] if biases else Nope()
+def _parts(encoding: Encoding) -> list[Encoding]:
+    """Return the rotations and biases of an encoding in their order.
+
+    The parts themselves, not canonical ones: Dynamo can print a value it was given, but not one made while
+    tracing.
+    """
+    if isinstance(encoding, Compose):
+        return [leaf for part in encoding.parts for leaf in _parts(part)]
+    return [] if isinstance(encoding, Nope) else [encoding]
 
 
 def _turned_pair(
     query: Tensor, key: Tensor, rotation: Rotation, slots: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Turn keys and queries of one sequence; its last T_q tokens are the queries."""
-    queries, keys = query.shape[-2], key.shape[-2]
-    if queries == keys and key.shape[1] == query.shape[1]:
-        turned_query, turned_key = rotate([query, key], rotation, slots)
-        return turned_query, turned_key
-    if isinstance(rotation.clock, Steps):
-        rotation = replace(rotation, clock=Positions("steps"))
-        slots = {**slots, "steps": torch.arange(keys, device=key.device)}
-    recent = {name: _recent(name, slots[name], rotation, queries, keys) for name in rotation.slots}
-    (turned_query,) = rotate([query], rotation, recent)
-    (turned_key,) = rotate([key], rotation, slots)
-    return turned_query, turned_key
-
-
-def _recent(name: str, slot: Tensor, rotation: Rotation, queries: int, keys: int) -> Tensor:
-    """Return the part of a slot that belongs to the last queries; a slot without a token axis is everyone's."""
-    clock = rotation.clock
-    axis = -2 if isinstance(clock, Tables) and name in (clock.cos, clock.sin) else -1
-    timed = name in clock.slots
-    if not timed or slot.dim() < -axis or slot.shape[axis] != keys:
-        return slot
-    return slot.narrow(axis, keys - queries, queries)
+    queries, before = query.shape[-2], key.shape[-2] - query.shape[-2]
+    if before < 0:
+        raise OperandError(
+            f"{rotation} of queries and keys",
+            f"{queries} queries over {key.shape[-2]} keys",
+            "at most as many queries",
+        )
+    whole = torch.nn.functional.pad(query, (0, 0, before, 0))
+    turned_query, turned_key = rotate([whole, key], rotation, slots)
+    return turned_query[..., before:, :], turned_key
 
 
 def _attend(
@@ -145,7 +143,7 @@ def _attend_backward(
     bias_gradient: bool,
     mask_gradient: bool,
 ) -> list[Tensor]:
-    """Return gradients of query, key, value, then of slopes [B, H] and clock [A, B, T_k], then of the mask."""
+    """Return gradients of query, key, value, then slopes [B, H] and clock [A, B, T_k], then the mask."""
     call = attend_call(query, key, value, slots, parse_encoding(encoding), mask, is_causal, scale, window)
     call = replace(call, wants_bias_gradient=bias_gradient, wants_mask_gradient=mask_gradient)
     with torch.autocast(query.device.type, enabled=False):
@@ -216,9 +214,23 @@ def _backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Any, ...]:
     if any(slot_needs):
         assert isinstance(encoding, Bias), "only a bias has slots"
         named = slots_gradient(encoding, slot_mapping(encoding, slots), found[3], found[4])
-        slot_gradients = [named.get(name) if need else None for name, need in zip(encoding.slots, slot_needs, strict=True)]
+        slot_gradients = [
+            named.get(name) if need else None for name, need in zip(encoding.slots, slot_needs, strict=True)
+        ]
     mask_gradient = found[-1].reshape(mask.shape).to(mask.dtype) if mask_needs and mask is not None else None
     return (*found[:3], slot_gradients, None, mask_gradient, None, None, None)[: len(needs)]
+
+
+def _autocast(device: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return what autocast does: queries, keys and values in its dtype, as for torch's own attention."""
+
+    def cast_and_attend(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        dtype = torch.get_autocast_dtype(device)
+        narrow = [part if part.dtype == torch.float64 else part.to(dtype) for part in (query, key, value)]
+        with torch.autocast(device, enabled=False):
+            return cast(tuple[Tensor, Tensor], torch.ops.grape.attend(*narrow, *rest))
+
+    return cast_and_attend
 
 
 _operator = torch.library.custom_op("grape::attend", _attend, mutates_args=(), schema=SCHEMA)
@@ -230,3 +242,6 @@ _backward_operator = torch.library.custom_op(
 )
 _backward_operator.register_fake(_attend_backward_fake)
 _backward_operator.register_vmap(backward_vmap)
+_library = torch.library.Library("grape", "FRAGMENT")
+_library.impl("attend", _autocast("cpu"), "AutocastCPU")
+_library.impl("attend", _autocast("cuda"), "AutocastCUDA")

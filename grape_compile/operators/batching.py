@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,9 @@ from grape_compile.operators.operands import parse_encoding
 Dim = int | None
 
 
-def attend_vmap(info: Any, in_dims: tuple[Any, ...], *operands: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+def attend_vmap(
+    info: Any, in_dims: tuple[Any, ...], *operands: Any
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
     """Fold the mapped axis into the batch, attend once, and take it out again."""
     (query, key, value, slots, text, mask, *rest), dims = _filled(operands, in_dims)
     fold = _Fold(info.batch_size, query.dim() - (dims[0] is not None), _batch(query, dims[0]))
@@ -66,7 +68,7 @@ class _Fold:
         self.size, self.rank, self.batch = size, rank, batch
 
     def back(self, tensor: Tensor) -> Tensor:
-        return tensor.unflatten(0, (self.size, self.batch))
+        return tensor.reshape(self.size, self.batch, *tensor.shape[1:])
 
     def tensor(self, tensor: Tensor, dim: Dim) -> Tensor:
         """Join the axes of [B, ...], repeating a tensor that is not mapped."""
@@ -74,7 +76,7 @@ class _Fold:
         return front.flatten(0, 1)
 
     def slots(self, slots: list[Tensor], dims: list[Dim], encoding: Encoding) -> list[Tensor]:
-        """Join the axes of slopes [B, H] and clocks [B, T_k] or [A, B, T_k]; what all share stays as it is."""
+        """Join the axes of slopes [B, H] and clocks [B, T_k] or [A, B, T_k]; what all share stays."""
         slopes = encoding.slopes if isinstance(encoding, Bias) else None
         slopes_name = slopes.slot if isinstance(slopes, Learned | Table) else None
         return [
@@ -102,4 +104,4 @@ class _Fold:
             return mask
         front = mask.expand(self.size, *mask.shape) if dim is None else mask.movedim(dim, 0)
         spread = front.reshape(self.size, *four).expand(self.size, self.batch, *four[1:])
-        return cast(Tensor, spread.flatten(0, 1))
+        return spread.flatten(0, 1)

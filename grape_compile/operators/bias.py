@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from grape_compile.encoding import (
 )
 from grape_compile.errors import OperandError
 from grape_compile.operators.angles import accumulate, accumulate_gradient
+from grape_compile.operators.constants import constant
 from grape_compile.operators.operands import (
     check_broadcast,
     check_device,
@@ -38,8 +40,8 @@ Slots = Mapping[str, Tensor]
 class LogitBias:
     """b[t, j] = slope * distance(clock_j, clock_t), with the queries at the last keys.
 
-    `slopes` is [1 or B, H]; `clock` is [A, 1 or B, T_k] (A axes), or None for steps, whose differences are formed as
-    whole numbers. Both have the compute dtype.
+    `slopes` is [1 or B, H]; `clock` is [A, 1 or B, T_k] (A axes), or None for steps, whose differences are
+    formed as whole numbers. Both have the compute dtype.
     """
 
     slopes: Tensor
@@ -50,19 +52,22 @@ class LogitBias:
         """Return the time of some keys, [A, 1 or B, n]."""
         if self.clock is not None:
             return self.clock[..., keys]
-        return torch.arange(keys.start, keys.stop, dtype=self.slopes.dtype, device=self.slopes.device)[None, None]
+        return torch.arange(keys.start, keys.stop, dtype=self.slopes.dtype, device=self.slopes.device)[
+            None, None
+        ]
 
     def apart(self, rows: slice, keys: slice) -> Tensor:
         """Return clock_j - clock_t, [A, 1 or B, rows, keys]; `rows` are the key numbers of the queries."""
         return self.times(keys)[..., None, :] - self.times(rows)[..., :, None]
 
     def block(self, rows: slice, keys: slice) -> Tensor:
-        """Return the bias [1 or B, H, rows, keys] of some queries, given by their key numbers, and some keys."""
+        """Return the bias [1 or B, H, rows, keys] of some queries (by their key numbers) and some keys."""
         return self.slopes[..., None, None] * spread(self.distance, self.apart(rows, keys)).unsqueeze(1)
 
     def by_key(self, keys: slice, origin: int) -> Tensor:
-        """Return slope * (clock_j - clock_origin), [1 or B, H, keys]: the signed bias up to a constant of each row."""
-        return self.slopes[..., None] * (self.times(keys) - self.times(slice(origin, origin + 1)))[0].unsqueeze(1)
+        """Return slope * (clock_j - clock_origin), [1 or B, H, keys]: the signed bias up to row constants."""
+        since = self.times(keys) - self.times(slice(origin, origin + 1))
+        return self.slopes[..., None] * since[0].unsqueeze(1)
 
 
 def spread(distance: Distance, apart: Tensor) -> Tensor:
@@ -70,7 +75,7 @@ def spread(distance: Distance, apart: Tensor) -> Tensor:
     if isinstance(distance, Signed):
         return apart[0]
     if isinstance(distance, Euclidean) and apart.shape[0] > 1:
-        return -torch.linalg.vector_norm(apart, dim=0)
+        return -cast(Tensor, torch.linalg.vector_norm(apart, dim=0))
     return -apart[0].abs()
 
 
@@ -87,10 +92,10 @@ def spread_gradient(distance: Distance, apart: Tensor) -> Tensor:
 def logit_bias(
     encoding: Encoding, slots: Slots, query: Tensor, key: Tensor, is_causal: bool
 ) -> LogitBias | None:
-    """Return the bias of `encoding` for queries [B, H, T_q, D] and keys [B, H_kv, T_k, D], or None for `Nope`.
+    """Return the bias of `encoding` for queries [B, H, T_q, D] and keys [B, H_kv, T_k, D]; None for `Nope`.
 
-    Under a causal mask with steps, |j - t| is t - j, so `Absolute` becomes `Signed`. Raises OperandError for another
-    encoding and for slots of the wrong shape.
+    Under a causal mask with steps, |j - t| is t - j, so `Absolute` becomes `Signed`. Raises OperandError for
+    another encoding and for slots of the wrong shape.
     """
     if isinstance(encoding, Nope):
         return None
@@ -98,7 +103,7 @@ def logit_bias(
         raise OperandError(
             "grape::attend",
             f"the encoding {encoding}",
-            "a bias or nope; rotate queries and keys first with grape::rotate (the function `attend` does both)",
+            "a bias or nope; rotate queries and keys first with grape::rotate (`attend` does both)",
         )
     slopes, clock = _slopes(encoding, slots, query), _clock(encoding, slots, query, key)
     steps_behind = is_causal and isinstance(encoding.clock, Steps)
@@ -132,8 +137,10 @@ def _slopes(bias: Bias, slots: Slots, query: Tensor) -> Tensor:
     else:
         values = bias.slopes.values()
         if len(values) != heads:
-            raise OperandError(f"the {len(values)} slopes of {bias}", f"{heads} query heads", "one slope for each head")
-        wide = torch.tensor(values, dtype=dtype, device=query.device)
+            raise OperandError(
+                f"the {len(values)} slopes of {bias}", f"{heads} query heads", "one slope for each head"
+            )
+        wide = constant(values, dtype, query)
     wide = wide.reshape((1,) * (2 - wide.dim()) + tuple(wide.shape))
     return wide.expand(wide.shape[0], heads)
 
@@ -168,5 +175,3 @@ def _clock(bias: Bias, slots: Slots, query: Tensor, key: Tensor) -> Tensor | Non
 def is_signed(bias: LogitBias | None) -> bool:
     """Return whether a bias is a function of the key plus a constant of each row (or is none at all)."""
     return bias is None or isinstance(bias.distance, Signed)
-
-

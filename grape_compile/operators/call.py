@@ -12,15 +12,21 @@ from torch import Tensor
 from grape_compile.encoding import Encoding
 from grape_compile.errors import OperandError
 from grape_compile.operators.bias import LogitBias, logit_bias
-from grape_compile.operators.operands import check_broadcast, check_device, check_floating, compute_dtype, slot_mapping
+from grape_compile.operators.operands import (
+    check_broadcast,
+    check_device,
+    check_floating,
+    compute_dtype,
+    slot_mapping,
+)
 
 
 @dataclass(frozen=True, eq=False)
 class AttendCall:
-    """Queries [B, H, T_q, D], keys [B, H_kv, T_k, D], values [B, H_kv, T_k, Dv], bias and mask of one attention.
+    """Queries [B, H, T_q, D], keys [B, H_kv, T_k, D], values [B, H_kv, T_k, D_v], bias, mask of one call.
 
-    Query t stands at key number t + `offset`. `mask` has four axes that broadcast to [B, H, T_q, T_k]. A backward call
-    says whether the gradients of the bias or of the mask are wanted.
+    Query t stands at key number t + `offset`. `mask` has four axes that broadcast to [B, H, T_q, T_k]. A
+    backward call says whether the gradients of the bias or of the mask are wanted.
     """
 
     query: Tensor
@@ -67,7 +73,7 @@ class AttendCall:
         return slice(start, stop)
 
     def hidden(self, rows: slice, keys: slice) -> Tensor | None:
-        """Return True where `is_causal` or `window` hide key j from query t, [rows, keys]; None where nothing is."""
+        """Return True where `is_causal` or `window` hide key j from query t, [rows, keys], or None."""
         if not self.is_causal and self.window is None:
             return None
         device = self.query.device
@@ -77,7 +83,7 @@ class AttendCall:
         return hidden if self.window is None else hidden | (behind >= self.window)
 
     def mask_block(self, rows: slice, keys: slice) -> Tensor | None:
-        """Return the mask of a block as additive numbers, hidden keys at -inf, broadcastable to [B, H, rows, keys]."""
+        """Return the mask of a block as numbers to add, -inf for hidden keys."""
         hidden = self.hidden(rows, keys)
         block = None if self.mask is None else cut(cut(self.mask, 2, rows), 3, keys)
         if block is None and hidden is None:
@@ -90,7 +96,7 @@ class AttendCall:
         return block if hidden is None else block.masked_fill(hidden, -math.inf)
 
     def logit_block(self, rows: slice, keys: slice) -> Tensor | None:
-        """Return bias + mask of a block, broadcastable to [B, H, rows, keys], or None where both are nothing."""
+        """Return bias + mask of a block, broadcastable to [B, H, rows, keys]; None where there is neither."""
         mask = self.mask_block(rows, keys)
         if self.bias is None:
             return mask
@@ -101,7 +107,7 @@ class AttendCall:
 
 @dataclass(frozen=True)
 class Gradients:
-    """What a backward call returns: of queries, keys, values (their shapes and dtypes), and what was asked for.
+    """What a backward call returns: of queries, keys, values (shape and dtype theirs), and what was asked.
 
     `slopes` [1 or B, H], `clock` [A, 1 or B, T_k], `mask` (shape of the mask) in the compute dtype.
     """
@@ -125,7 +131,7 @@ def attend_call(
     scale: float | None,
     window: int | None,
 ) -> AttendCall:
-    """Check the operands of one call against each other and return them as one value; OperandError otherwise."""
+    """Check the operands of a call against each other and return them as one value, or raise OperandError."""
     _check_tensors(query, key, value)
     if mask is not None:
         mask = _checked_mask(mask, query, key)
@@ -138,7 +144,7 @@ def attend_call(
 
 
 def repeat_heads(tensor: Tensor, groups: int) -> Tensor:
-    """Return [B, H_kv * groups, T, D] where each head is repeated `groups` times; the tensor itself for one."""
+    """Return [B, H_kv * groups, T, D] with each head `groups` times; the tensor itself for one."""
     return tensor if groups == 1 else tensor.repeat_interleave(groups, 1)
 
 
@@ -157,16 +163,24 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         check_floating(name, tensor)
         check_device(name, tensor, query)
         if tensor.dim() != 4:
-            raise OperandError(f"{name} of four axes", f"shape {tuple(tensor.shape)}", "[batch, heads, tokens, head_dim]")
+            raise OperandError(
+                f"{name} of four axes", f"shape {tuple(tensor.shape)}", "[batch, heads, tokens, head_dim]"
+            )
         if tensor.dtype != query.dtype:
             raise OperandError(
-                "query, key and value of one dtype", f"query {query.dtype}, {name} {tensor.dtype}", "casting one of them"
+                "query, key and value of one dtype",
+                f"query {query.dtype}, {name} {tensor.dtype}",
+                "casting one of them",
             )
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     if key.shape[:3] != value.shape[:3] or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
-        raise OperandError("attention", shapes, "query [B, H, T_q, D], key [B, H_kv, T_k, D], value [B, H_kv, T_k, D_v]")
+        raise OperandError(
+            "attention", shapes, "query [B, H, T_q, D], key [B, H_kv, T_k, D], value [B, H_kv, T_k, D_v]"
+        )
     if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
-        raise OperandError("grouped heads", shapes, "a number of query heads that is a multiple of the key heads")
+        raise OperandError(
+            "grouped heads", shapes, "a number of query heads that is a multiple of the key heads"
+        )
 
 
 def _checked_mask(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -174,6 +188,9 @@ def _checked_mask(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
         check_floating("mask", mask)
     check_device("mask", mask, query)
     check_broadcast(
-        "mask", mask.shape, (query.shape[0], query.shape[1], query.shape[2], key.shape[2]), "[batch, heads, T_q, T_k]"
+        "mask",
+        mask.shape,
+        (query.shape[0], query.shape[1], query.shape[2], key.shape[2]),
+        "[batch, heads, T_q, T_k]",
     )
     return mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))

@@ -1,4 +1,4 @@
-"""Attention in plain torch, a few queries at a time: runs on every device, computes everything in float32 or more.
+"""Attention in plain torch, a few queries at a time: for every device, all of it in float32 or more.
 
 Also what the fast providers fall back on for the rows that need the logits themselves.
 """
@@ -43,7 +43,7 @@ def backward(call: AttendCall, gradient: Tensor, output: Tensor, logsumexp: Tens
 
 
 def empty_result(call: AttendCall) -> tuple[Tensor, Tensor]:
-    """Allocate output and logsumexp: the output lies in memory as [B, T_q, H, D_v], ready to join its heads."""
+    """Allocate output and logsumexp; the output lies in memory as [B, T_q, H, D_v], ready to join heads."""
     batch, heads, length, _ = call.query.shape
     output = call.query.new_empty(batch, length, heads, call.value.shape[3]).transpose(1, 2)
     return output, call.query.new_empty((batch, heads, length), dtype=call.dtype)
@@ -68,7 +68,9 @@ class Sums:
         self.value = self._zeros(call.values.shape)
         self.slopes = self._zeros((batch, heads))
         self.clock = self._zeros((axes, batch, keys))
-        self.mask = self._zeros(call.mask.shape) if call.mask is not None and call.wants_mask_gradient else None
+        self.mask = (
+            self._zeros(call.mask.shape) if call.mask is not None and call.wants_mask_gradient else None
+        )
 
     def _zeros(self, shape: Sequence[int]) -> Tensor:
         return self.call.query.new_zeros(shape, dtype=self.call.dtype)
@@ -94,7 +96,7 @@ class _Operands:
 
 
 class Weights:
-    """Softmax weights of some queries over the keys they may see, [B, H, rows, keys], in the compute dtype."""
+    """Softmax weights of some queries over the keys they may see, [B, H, rows, keys], compute dtype."""
 
     def __init__(self, call: AttendCall, rows: slice) -> None:
         self.call, self.rows, self.keys = call, rows, call.key_range(rows)
@@ -109,7 +111,7 @@ class Weights:
         if added is not None:
             logits += added
         lowest = torch.finfo(dtype).min
-        # A row without a key has no largest logit; with the lowest finite one in its place its weights are zero.
+        # A row without a key has no largest logit; with the lowest finite one its weights are zero.
         largest = (
             logits.amax(-1, keepdim=True).clamp_(min=lowest)
             if logits.shape[-1]
@@ -125,7 +127,7 @@ class Weights:
         return self.weights @ self.operands.value
 
     def add_gradients(self, cotangent: Tensor, sums: Sums) -> None:
-        """Add what these rows contribute to all gradients, for the cotangent [B, H, rows, D_v] of their output."""
+        """Add what these rows contribute to all gradients; cotangent of their output [B, H, rows, D_v]."""
         call, wide = self.call, cotangent.to(self.call.dtype)
         sums.value[:, :, self.keys] += self.weights.mT @ wide
         logits = wide @ self.operands.value.mT

@@ -1,7 +1,7 @@
 """Taking the planes of a head apart and putting them together, in the spelling that compiles best.
 
-Halves are slices and a concatenation, neighbours are a view of pairs and a stack, irregular planes are an index.
-Inductor turns the first two into one loop over contiguous memory.
+Halves are slices and a concatenation, neighbours are a view of pairs and a stack, irregular planes are an
+index. Inductor turns the first two into one loop over contiguous memory.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from grape_compile.encoding import Axes, Half, Interleaved, Partial, Planes
+from grape_compile.operators.constants import constant
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where planes lie: `rule` over coordinates start ... stop - 1, or explicit indices where there is no rule."""
+    """Where planes lie: `rule` over coordinates start ... stop - 1, or indices where there is no rule."""
 
     rule: Half | Interleaved | None
     start: int
@@ -104,4 +105,4 @@ def _cut(pieces: list[Tensor], length: int) -> tuple[list[Tensor], list[Tensor]]
 
 
 def _index(coordinates: Sequence[int], like: Tensor) -> Tensor:
-    return torch.tensor(coordinates, device=like.device, dtype=torch.int64)
+    return constant(coordinates, torch.int64, like)

@@ -2,14 +2,16 @@
 
 The softmax of a query block is the merger of two softmaxes, through their logsumexp:
 
-* its *past*, all keys before the block: there a signed bias is one number per key up to a constant of each row,
-  slope * (clock_j - clock_origin) with the origin at the block's first query, so the kernel reads a [H, keys] mask;
+* its *past*, all keys before the block: there a signed bias is one number per key up to a constant of each
+row,
+  slope * (clock_j - clock_origin) with the origin at the block's first query, so the kernel reads a [H, keys]
+  mask;
 * its *diagonal*, the keys of the block itself, under the causal mask and one small matrix of slope * (j - t).
 
-Biases formed relative to the block are as accurate as slope * (j - t) written out (a bias centred once for the whole
-sequence has nine times the error). Keys so far in the past that their weights underflow are skipped head by head. With
-a mask operand, a window, or a distance that is not signed, each block gets its own matrix. The backward pass walks the
-same parts with the logsumexp of the whole row, as ring attention does.
+Biases formed relative to the block are as accurate as slope * (j - t) written out (a bias centred once for
+the whole sequence has nine times the error). Keys so far in the past that their weights underflow are skipped
+head by head. With a mask operand, a window, or a distance that is not signed, each block gets its own matrix.
+The backward pass walks the same parts with the logsumexp of the whole row, as ring attention does.
 """
 
 from __future__ import annotations
@@ -26,14 +28,14 @@ from grape_compile.operators import chunked
 from grape_compile.operators.bias import is_signed
 from grape_compile.operators.call import AttendCall, Gradients
 
-#: Queries in a block: large enough for the kernel's own tiles, small enough for a matrix of [H, BLOCK, BLOCK].
+#: Queries in a block: enough for the kernel's own tiles, few enough for a matrix [H, BLOCK, BLOCK].
 BLOCK: Final = 256
 #: Entries of a matrix of bias and mask in one part.
 MAX_ENTRIES: Final = 1 << 23
 #: An additive mask below this hides a key for good: no bias and no logit reach it.
 HIDDEN: Final = -1e30
-#: A row whose largest mask entry is below this is left to `chunked`: the sum rounds away what its logits say, and a
-#: logsumexp of that size could not give the weights back.
+#: A row whose largest mask entry is below this is left to `chunked`: the sum rounds away what its logits
+#: say, and a logsumexp of that size could not give the weights back.
 FAINT: Final = -64.0
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -55,9 +57,11 @@ def supports(call: AttendCall) -> Literal[True] | str:
 
 @dataclass(frozen=True)
 class Part:
-    """One call of the kernel: some heads, some keys, the mask it reads and whether it is causal in its own corner.
+    """One call of the kernel: some heads, some keys, the mask it reads, whether it is causal by itself.
 
-    The kernel's logits are those of the definition plus `shift` [1 or B, H, rows] (None: zero), a constant of each row.
+    The kernel's logits are those of the definition plus `shift` [1 or B, H, rows] (None: zero), a constant of
+    each row. `gone` is True for rows that see none of these keys (the kernel gives them a logsumexp of 0);
+    None: no such row.
     """
 
     heads: slice
@@ -65,19 +69,19 @@ class Part:
     mask: Tensor | None
     causal: bool = False
     shift: Tensor | None = None
+    gone: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Block:
     """Some queries and the parts whose merger is their softmax; the first part has all heads.
 
-    `plain` leaves the block to `chunked`. `dead` is True for rows without any key, [1 or B, 1 or H, rows].
+    `plain` leaves the block to `chunked`, as do no parts.
     """
 
     rows: slice
     parts: tuple[Part, ...]
     plain: bool = False
-    dead: Tensor | None = None
 
 
 def forward(call: AttendCall) -> tuple[Tensor, Tensor]:
@@ -91,7 +95,7 @@ def forward(call: AttendCall) -> tuple[Tensor, Tensor]:
             continue
         merged, total = _merged(operands, block, call.scale)
         output[:, :, block.rows] = merged[..., : output.shape[-1]]
-        logsumexp[:, :, block.rows] = total if block.dead is None else total.masked_fill(block.dead, -math.inf)
+        logsumexp[:, :, block.rows] = total
     return output, logsumexp
 
 
@@ -104,8 +108,8 @@ def backward(call: AttendCall, gradient: Tensor, output: Tensor, logsumexp: Tens
             chunked.Weights(call, block.rows).add_gradients(gradient[:, :, block.rows], sums)
             continue
         total = logsumexp[:, :, block.rows]
-        if block.dead is not None:
-            total = total.masked_fill(block.dead, math.inf)  # weights exp(logit - inf) = 0
+        if any(part.gone is not None for part in block.parts):
+            total = total.masked_fill(total == -math.inf, math.inf)  # no key: weights exp(logit - inf) = 0
         for part in block.parts:
             _add_part(call, operands, block, part, total, sums)
     return sums.gradients()
@@ -115,8 +119,8 @@ def backward(call: AttendCall, gradient: Tensor, output: Tensor, logsumexp: Tens
 class Operands:
     """The tensors as the kernel wants them: one head size, repeated key heads, contiguous heads.
 
-    For gradients of the bias the heads have one more coordinate, 1/scale in the queries and 0 in the keys: the kernel
-    then returns the sum of the logit gradients of each key as the gradient of that coordinate.
+    For gradients of the bias the heads have one more coordinate, 1/scale in the queries and 0 in the keys:
+    the kernel then returns the sum of the logit gradients of each key as the gradient of that coordinate.
     """
 
     query: Tensor
@@ -145,25 +149,20 @@ class Operands:
 def blocks(call: AttendCall) -> Iterator[Block]:
     """Cut a call into query blocks and each block into parts."""
     if call.mask is not None or call.window is not None or not is_signed(call.bias):
-        return _matrix_blocks(call)
+        return _masked_blocks(call)
     if call.is_causal and call.query.shape[2] > 1:
         return _causal_blocks(call)
     return _open_blocks(call)
 
 
 def _open_blocks(call: AttendCall) -> Iterator[Block]:
-    """All queries see all keys (or there is one query): the bias is one number per key, relative to the last key."""
+    """All queries see all keys, or there is one query: one number per key, relative to the last key."""
     batch, heads, queries, _ = call.query.shape
     rows, keys = slice(0, queries), slice(0, call.key.shape[2])
     if 0 in (batch, heads, queries, keys.stop):
         yield Block(rows, ())
         return
-    mask = shift = None
-    if call.bias is not None:
-        origin = keys.stop - 1
-        mask = call.bias.by_key(keys, origin).unsqueeze(2)
-        shift = call.bias.by_key(slice(call.offset, call.offset + queries), origin)
-    yield Block(rows, (Part(slice(0, heads), keys, mask, shift=shift),))
+    yield Block(rows, (_key_part(call, rows, keys, keys.stop - 1, None),))
 
 
 def _causal_blocks(call: AttendCall) -> Iterator[Block]:
@@ -204,25 +203,29 @@ def _causal_blocks(call: AttendCall) -> Iterator[Block]:
 def _reaches(call: AttendCall) -> list[float]:
     """Return for each head how many steps back a key can be and still have a weight that does not underflow.
 
-    A weight is at most exp(2 scale max|q| max|k| - slope * steps) of the largest in its row; below the smallest normal
-    number it is zero to every digit of a sum that is at least 1. Only steps with positive slopes are bounded.
+    A weight is at most exp(2 scale max|q| max|k| - slope * steps) of the largest in its row; below the
+    smallest normal number it is zero to every digit of a sum that is at least 1. Only steps with positive
+    slopes are bounded.
     """
     heads = call.query.shape[1]
     unbounded = [math.inf] * heads
-    if call.bias is None or call.bias.clock is not None:
+    if call.bias is None or call.bias.clock is not None or call.key.shape[2] <= BLOCK:
         return unbounded
     depth = -math.log(torch.finfo(call.dtype).tiny)
     slopes = call.bias.slopes.amin(0)
     if depth / max(float(slopes.max()), 1e-30) > call.key.shape[2]:
         return unbounded
-    norms = [torch.linalg.vector_norm(part, dim=-1, dtype=call.dtype).amax((0, 2)) for part in (call.query, call.keys)]
+    norms = [
+        torch.linalg.vector_norm(part, dim=-1, dtype=call.dtype).amax((0, 2))
+        for part in (call.query, call.keys)
+    ]
     largest = 2 * abs(call.scale) * norms[0] * norms[1]
     reach = torch.where(slopes > 0, (largest + depth) / slopes, math.inf)
     return [math.inf if math.isnan(steps) else steps for steps in reach.tolist()]
 
 
 def _head_runs(reaches: list[float], stop: int) -> Iterator[tuple[slice, int]]:
-    """Group neighbouring heads that see the same past: (heads, first key), first keys rounded down to blocks."""
+    """Group neighbouring heads with the same past: (heads, first key), first keys rounded down to blocks."""
     begins = [0 if reach >= stop else (stop - math.ceil(reach)) // BLOCK * BLOCK for reach in reaches]
     start = 0
     for head in range(1, len(begins) + 1):
@@ -232,40 +235,68 @@ def _head_runs(reaches: list[float], stop: int) -> Iterator[tuple[slice, int]]:
             start = head
 
 
-def _matrix_blocks(call: AttendCall) -> Iterator[Block]:
-    """Each block reads a matrix of bias and mask over the keys that some of its queries see."""
+def _masked_blocks(call: AttendCall) -> Iterator[Block]:
+    """Each block reads its part of the mask: a matrix, or one number per key where all rows agree."""
     batch, heads, queries, _ = call.query.shape
     size = max(1, min(BLOCK, MAX_ENTRIES // max(1, batch * heads * call.key.shape[2])))
     for start in range(0, queries, size):
-        yield _matrix_block(call, slice(start, min(start + size, queries)))
+        yield _masked_block(call, slice(start, min(start + size, queries)))
 
 
-def _matrix_block(call: AttendCall, rows: slice) -> Block:
+def _masked_block(call: AttendCall, rows: slice) -> Block:
     keys = call.key_range(rows)
     if keys.start >= keys.stop or 0 in call.query.shape[:2]:
         return Block(rows, ())
-    mask, dead = call.mask_block(rows, keys), None
-    if mask is not None:
-        largest = mask.amax(-1)
-        dead = largest == -math.inf
-        if bool(((largest < FAINT) & ~dead).any()):
-            return Block(rows, (), plain=True)
-        seen = (mask > HIDDEN).flatten(0, -2).any(0).nonzero()
-        if mask.shape[-1] > 1 and len(seen):
-            inner = slice(int(seen[0]), int(seen[-1]) + 1)
-            mask, keys = mask[..., inner], slice(keys.start + inner.start, keys.start + inner.stop)
-        dead = _widened(dead, rows) if bool(dead.any()) else None
+    mask = call.mask_block(rows, keys)
+    if mask is None:
+        return Block(rows, (_matrix_part(call, rows, keys, None),))
+    mask = mask.expand(*mask.shape[:3], keys.stop - keys.start)
+    largest = mask.amax(-1)
+    if bool(((largest < FAINT) & (largest > -math.inf)).any()):
+        return Block(rows, (), plain=True)
+    seen = (mask.amax((0, 1, 2)) > HIDDEN).nonzero()
+    if len(seen):
+        inner = slice(int(seen[0]), int(seen[-1]) + 1)
+        mask, keys = mask[..., inner], slice(keys.start + inner.start, keys.start + inner.stop)
+    if not is_signed(call.bias):
+        return Block(rows, (_matrix_part(call, rows, keys, mask),))
+    if mask.shape[2] == 1:
+        return Block(rows, (_key_part(call, rows, keys, keys.stop - 1, mask),))
+    start = rows.start + call.offset
+    past = min(max(start, keys.start), keys.stop) - keys.start
+    if not past or not bool((mask[..., :past] == mask[..., :1, :past]).all()):
+        return Block(rows, (_matrix_part(call, rows, keys, mask),))
+    before, after = slice(keys.start, keys.start + past), slice(keys.start + past, keys.stop)
+    parts = [_matrix_part(call, rows, after, mask[..., past:])] if after.start < after.stop else []
+    return Block(rows, (*parts, _key_part(call, rows, before, start, mask[..., :1, :past])))
+
+
+def _matrix_part(call: AttendCall, rows: slice, keys: slice, mask: Tensor | None) -> Part:
+    """Return a part that reads bias + mask as a matrix [1 or B, 1 or H, rows, keys]."""
     matrix = mask
     if call.bias is not None:
         bias = call.bias.block(slice(rows.start + call.offset, rows.stop + call.offset), keys)
         matrix = bias if mask is None else bias + mask
-    if matrix is not None:
-        matrix = matrix.expand(*matrix.shape[:3], keys.stop - keys.start)
-    return Block(rows, (Part(slice(0, call.query.shape[1]), keys, matrix),), dead=dead)
+    return Part(slice(0, call.query.shape[1]), keys, matrix, gone=_gone(mask))
 
 
-def _widened(dead: Tensor, rows: slice) -> Tensor:
-    return dead.expand(*dead.shape[:-1], rows.stop - rows.start)
+def _key_part(call: AttendCall, rows: slice, keys: slice, origin: int, mask: Tensor | None) -> Part:
+    """Return a part that reads bias + mask as one number per key, [1 or B, 1 or H, 1, keys]."""
+    shift = None
+    gone = _gone(mask)
+    if call.bias is not None:
+        bias = call.bias.by_key(keys, origin).unsqueeze(2)
+        mask = bias if mask is None else bias + mask
+        shift = call.bias.by_key(slice(rows.start + call.offset, rows.stop + call.offset), origin)
+    return Part(slice(0, call.query.shape[1]), keys, mask, shift=shift, gone=gone)
+
+
+def _gone(mask: Tensor | None) -> Tensor | None:
+    """Return True for rows that see none of the keys, [1 or B, 1 or H, 1 or rows]; None for no such row."""
+    if mask is None:
+        return None
+    gone = mask.amax(-1) == -math.inf
+    return gone if bool(gone.any()) else None
 
 
 def _merged(operands: Operands, block: Block, scale: float) -> tuple[Tensor, Tensor]:
@@ -277,6 +308,8 @@ def _merged(operands: Operands, block: Block, scale: float) -> tuple[Tensor, Ten
         ours = total[:, part.heads]
         both = torch.logaddexp(ours, their)
         share = (their - both).exp_().unsqueeze(-1).to(output.dtype)
+        if part.gone is not None:
+            share.nan_to_num_(0.0)  # -inf of -inf: no key here, and none before
         target = output[:, part.heads]
         target.lerp_(more, share)
         ours.copy_(both)
@@ -293,14 +326,17 @@ def _run(operands: Operands, rows: slice, part: Part, scale: float) -> tuple[Ten
         attn_mask=part.mask,
         scale=scale,
     )
-    return output, logsumexp if part.shift is None else logsumexp - part.shift
+    if part.shift is not None:
+        logsumexp = logsumexp - part.shift
+    return output, logsumexp if part.gone is None else logsumexp.masked_fill(part.gone, -math.inf)
 
 
 def _add_part(
     call: AttendCall, operands: Operands, block: Block, part: Part, total: Tensor, sums: chunked.Sums
 ) -> None:
     rows, heads, keys = block.rows, part.heads, part.keys
-    assert operands.gradient is not None and operands.output is not None
+    assert operands.gradient is not None, "a backward call has a cotangent"
+    assert operands.output is not None, "a backward call has an output"
     logsumexp = total[:, heads] if part.shift is None else total[:, heads] + part.shift
     query, key, value = _flash_backward(
         operands.gradient[:, heads, rows],
@@ -322,11 +358,13 @@ def _add_part(
         _add_bias_gradients(call, rows, part, key[..., head_dim], sums)
 
 
-def _add_bias_gradients(call: AttendCall, rows: slice, part: Part, by_key: Tensor, sums: chunked.Sums) -> None:
-    """Add the gradients of slopes and clock from the sum of the logit gradients of each key, [B, heads, keys].
+def _add_bias_gradients(
+    call: AttendCall, rows: slice, part: Part, by_key: Tensor, sums: chunked.Sums
+) -> None:
+    """Add the gradients of slopes and clock from each key's sum of logit gradients, [B, heads, keys].
 
-    The logit gradients of a row sum to zero over the parts of its block, so any constant of the row drops out: times
-    count from the block's first query, which keeps the terms small.
+    The logit gradients of a row sum to zero over the parts of its block, so any constant of the row drops
+    out: times count from the block's first query, which keeps the terms small.
     """
     bias, origin = call.bias, max(rows.start + call.offset, 0)
     assert bias is not None, "no bias has a gradient where there is none"
@@ -336,7 +374,7 @@ def _add_bias_gradients(call: AttendCall, rows: slice, part: Part, by_key: Tenso
 
 
 def _padded(tensor: Tensor, size: int) -> Tensor:
-    """Return a tensor whose last axis has `size` coordinates, zeros at the end, next to each other in memory."""
+    """Return a tensor whose last axis has `size` coordinates, zeros at the end, contiguous along it."""
     if tensor.shape[-1] < size:
         return torch.nn.functional.pad(tensor, (0, size - tensor.shape[-1]))
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -36,8 +36,10 @@ def check_floating(name: str, tensor: Tensor) -> None:
 
 def check_numbers(name: str, tensor: Tensor) -> None:
     """Raise OperandError unless the tensor holds whole or real numbers."""
-    if tensor.is_complex() or tensor.dtype == torch.bool or (
-        tensor.is_floating_point() and tensor.dtype not in FLOATING
+    if (
+        tensor.is_complex()
+        or tensor.dtype == torch.bool
+        or (tensor.is_floating_point() and tensor.dtype not in FLOATING)
     ):
         raise OperandError(
             f"{name} as whole or real numbers",

@@ -1,4 +1,4 @@
-"""Who computes an operator: one declared table, ordered by priority, each row a module that is imported when asked."""
+"""Who computes `grape::attend`: one declared table; each row is a module, imported when asked."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ PROVIDERS: tuple[Provider, ...] = (
 
 
 def choose(call: AttendCall, providers: Sequence[Provider] | None = None) -> Provider:
-    """Return the provider of highest priority that takes the call; OperandError with every reason where none does."""
+    """Return the provider of highest priority that takes the call, or raise OperandError with all reasons."""
     refusals = []
     for provider in sorted(PROVIDERS if providers is None else providers, key=lambda row: -row.priority):
         if provider.devices and call.query.device.type not in provider.devices:
@@ -60,4 +60,6 @@ def choose(call: AttendCall, providers: Sequence[Provider] | None = None) -> Pro
         if answer is True:
             return provider
         refusals.append(f"{provider.name}: {answer}")
-    raise OperandError("a provider of grape::attend", "; ".join(refusals) or "no provider", "one of those operands")
+    raise OperandError(
+        "a provider of grape::attend", "; ".join(refusals) or "no provider", "one of those operands"
+    )

@@ -1,12 +1,14 @@
-"""The definitions, written for reading: what the operators compute, coordinate by coordinate and logit by logit.
+"""The definitions, written for reading: coordinate by coordinate and logit by logit.
 
-Plain torch, differentiable by autograd, computed in the dtype of the operands: give them float64 to have the truth.
+Plain torch, differentiable by autograd, computed in the dtype of the operands: give them float64 to have the
+truth.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -19,7 +21,6 @@ from grape_compile.encoding import (
     Compose,
     Encoding,
     Learned,
-    Nope,
     Positions,
     Rotation,
     Signed,
@@ -36,7 +37,7 @@ Slots = Mapping[str, Tensor]
 def reference_rotate(
     tensors: Sequence[Tensor], encoding: Encoding, slots: Slots | None = None
 ) -> tuple[Tensor, ...]:
-    """Return every tensor turned by `encoding` (GRAPE 3.1), computed plane by plane in the dtype of the tensor.
+    """Return every tensor turned by `encoding` (GRAPE 3.1), plane by plane, in the dtype of the tensor.
 
     Same operands and layout as `rotate`. Angles are radians, in the dtype of the tensor.
     """
@@ -65,7 +66,9 @@ def _planes_turned(tensor: Tensor, rotation: Rotation, slots: Slots) -> Tensor:
         c, s = cos[..., j] * rotation.scale, sin[..., j] * rotation.scale
         columns[o0] = c * source[..., i0] - s * source[..., i1]
         columns[o1] = s * source[..., i0] + c * source[..., i1]
-    outside = iter(sorted(set(range(rotation.head_dim)) - {coordinate for pair in pairs for coordinate in pair}))
+    outside = iter(
+        sorted(set(range(rotation.head_dim)) - {coordinate for pair in pairs for coordinate in pair})
+    )
     filled = [source[..., next(outside)] if column is None else column for column in columns]
     return torch.stack(torch.broadcast_tensors(*filled), -1)
 
@@ -101,9 +104,10 @@ def _clock(clock: Clock, length: int, like: Tensor, slots: Slots) -> Tensor:
 
 
 def reference_bias(encoding: Encoding, slots: Slots, query_length: int, keys: Tensor) -> Tensor:
-    """Return the logit bias [B or 1, H, T_q, T_k] of `encoding` (GRAPE 4.2) in the dtype of `keys` [B, H, T_k, D].
+    """Return the logit bias [B or 1, H, T_q, T_k] of `encoding` (GRAPE 4.2), for `keys` [B, H, T_k, D].
 
-    b[t, j] = slope * (clock_j - clock_t), or minus slope times the distance; the queries are the last T_q keys.
+    b[t, j] = slope * (clock_j - clock_t), or minus slope times the distance; the queries are the last T_q
+    keys.
     """
     if isinstance(encoding, Compose):
         total = keys.new_zeros(())
@@ -121,13 +125,13 @@ def reference_bias(encoding: Encoding, slots: Slots, query_length: int, keys: Te
         rows = torch.arange(length - query_length, length, dtype=keys.dtype, device=keys.device)[None]
     else:
         rows = clock[..., length - query_length :]
-    # [B or 1, 1, T_q, T_k], with the coordinates in front where the distance is Euclidean and there are several.
+    # [B or 1, 1, T_q, T_k], with the axes in front where the distance is Euclidean and has several.
     apart = clock[..., None, None, :] - rows[..., None, :, None]
     if isinstance(encoding.distance, Signed):
         return slopes * apart
     if isinstance(encoding.distance, Absolute) or apart.dim() == 4:
         return -slopes * apart.abs()
-    return -slopes * apart.norm(dim=0)
+    return -slopes * cast(Tensor, torch.linalg.vector_norm(apart, dim=0))
 
 
 def _slopes(slopes: Slopes, like: Tensor, slots: Slots) -> Tensor:
@@ -148,7 +152,7 @@ def reference_attend(
     scale: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """Return softmax(q k^T scale + bias + mask) v with every logit in memory (GRAPE 4.2); operands as in `attend`."""
+    """Return softmax(q k^T scale + bias + mask) v with all logits in memory (GRAPE 4.2); see `attend`."""
     given = {} if slots is None else slots
     groups = query.shape[1] // key.shape[1]
     keys, values = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)

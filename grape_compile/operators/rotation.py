@@ -11,7 +11,8 @@ from torch import Tensor
 
 from grape_compile.encoding import Compose, Encoding, Nope, Rotation
 from grape_compile.errors import OperandError
-from grape_compile.operators.angles import Slots, turn, turn_gradient
+from grape_compile.operators.angles import Slots, Turn, check_slots, same_turn, turn, turn_gradient
+from grape_compile.operators.constants import spelled_out
 from grape_compile.operators.coordinates import put, take, take_rest
 from grape_compile.operators.operands import (
     check_broadcast,
@@ -33,10 +34,11 @@ def rotate(
     """Return every tensor turned by `encoding`: y = R(clock * theta) x (GRAPE 3.1), in new memory.
 
     `tensors` share their last axis, the head; all other axes broadcast against the slots, so [B, H, T, D] and
-    [B, T, H, D] differ only in the shape of the positions ([B, 1, T] or [B, T, 1]; [A, ...] for A axes). `Steps` and
-    `Accumulated` run along axis -2. Angles are radians, computed with one product in float32 (float64 for float64), as
-    are sine, cosine and rotation; the result is rounded once, to the dtype of its tensor. Differentiable in the
-    tensors and in every floating slot. Raises OperandError for operands that do not fit the encoding.
+    [B, T, H, D] differ only in the shape of the positions ([B, 1, T] or [B, T, 1]; [A, ...] for A axes).
+    `Steps` and `Accumulated` run along axis -2. Angles are radians, computed with one product in float32
+    (float64 for float64), as are sine, cosine and rotation; the result is rounded once, to the dtype of its
+    tensor. Differentiable in the tensors and in every floating slot. Raises OperandError for operands that do
+    not fit the encoding.
     """
     given = {} if slots is None else slots
     if isinstance(encoding, Compose):
@@ -51,26 +53,38 @@ def rotate(
 
 
 def rotate_decomposition(tensors: Sequence[Tensor], slots: Sequence[Tensor], encoding: str) -> list[Tensor]:
-    """Return what `grape::rotate` computes, written in plain ATen: its body, its meaning for fake tensors.
+    """Return what `grape::rotate` computes, written in plain ATen without constant tensors.
 
-    Give it to `ExportedProgram.run_decompositions` to leave no `grape::rotate` node behind (`decompositions()`).
+    Give it to `ExportedProgram.run_decompositions` to leave no `grape::rotate` node behind
+    (`decompositions()`).
     """
+    with spelled_out():
+        return _body(tensors, slots, encoding)
+
+
+def _body(tensors: Sequence[Tensor], slots: Sequence[Tensor], encoding: str) -> list[Tensor]:
     rotation = _rotation(parse_encoding(encoding))
     named = slot_mapping(rotation, slots)
-    return [_rotate_one(tensor, rotation, named) for tensor in tensors]
+    results: list[Tensor] = []
+    latest: tuple[Tensor, Turn] | None = None
+    for tensor in tensors:
+        _check_tensor(tensor, rotation)
+        check_slots(rotation, named, tensor)
+        if latest is None or not same_turn(rotation, tensor, latest[0]):
+            latest = tensor, turn(rotation, named, tensor)
+        results.append(_turned(tensor, latest[1], rotation, named))
+    return results
 
 
 def transpose(rotation: Rotation) -> Rotation:
-    """Return the rotation whose matrix is the transpose: opposite orientation, planes and out exchanged, same scale.
+    """Return the rotation with the transposed matrix: angle negated, planes and out exchanged, same scale.
 
     The basis is left out: it acts before the rotation, so its transpose acts after the result.
     """
     return replace(replace(rotation, basis=None).inverse(), scale=rotation.scale)
 
 
-def _rotate_one(tensor: Tensor, rotation: Rotation, slots: Slots) -> Tensor:
-    _check_tensor(tensor, rotation)
-    turned = turn(rotation, slots, tensor)
+def _turned(tensor: Tensor, turned: Turn, rotation: Rotation, slots: Slots) -> Tensor:
     source = tensor if rotation.basis is None else _in_basis(tensor, rotation.basis, slots)
     first, second = (part.to(compute_dtype(tensor)) for part in take(source, rotation.planes))
     out_first = first * turned.cos - second * turned.sin
@@ -86,7 +100,9 @@ def _in_basis(tensor: Tensor, name: str, slots: Slots) -> Tensor:
     check_device(name, basis, tensor)
     check_broadcast(name, basis.shape, (*tensor.shape[:-2], size, size), "[..., head_dim, head_dim]")
     if basis.dim() < 2 or basis.shape[-1] != size or basis.shape[-2] != size:
-        raise OperandError(f"{name} as a matrix", f"{name} has shape {tuple(basis.shape)}", f"[{size}, {size}]")
+        raise OperandError(
+            f"{name} as a matrix", f"{name} has shape {tuple(basis.shape)}", f"[{size}, {size}]"
+        )
     dtype = compute_dtype(tensor)
     with torch.autocast(tensor.device.type, enabled=False):
         return tensor.to(dtype) @ basis.to(dtype)
@@ -106,7 +122,7 @@ def _check_tensor(tensor: Tensor, rotation: Rotation) -> None:
         raise OperandError(
             f"a rotation of heads of {rotation.head_dim} coordinates",
             f"a tensor of shape {tuple(tensor.shape)}",
-            f"a last axis of size {rotation.head_dim}; planes of part of a head are partial(planes, start, size)",
+            f"a last axis of size {rotation.head_dim}, or planes partial(planes, start, size)",
         )
 
 
@@ -132,12 +148,14 @@ def _backward(ctx: Any, cotangents: list[Tensor]) -> tuple[list[Tensor | None], 
         for tensor, cotangent in zip(saved[len(names) :], cotangents, strict=True):
             for name, part in slots_gradient(rotation, named, tensor, cotangent).items():
                 slot_gradients[name] = slot_gradients[name] + part if name in slot_gradients else part
-    wanted = [slot_gradients.get(name) if needed else None for name, needed in zip(names, slot_needs, strict=True)]
+    wanted = [
+        slot_gradients.get(name) if needed else None for name, needed in zip(names, slot_needs, strict=True)
+    ]
     return tensor_gradients, wanted, None
 
 
 def tensors_gradient(rotation: Rotation, slots: Slots, cotangents: Sequence[Tensor]) -> list[Tensor]:
-    """Return the cotangents turned by the transposed matrix: scale E R^T, which is a rotation by the opposite angle."""
+    """Return the cotangents times the transposed matrix, scale R^T E^T: turned by the opposite angle."""
     back = transpose(rotation)
     basis = None if rotation.basis is None else slots[rotation.basis]
     if basis is None:
@@ -154,8 +172,8 @@ def tensors_gradient(rotation: Rotation, slots: Slots, cotangents: Sequence[Tens
 def slots_gradient(rotation: Rotation, slots: Slots, tensor: Tensor, cotangent: Tensor) -> dict[str, Tensor]:
     """Return the gradients of the floating slots that come through one tensor.
 
-    With h = x E and cotangent g: dcos_j = g0 h0 + g1 h1, dsin_j = g1 h0 - g0 h1 over the two coordinates of plane j,
-    and dE = x^T (R^T g). Accumulated in the compute dtype, rounded once to the dtype of the slot.
+    With h = x E and cotangent g: dcos_j = g0 h0 + g1 h1, dsin_j = g1 h0 - g0 h1 over the two coordinates of
+    plane j, and dE = x^T (R^T g). Accumulated in the compute dtype, rounded once to the dtype of the slot.
     """
     dtype = compute_dtype(tensor)
     wide = cotangent.to(dtype)
@@ -208,8 +226,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     return {torch.ops.grape.rotate.default: rotate_decomposition}
 
 
-_operator = torch.library.custom_op("grape::rotate", rotate_decomposition, mutates_args=(), schema=SCHEMA)
-_operator.register_fake(rotate_decomposition)
+_operator = torch.library.custom_op("grape::rotate", _body, mutates_args=(), schema=SCHEMA)
+_operator.register_fake(_body)
 _operator.register_autograd(_backward, setup_context=_setup_context)
 _operator.register_vmap(_vmap)
-decompose_when_compiled(_operator, rotate_decomposition)
+decompose_when_compiled(_operator, _body)

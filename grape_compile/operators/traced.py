@@ -11,8 +11,8 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 def decompose_when_compiled(operator: Any, body: Callable[..., Any]) -> None:
     """Let AOTAutograd trace through the body of a custom operator, and `torch.export` keep its node.
 
-    This is what `torch.library.triton_op` registers, without its search of the body for Triton kernels: that search
-    imports Triton (or warns that it is missing) while this package is being imported.
+    This is what `torch.library.triton_op` registers, without its search of the body for Triton kernels: that
+    search imports Triton (or warns that it is missing) while this package is being imported.
     """
 
     def dispatch(mode: Any, op: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
