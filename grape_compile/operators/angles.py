@@ -10,7 +10,7 @@ from torch import Tensor
 
 from grape_compile.encoding import Accumulated, Clock, Learned, Positions, Rotation, Steps, Table, Tables
 from grape_compile.errors import OperandError
-from grape_compile.operators.constants import constant
+from grape_compile.operators.constants import closed_form, constant, stored
 from grape_compile.operators.operands import check_broadcast, check_device, check_numbers, compute_dtype
 
 Slots = Mapping[str, Tensor]
@@ -53,7 +53,7 @@ def turn(rotation: Rotation, slots: Slots, tensor: Tensor) -> Turn:
         cos, sin = slots[rotation.clock.cos].to(dtype), slots[rotation.clock.sin].to(dtype)
     else:
         angle = clock_values(rotation, slots, tensor) * frequencies(rotation, slots, tensor)
-        cos, sin = angle.cos(), angle.sin()
+        cos, sin = stored(angle.cos()), stored(angle.sin())
     if rotation.orientation < 0:
         sin = -sin
     if rotation.scale != 1.0:
@@ -76,7 +76,7 @@ def frequencies(rotation: Rotation, slots: Slots, tensor: Tensor) -> Tensor:
     if isinstance(spectrum, Learned | Table):
         return slots[spectrum.slot].to(compute_dtype(tensor))
     assert spectrum is not None, "a rotation has no spectrum only where its clock is `Tables`"
-    return constant(spectrum.frequencies(rotation.planes.count), compute_dtype(tensor), tensor)
+    return closed_form(spectrum, rotation.planes.count, compute_dtype(tensor), tensor)
 
 
 def clock_values(rotation: Rotation, slots: Slots, tensor: Tensor) -> Tensor:

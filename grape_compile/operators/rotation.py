@@ -12,7 +12,7 @@ from torch import Tensor
 from grape_compile.encoding import Compose, Encoding, Nope, Rotation
 from grape_compile.errors import OperandError
 from grape_compile.operators.angles import Slots, Turn, check_slots, same_turn, turn, turn_gradient
-from grape_compile.operators.constants import spelled_out
+from grape_compile.operators.constants import Use, used_as
 from grape_compile.operators.coordinates import put, take, take_rest
 from grape_compile.operators.operands import (
     check_broadcast,
@@ -58,7 +58,12 @@ def rotate_decomposition(tensors: Sequence[Tensor], slots: Sequence[Tensor], enc
     Give it to `ExportedProgram.run_decompositions` to leave no `grape::rotate` node behind
     (`decompositions()`).
     """
-    with spelled_out():
+    with used_as(Use.DECOMPOSED):
+        return _body(tensors, slots, encoding)
+
+
+def _compiled(tensors: Sequence[Tensor], slots: Sequence[Tensor], encoding: str) -> list[Tensor]:
+    with used_as(Use.COMPILED):
         return _body(tensors, slots, encoding)
 
 
@@ -230,4 +235,4 @@ _operator = torch.library.custom_op("grape::rotate", _body, mutates_args=(), sch
 _operator.register_fake(_body)
 _operator.register_autograd(_backward, setup_context=_setup_context)
 _operator.register_vmap(_vmap)
-decompose_when_compiled(_operator, _body)
+decompose_when_compiled(_operator, _compiled)
