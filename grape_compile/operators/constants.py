@@ -1,4 +1,4 @@
-"""How tables and constants enter a computation that is run, decomposed for an exported program, or compiled."""
+"""How tables and constants enter a computation that is run, decomposed or compiled."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Use(Enum):
     RUN = auto()
     #: A decomposition cannot add a tensor to an exported program: constants are operations on numbers.
     DECOMPOSED = auto()
-    #: The same, because the compiler finds equal operations of two layers but not equal tensors; and tables that
-    #: all heads read are stored.
+    #: The same, because the compiler finds equal operations of two layers but not equal tensors; and tables
+    #: that all heads read are stored.
     COMPILED = auto()
 
 
@@ -54,7 +54,7 @@ def closed_form(spectrum: Spectrum, count: int, dtype: torch.dtype, like: Tensor
 
 
 def stored(table: Tensor) -> Tensor:
-    """Return the same tensor, which Inductor puts in memory instead of computing it again wherever it is read."""
+    """Return the same tensor; Inductor puts it in memory instead of computing it wherever it is read."""
     if _use.get() is not Use.COMPILED:
         return table
     # A view by strides needs memory to look at.

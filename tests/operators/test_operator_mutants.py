@@ -1,0 +1,161 @@
+"""Functions with one thing wrong must break a law: the laws have teeth."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from operator_laws import ATTEND_LAWS, ROTATE_LAWS
+
+from grape_compile.encoding import Bias, Constant, Learned, Pairs, Positions, Rotation, Steps, Table, Tables
+from grape_compile.operators import reference_attend, reference_rotate
+from grape_compile.operators.samples import BIASES, ROTATIONS
+
+
+def wrong_sign(tensors, encoding, slots):
+    return reference_rotate(tensors, replace(encoding, orientation=-encoding.orientation), slots)
+
+
+def swapped_halves(tensors, encoding, slots):
+    out = Pairs(tuple((second, first) for first, second in encoding.output.pairs()), encoding.head_dim)
+    return reference_rotate(tensors, replace(encoding, out=out), slots)
+
+
+def off_by_one(tensors, encoding, slots):
+    if isinstance(encoding.clock, Tables):
+        slots = {**slots, **{name: slots[name].roll(1, -2) for name in encoding.clock.slots}}
+    elif isinstance(encoding.clock, Steps):
+        encoding = replace(encoding, clock=Positions("later"))
+        slots = {**slots, "later": torch.arange(tensors[0].shape[-2]) + 1}
+    else:
+        name = encoding.clock.slot
+        slots = {**slots, name: slots[name] + 1}
+    return reference_rotate(tensors, encoding, slots)
+
+
+def missing_scale(tensors, encoding, slots):
+    return reference_rotate(tensors, replace(encoding, scale=1.0), slots)
+
+
+def zeros(tensors, encoding, slots):
+    return tuple(tensor * 0 for tensor in reference_rotate(tensors, encoding, slots))
+
+
+def nothing(tensors, encoding, slots):
+    return tuple(tensor.clone() for tensor in tensors)
+
+
+def scaled_everywhere(tensors, encoding, slots):
+    return tuple(1.001 * tensor for tensor in reference_rotate(tensors, encoding, slots))
+
+
+def wrong_frequency(tensors, encoding, slots):
+    if encoding.spectrum is None:
+        return reference_rotate(tensors, encoding, {name: slot.abs() for name, slot in slots.items()})
+    names = encoding.spectrum.slots
+    theta = slots[names[0]] if names else torch.tensor(encoding.spectrum.frequencies(encoding.planes.count))
+    turned = replace(encoding, spectrum=Table("other"))
+    return reference_rotate(tensors, turned, {**slots, "other": theta.double().roll(1, -1)})
+
+
+ROTATE_MUTANTS = [
+    wrong_sign,
+    swapped_halves,
+    off_by_one,
+    missing_scale,
+    zeros,
+    nothing,
+    scaled_everywhere,
+    wrong_frequency,
+]
+
+
+def broken(laws, function, sample):
+    """Names of the laws that a function breaks on a sample."""
+    failed = []
+    for law in laws:
+        try:
+            law(function, sample)
+        except AssertionError:
+            failed.append(law.__name__)
+    return failed
+
+
+@pytest.mark.parametrize("mutant", ROTATE_MUTANTS, ids=lambda mutant: mutant.__name__)
+@pytest.mark.parametrize("sample", ROTATIONS, ids=lambda sample: sample.name)
+def test_rotation_mutant_breaks_a_law(sample, mutant):
+    assert isinstance(sample.encoding, Rotation)
+    if mutant is missing_scale and sample.encoding.scale == 1.0:
+        pytest.skip("nothing is missing")
+    assert broken(ROTATE_LAWS, mutant, sample)
+
+
+def test_the_reference_breaks_none():
+    for sample in ROTATIONS:
+        assert not broken(ROTATE_LAWS, reference_rotate, sample)
+    for sample in BIASES:
+        assert not broken(ATTEND_LAWS, reference_attend, sample)
+
+
+def _slopes_changed(factor):
+    def attend(query, key, value, encoding, slots, **options):
+        if isinstance(encoding.slopes, Learned | Table):
+            name = encoding.slopes.slot
+            return reference_attend(
+                query, key, value, encoding, {**slots, name: slots[name] * factor}, **options
+            )
+        changed = Constant(tuple(factor * slope for slope in encoding.slopes.values()))
+        return reference_attend(query, key, value, replace(encoding, slopes=changed), slots, **options)
+
+    return attend
+
+
+wrong_slope, wrong_direction = _slopes_changed(0.5), _slopes_changed(-1.0)
+
+
+def unmasked_future(*operands, is_causal=False, **options):
+    return reference_attend(*operands, **options)
+
+
+def hides_itself(query, key, value, encoding, slots, *, is_causal=False, **options):
+    """The causal mask is off by one."""
+    seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(
+        key.shape[2] - query.shape[2] - is_causal
+    )
+    mask = seen if is_causal else None
+    return reference_attend(query, key, value, encoding, slots, mask=mask, **options)
+
+
+def missing_attention_scale(*operands, scale=None, **options):
+    return reference_attend(*operands, scale=1.0, **options)
+
+
+def attends_nowhere(*operands, **options):
+    return reference_attend(*operands, **options) * 0
+
+
+def upper_left(query, key, value, encoding, slots, *, is_causal=False, **options):
+    """The causal mask starts at the first key instead of ending at the last."""
+    mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril() if is_causal else None
+    return reference_attend(query, key, value, encoding, slots, mask=mask, **options)
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [unmasked_future, hides_itself, missing_attention_scale, attends_nowhere, upper_left],
+    ids=lambda m: m.__name__,
+)
+@pytest.mark.parametrize("sample", BIASES, ids=lambda sample: sample.name)
+def test_attention_mutant_breaks_a_law(sample, mutant):
+    assert broken(ATTEND_LAWS, mutant, sample)
+
+
+@pytest.mark.parametrize("mutant", [wrong_slope, wrong_direction], ids=["wrong_slope", "wrong_direction"])
+@pytest.mark.parametrize(
+    "sample",
+    [sample for sample in BIASES if isinstance(sample.encoding, Bias)],
+    ids=lambda sample: sample.name,
+)
+def test_slope_mutant_breaks_the_lift(sample, mutant):
+    assert "attends_like_the_lift" in broken(ATTEND_LAWS, mutant, sample)
