@@ -40,7 +40,7 @@ GROUPED = SIZES | {"num_key_value_heads": 2}
 TWO_EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 2}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Architecture:
     """One row: `make` builds the untrained model; `rotations` and `biases` are its sites per forward pass."""
 

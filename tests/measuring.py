@@ -164,7 +164,8 @@ def _gather(errors: Errors, found: tuple[Tensor, Gradients], reference: tuple[Te
     """
     errors.logits.add(found[0], reference[0])
     wanted = reference[1]
-    assert found[1].keys() == wanted.keys()
+    lost = wanted.keys() - found[1].keys()
+    assert not lost, f"parameters without a gradient: {', '.join(sorted(lost))}"
     largest = max((_mean_square(gradient) for gradient in wanted.values()), default=0.0)
     for name, gradient in wanted.items():
         size = _mean_square(gradient)

@@ -171,12 +171,18 @@ def test_a_left_padded_batch(name: str) -> None:
     assert report(model).refusals == ()
 
 
-@pytest.mark.parametrize("name", ["llama", "bloom"])
-def test_sequence_lengths_after_one_another(name: str) -> None:
+@pytest.mark.parametrize("name", ["llama", "bloom", "mpt"])
+@pytest.mark.parametrize("dynamic", [True, False, None])
+def test_sequence_lengths_after_one_another(name: str, dynamic: bool | None) -> None:
     row = BY_NAME[name]
-    model, plain = compiled_eagerly(row), row.build()
+    calls = GrapeCalls()
+    model, plain = grape_compile(row.build(), backend=calls, dynamic=dynamic), row.build()
     for length in (16, 9, 33, 1, 16):
         inputs = row.inputs(seq=length)
         with torch.no_grad():
             found, wanted = output_of(model(**inputs)), output_of(plain(**inputs))
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        if length > 1:  # a single key has a weight of one, whatever its bias
+            assert_all_sites_run(model, calls, inputs, row)
+        if length > 1:  # a single key has a weight of one, whatever its bias
+            assert_all_sites_run(model, calls, inputs, row)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from architectures import ENCODED, Architecture
+from measuring import GrapeCalls
 from torch import Tensor, nn
 
 from grape_compile import grape_compile, report
@@ -44,13 +45,16 @@ def prompt(row: Architecture, paddings: tuple[int, ...]) -> tuple[Tensor, Tensor
 @pytest.mark.timeout(600)
 def test_the_same_tokens(row: Architecture, paddings: tuple[int, ...]) -> None:
     ids, mask = prompt(row, paddings)
-    plain, model = row.build(), grape_compile(row.build(), backend="eager")
+    calls = GrapeCalls()
+    plain, model = row.build(), grape_compile(row.build(), backend=calls)
     wanted, found = generated(plain, ids, mask), generated(model, ids, mask)
     assert wanted.shape == (len(paddings), ids.shape[1] + NEW_TOKENS)
     assert found.tolist() == wanted.tolist()
     # The prompt and the single token are different graphs of the same places.
     assert len(report(model).sites) == row.sites, str(report(model))
     assert report(model).refusals == (), str(report(model))
+    passes = (calls.rotated + calls.attended) / row.sites
+    assert passes == NEW_TOKENS, "the prompt, then one token at a time, each through every operator"
 
 
 @pytest.mark.parametrize("name", ["llama", "bloom"])

@@ -77,7 +77,7 @@ def test_restore_of_a_plain_model_changes_nothing() -> None:
 
 
 def test_a_second_call_replaces_the_first(model: nn.Module) -> None:
-    again = grape_compile(model, backend=CALLS, dynamic=True)
+    again = grape_compile(model, backend=CALLS)
     assert again is model
     assert rotated_by(model) == LLAMA.rotations
     assert len(report(model).sites) == LLAMA.sites

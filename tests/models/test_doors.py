@@ -1,0 +1,204 @@
+"""Every door into the library: torch.compile's backend name, exported programs, graph modules."""
+
+import functools
+import io
+
+import pytest
+import torch
+from architectures import BY_NAME, Architecture, output_of
+from attention_layers import example, inverse_frequencies, sharpen
+from bias_spellings import BIAS_SPELLINGS
+from rotation_spellings import ROTATION_SPELLINGS, plain
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+
+from grape_compile import inspect, rewrite
+
+ROWS = [BY_NAME[name] for name in ("llama", "gptj", "bloom", "mpt", "deepseek_v3")]
+rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+
+
+class Logits(nn.Module):
+    """A model as a function of token ids to one tensor: what an exporter likes to be given."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return output_of(self.model(input_ids=ids, use_cache=False))
+
+
+@functools.cache
+def exported(row: Architecture, *, dynamic: bool = False) -> ExportedProgram:
+    shapes = ({0: Dim("batch", min=2, max=8), 1: Dim("length", min=4, max=64)},) if dynamic else None
+    return torch.export.export(Logits(row.build()), (ids_of(row),), dynamic_shapes=shapes)
+
+
+def ids_of(row: Architecture, batch: int = 2, seq: int = 16) -> Tensor:
+    ids: Tensor = row.inputs(batch=batch, seq=seq)["input_ids"]
+    return ids
+
+
+def operators_in(graph: fx.Graph) -> tuple[int, int]:
+    """Tensors rotated and attentions with a bias, counted as nodes of ours."""
+    rotated = attended = 0
+    for node in graph.nodes:
+        if node.target is torch.ops.grape.rotate.default:
+            rotated += len(node.args[0])
+        attended += node.target is torch.ops.grape.attend.default
+    return rotated, attended
+
+
+def assert_same(found: Tensor, row: Architecture, ids: Tensor) -> None:
+    with torch.no_grad():
+        torch.testing.assert_close(found, Logits(row.build())(ids), rtol=1e-4, atol=1e-5)
+
+
+@rows
+def test_an_exported_program(row: Architecture) -> None:
+    program, found = rewrite(exported(row))
+    assert isinstance(program, ExportedProgram)
+    assert operators_in(program.graph) == (row.rotations, row.biases)
+    assert len(found.sites) == row.sites
+    assert found.refusals == ()
+    assert_same(program.module()(ids_of(row)), row, ids_of(row))
+
+
+@rows
+def test_an_exported_program_with_a_dynamic_shape(row: Architecture) -> None:
+    program, found = rewrite(exported(row, dynamic=True))
+    assert operators_in(program.graph) == (row.rotations, row.biases), str(found)
+    module = program.module()
+    for batch, length in ((2, 16), (3, 23), (2, 5)):
+        ids = ids_of(row, batch, length)
+        assert_same(module(ids), row, ids)
+
+
+@rows
+def test_the_given_program_is_left_as_it_was(row: Architecture) -> None:
+    program = exported(row)
+    text = str(program.graph)
+    rewrite(program)
+    assert str(program.graph) == text
+
+
+@rows
+def test_a_rewritten_program_is_saved_and_loaded(row: Architecture) -> None:
+    program, _ = rewrite(exported(row))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file)
+    assert operators_in(loaded.graph) == (row.rotations, row.biases)
+    assert_same(loaded.module()(ids_of(row)), row, ids_of(row))
+
+
+@rows
+def test_a_rewritten_program_is_exported_again(row: Architecture) -> None:
+    program, _ = rewrite(exported(row))
+    again = torch.export.export(program.module(), (ids_of(row),))
+    assert operators_in(again.graph) == (row.rotations, row.biases)
+    assert_same(again.module()(ids_of(row)), row, ids_of(row))
+
+
+@rows
+def test_decompositions_of_a_rewritten_program(row: Architecture) -> None:
+    program, _ = rewrite(exported(row))
+    decomposed = program.run_decompositions()
+    assert_same(decomposed.module()(ids_of(row)), row, ids_of(row))
+
+
+@rows
+def test_a_decomposed_program_is_still_read(row: Architecture) -> None:
+    """Core ATen is another spelling of the same model."""
+    _, found = rewrite(exported(row).run_decompositions())
+    kinds = [site.kind for site in found.sites]
+    assert (kinds.count("rotation"), kinds.count("bias")) == (row.rotations, row.biases), str(found)
+
+
+@rows
+def test_a_second_rewrite_finds_nothing_left(row: Architecture) -> None:
+    program, _ = rewrite(exported(row))
+    again, found = rewrite(program)
+    assert found.sites == ()
+    assert operators_in(again.graph) == (row.rotations, row.biases)
+
+
+@rows
+def test_a_rewritten_program_is_compiled(row: Architecture) -> None:
+    program, _ = rewrite(exported(row))
+    compiled = torch.compile(program.module(), backend="aot_eager")
+    assert_same(compiled(ids_of(row)), row, ids_of(row))
+
+
+@pytest.mark.parametrize("row", ROWS[:1] + ROWS[2:3], ids=lambda row: row.name)
+def test_training_through_a_rewritten_program(row: Architecture) -> None:
+    program, _ = rewrite(exported(row))
+    module = program.module()
+    plain = Logits(row.build())
+    gradients = []
+    for each in (plain, module):
+        torch.autograd.backward(each(ids_of(row)).square().mean())
+        gradients.append({name: parameter.grad for name, parameter in each.named_parameters()})
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-6)
+
+
+LAYERS = {
+    "rotate_half": ROTATION_SPELLINGS[0].make,
+    "narrow_tables": ROTATION_SPELLINGS[1].make,
+    "alibi": BIAS_SPELLINGS[0].make,
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_graph_module(name: str) -> None:
+    layer = sharpen(LAYERS[name]())
+    module = torch.export.export(layer, (example(),)).module()
+    assert isinstance(module, fx.GraphModule)
+    rewritten, found = rewrite(module, (example(),))
+    assert isinstance(rewritten, fx.GraphModule)
+    rotated, attended = operators_in(rewritten.graph)
+    assert rotated + attended == len(found.sites) > 0, str(found)
+    torch.testing.assert_close(rewritten(example()), layer(example()), rtol=1e-4, atol=1e-5)
+
+
+def test_a_graph_module_traced_symbolically() -> None:
+    """Method calls and submodules in the graph, no ATen operators yet."""
+
+    class Turned(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return plain(x, torch.outer(torch.arange(12.0), inverse_frequencies(8)))
+
+    module = fx.symbolic_trace(Turned())
+    x = torch.randn(2, 4, 12, 16)
+    rewritten, found = rewrite(module, (x,))
+    assert operators_in(rewritten.graph) == (1, 0), str(found)
+    torch.testing.assert_close(rewritten(x), module(x))
+
+
+def test_inspect_and_rewrite_agree() -> None:
+    row = BY_NAME["llama"]
+    program = exported(row)
+    assert inspect(program).to_json() == rewrite(program)[1].to_json()
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom"])
+def test_the_backend_by_its_name(name: str) -> None:
+    """`torch.compile(model, backend="grape")`: the entry point, with Inductor behind it."""
+    row = BY_NAME[name]
+    assert "grape" in torch.compiler.list_backends()
+    compiled = torch.compile(row.build(), backend="grape")
+    with torch.no_grad():
+        assert_same(output_of(compiled(**row.inputs())), row, ids_of(row))
+
+
+def test_training_through_the_backend() -> None:
+    row = BY_NAME["llama"]
+    gradients = []
+    for compiled in (False, True):
+        model = row.build()
+        run = torch.compile(model, backend="grape") if compiled else model
+        torch.autograd.backward(output_of(run(**row.inputs())).square().mean())
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-6)
