@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from architectures import BY_NAME, output_of
 from attention_layers import HIDDEN, RotaryAttention, example, inverse_frequencies, sharpen
 from bias_spellings import BIAS_SPELLINGS
 from rotation_spellings import plain, rotate_half
@@ -79,9 +80,9 @@ class Interrupted(nn.Module):
         self.interruption = interruption
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.first(x)
+        x = torch.add(x, self.first(x))
         self.interruption(x)
-        return x + self.second(x)
+        return torch.add(x, self.second(x))
 
 
 def reads_a_value(x: Tensor) -> None:
@@ -199,10 +200,22 @@ def test_inspected_empty_and_single(make: Callable[[], nn.Module], batch: int, l
     assert len(found.sites) <= 2
 
 
-@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+def bloom_logits() -> nn.Module:
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = BY_NAME["bloom"].build()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return output_of(self.model(inputs_embeds=torch.cat((x, x), dim=-1), use_cache=False))
+
+    return Logits()
+
+
+@pytest.mark.parametrize("make", [LAYERS["rotation"], bloom_logits], ids=["rotation", "bias"])
 def test_a_device_without_kernels(make: Callable[[], nn.Module]) -> None:
-    """On the meta device nothing is computed, but shapes and types come out as the plain layer's do."""
-    layer, x = sharpen(make()).to("meta"), example().to("meta")
+    """On the meta device nothing is computed, but shapes and types come out as the plain model's do."""
+    layer, x = make().to("meta"), example().to("meta")
     wanted = layer(x)
     try:
         found = grape_compile(layer, backend="eager")(x)
