@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx
 
 from grape_compile.passes.graph import Program, Taint, fake, op_name, require_fake
@@ -24,7 +23,8 @@ class ScoreTerm:
     """Something added to the scores: `factor * node`, or where `dead` the entries of a boolean mask set to `value`.
 
     `dead` is None for an additive term, else the truth value that marks dead entries. `folded` is the batch and heads
-    of a term that still lives in the folded [B * H, ...] layout.
+    of a term that still lives in the folded [B * H, ...] layout. A `finished` term holds mask and bias at once: as a mask
+    only its dead entries count.
     """
 
     node: fx.Node
@@ -32,6 +32,7 @@ class ScoreTerm:
     dead: bool | None = None
     value: float = 0.0
     folded: bool = False
+    finished: bool = False
 
 
 @dataclass

@@ -18,12 +18,14 @@ from torch import Tensor, fx
 
 from grape_compile.encoding import Absolute, Distance, Signed
 from grape_compile.passes.attention import Attention, ScoreTerm, find_attention
-from grape_compile.passes.clocks import is_given
-from grape_compile.passes.elements import Factor, Index, Reader, Term, broadcast
+from grape_compile.passes.clocks import counted_by, counts, is_given
+from grape_compile.passes.elements import Reader
 from grape_compile.passes.graph import Program, Sizes, Taint, Unreadable, require_fake
+from grape_compile.passes.movement import is_symbolic
 from grape_compile.passes.operands import Axis, Operand, fit
 from grape_compile.passes.plans import Miss
 from grape_compile.passes.replay import Replay
+from grape_compile.passes.terms import Factor, Index, Term, broadcast
 
 DEAD = -1e4
 """An added value this low marks a dead entry."""
@@ -35,7 +37,10 @@ _BATCH, _HEAD, _QUERY, _KEY = range(4)
 
 @dataclass(frozen=True)
 class BiasPlan:
-    """A bias found: `slopes` [B, H] and `clock` [B, Tk] to multiply, or one `table` of finished biases to take them from."""
+    """A bias found: `slopes` [B, H] to multiply by `clock` [B, Tk] or, where that is None, by the number of the key.
+
+    `table` holds finished biases [B, H, Tk] instead, for slopes to be taken from.
+    """
 
     layer: Attention
     masks: tuple[ScoreTerm, ...]
@@ -108,7 +113,8 @@ class _Layer:
             if live.numel() == 0 or bool((live == 0).all()):
                 masks.append(term)
             elif bool((value <= DEAD).any()):
-                raise Unreadable("biases and mask are finished in one table")
+                masks.append(replace(term, finished=True))
+                biases.append(term)
             elif value.shape[-1] > 1 and bool((value != value[..., :1]).any()):
                 biases.append(term)
         return masks, biases
@@ -143,7 +149,7 @@ class _Layer:
     def _affine(self, term: ScoreTerm, alive: Tensor, masks: list[ScoreTerm]) -> BiasPlan | Miss:
         causal, window = self._causal(alive, masks)
         plan = BiasPlan(self.layer, tuple(masks), None, None, None, Signed(), term.factor, False, causal, window)
-        value = self.value(term)
+        value = self.value(term).clamp_min(-1e30)
         distance = self._distance(value, alive)
         if distance is None:
             return self._miss(term, value)
@@ -152,10 +158,13 @@ class _Layer:
             return self._table(plan, term, distance)
         number, slopes, clock = views
         given = is_given(clock.node)
-        if not given and not self._unit(clock, alive, distance):
+        steps = counted_by(clock.node) if clock.token_axes == (_KEY,) and _stride(clock, _KEY) == 1 else None
+        if steps is not None and isinstance(distance, Signed):
+            return replace(plan, slopes=slopes, number=term.factor * number * steps, distance=distance)
+        if not given and not (self._unit(clock, alive) and counts(self.program, clock) or isinstance(distance, Absolute)):
             return Miss("steps", "the slope is multiplied by something that does not count keys one by one", 3, "ALiBi at every key position")
-        if not self._positions_only(clock, distance):
-            return self._table(plan, term, distance)
+        if isinstance(distance, Absolute) and any(is_symbolic(size) for size in require_fake(self.layer.query).shape):
+            return Miss("sizes", "a mirrored bias of symbolic length cannot be proved from one length", 3, "ALiBi by absolute distance")
         return replace(plan, slopes=slopes, clock=clock, number=term.factor * number, distance=distance, given=given)
 
     def _distance(self, value: Tensor, alive: Tensor) -> Distance | None:
@@ -167,7 +176,7 @@ class _Layer:
         if torch.Size(shape).numel() == 0:
             return Signed()
         seen, steps = both.expand(shape), rises.expand(shape)
-        scale = _AFFINE * float(value.abs().max())
+        scale = _AFFINE * float(torch.where(value > DEAD, value, 0.0).abs().max())
         high = torch.where(seen, steps, -torch.inf).amax(dim=(-2, -1))
         low = torch.where(seen, steps, torch.inf).amin(dim=(-2, -1))
         if bool(((high - low)[torch.isfinite(high)] <= scale).all()):
@@ -208,7 +217,7 @@ class _Layer:
     def _views(self, term: ScoreTerm) -> tuple[float, Operand, Operand] | None:
         """Slope and clock as operands, when the term is a product of the two."""
         lead, index, rows = self._samples(term)
-        reader = Reader(self.program, self.sizes)
+        reader = Reader(self.program, self.replay, alive=True)
         for read in (reader.position, reader.product):
             found = self._factors(read, term.node, index, rows)
             if found is None:
@@ -218,9 +227,16 @@ class _Layer:
             if views[0] is None or views[1] is None:
                 continue
             slopes, clock = (views[0], views[1]) if _KEY in views[1].token_axes else (views[1], views[0])
+            if reader.frozen and not self._shiftable(slopes, clock):
+                continue
             if set(slopes.token_axes) <= {_BATCH, _HEAD} and _KEY in clock.token_axes and _HEAD not in clock.token_axes:
                 return number, slopes, clock
         return None
+
+    def _shiftable(self, slopes: Operand, clock: Operand) -> bool:
+        """An offset known for the captured sizes only does no harm to a count of the keys: softmax ignores it."""
+        counting = clock.token_axes == (_KEY,) and counted_by(clock.node) is not None
+        return counting and all(axis.offset == 0 and axis.stride == 1 for axis in slopes.axes)
 
     def _factors(self, read: Callable[[fx.Node, Index, Tensor], list[Term]], node: fx.Node, index: Index, rows: Tensor) -> tuple[float, tuple[Factor, ...]] | None:
         """A number and exactly two elements whose product a term is, for every sampled row."""
@@ -230,10 +246,8 @@ class _Layer:
             return None
         if len(terms) != 1 or len(terms[0].rows) != len(rows) or len(terms[0].factors) != 2:
             return None
-        numbers = terms[0].coefficient
-        if bool((numbers != numbers[0]).any()) or float(numbers[0].imag) != 0:
-            return None
-        return float(numbers[0].real), terms[0].factors
+        number = terms[0].constant()
+        return None if number is None else (number, terms[0].factors)
 
     def _samples(self, term: ScoreTerm) -> tuple[Index, Index, Tensor]:
         """Sampled (batch, head, query, key), and the element of the term each of them sees."""
@@ -254,7 +268,7 @@ class _Layer:
         axes = fit(self.program, node, factor.index, lead, plane, self.sizes, (*self.shape, 1))
         return None if axes is None else Operand(node, axes, factor.part)
 
-    def _unit(self, clock: Operand, alive: Tensor, distance: Distance) -> bool:
+    def _unit(self, clock: Operand, alive: Tensor) -> bool:
         """Live keys of a row are one step apart."""
         value = self._aligned(clock)
         rises = value[..., 1:] - value[..., :-1]
@@ -279,10 +293,6 @@ class _Layer:
             if role not in kept:
                 value = value.unsqueeze(role)
         return value.double()
-
-    def _positions_only(self, clock: Operand, distance: Distance) -> bool:
-        """A clock per key, or a matrix of distances whose last row is one."""
-        return not isinstance(distance, Absolute) or _QUERY in clock.token_axes
 
     def _table(self, plan: BiasPlan, term: ScoreTerm, distance: Distance) -> BiasPlan | Miss:
         """A finished table: the slope is taken from its last row."""
@@ -314,6 +324,10 @@ class _Layer:
         if not bool((alive == wanted).all()) or alive.shape[-2:] != wanted.shape:
             return False, None
         return True, None if window >= keys else window
+
+
+def _stride(view: Operand, role: int) -> int:
+    return next(axis.stride for axis in view.axes if axis.role == role)
 
 
 def last_row(view: Operand, queries: int) -> Operand:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from grape_compile.passes.elements import MOVEMENTS
+from grape_compile.passes.movement import MOVEMENTS
 from grape_compile.passes.graph import Program, Taint, Unreadable, fake, op_name
 from grape_compile.passes.operands import Operand
 from grape_compile.passes.replay import Replay
 
 _COUNTING = MOVEMENTS | {
-    "aten::add", "aten::sub", "aten::rsub", "aten::arange", "aten::cumsum", "aten::masked_fill", "aten::where", "aten::clamp",
+    "aten::add", "aten::sub", "aten::rsub", "aten::arange", "aten::cumsum", "aten::masked_fill", "aten::where",
     "aten::clamp_min", "aten::relu", "aten::detach", "aten::index", "aten::index_select", "aten::gather", "aten::ones", "aten::full",
     "aten::zeros", "aten::new_ones", "aten::ones_like", "aten::zeros_like", "aten::eq", "aten::ne", "aten::scalar_tensor",
     "aten::linspace", "aten::nonzero", "aten::max", "aten::sum", "aten::bitwise_not", "aten::logical_not", "aten::__and__",
@@ -30,6 +30,11 @@ def is_unit_clock(program: Program, replay: Replay, clock: Operand) -> bool:
         return program.taints[clock.node] is Taint.POSITION or _is_index(clock.node)
     operations = _operations(clock.node)
     return operations is not None and _steps_by_one(replay, clock, may_rest="aten::cumsum" in operations)
+
+
+def counts(program: Program, clock: Operand) -> bool:
+    """True when a computed clock is made of counting operations only."""
+    return _operations(clock.node) is not None
 
 
 def is_steps(program: Program, replay: Replay, clock: Operand, shape: tuple[int, ...]) -> bool:
@@ -58,12 +63,35 @@ def _operations(node: fx.Node) -> set[str] | None:
             continue
         if step.op != "call_function" or op_name(step) not in _COUNTING and not _masks(step):
             return None
+        if op_name(step) in ("aten::masked_fill", "aten::where") and not _fills_by_mask(step):
+            return None
         names.add(op_name(step))
         for operand in step.all_input_nodes:
             if operand not in seen:
                 seen.add(operand)
                 stack.append(operand)
     return names
+
+
+def counted_by(node: fx.Node) -> int | None:
+    """The step (1 or -1) of a value that is an `arange` plus a constant, whatever its length; None for anything else."""
+    sign = 1
+    while node.op == "call_function":
+        name = op_name(node)
+        operands = [operand for operand in node.all_input_nodes if fake(operand) is not None]
+        if name == "aten::arange":
+            step = node.args[2] if len(node.args) > 2 else 1
+            return sign * step if step in (1, -1) and isinstance(step, int) else None
+        if name == "aten::neg" or name == "aten::rsub":
+            sign = -sign
+        elif name == "aten::sub" and node.args[0] is not operands[0]:
+            sign = -sign
+        elif name not in ("aten::add", "aten::sub", "aten::to", "aten::_to_copy", "aten::clone", "aten::unsqueeze", "aten::detach"):
+            return None
+        if len(operands) != 1 or node.kwargs.get("alpha", 1) != 1:
+            return None
+        node = operands[0]
+    return None
 
 
 def _masks(node: fx.Node) -> bool:
@@ -73,6 +101,16 @@ def _masks(node: fx.Node) -> bool:
     if any(operand == 1 for operand in node.args):
         return True
     return any(_is_mask(operand) for operand in node.all_input_nodes) and len(set(node.all_input_nodes)) == 2
+
+
+def _fills_by_mask(node: fx.Node) -> bool:
+    """Positions overwritten where a mask input says so, not where a position is large."""
+    condition = node.args[1] if op_name(node) == "aten::masked_fill" else node.args[0]
+    while isinstance(condition, fx.Node) and condition.op == "call_function":
+        if op_name(condition) not in MOVEMENTS | {"aten::eq", "aten::ne", "aten::logical_not", "aten::bitwise_not"}:
+            return False
+        condition = condition.all_input_nodes[0] if condition.all_input_nodes else None
+    return isinstance(condition, fx.Node) and condition.op == "placeholder"
 
 
 def _is_mask(node: fx.Node) -> bool:

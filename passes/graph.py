@@ -95,10 +95,28 @@ class Program:
         """The first node with the same value."""
         return self.representatives[self.value_numbers[node]]
 
+    def is_constant(self, node: fx.Node) -> bool:
+        """True when a value is made of constants alone: it cannot change from call to call."""
+        if node not in self.constants:
+            inputs = node.all_input_nodes
+            sized = isinstance(node.meta.get("val"), torch.SymInt) or _has_symbols(node)
+            self.constants[node] = bool(is_pure(node) and not sized and all(self.is_constant(operand) for operand in inputs))
+        return self.constants[node]
+
+    @cached_property
+    def constants(self) -> dict[fx.Node, bool]:
+        """What `is_constant` has found so far."""
+        return {}
+
     def forget(self) -> None:
         """Drop what was derived from the graph, after the graph changed."""
-        for name in ("order", "taints", "value_numbers", "representatives"):
+        for name in ("order", "taints", "value_numbers", "representatives", "constants"):
             self.__dict__.pop(name, None)
+
+
+def _has_symbols(node: fx.Node) -> bool:
+    value = fake(node)
+    return value is not None and any(not isinstance(size, int) for size in value.shape)
 
 
 def op_name(node: fx.Node) -> str:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from grape_compile.passes.elements import Index
 from grape_compile.passes.graph import Program, Sizes, Unreadable, require_fake
+from grape_compile.passes.terms import Index
 
 aten = torch.ops.aten
 

@@ -8,16 +8,18 @@ import torch
 from torch import Tensor, fx
 
 from grape_compile.encoding import Clock, Learned, Positions, Rotation, Spectrum, Steps, Table, Tables, describe_frequencies, planes_of
-from grape_compile.passes.elements import Factor
-from grape_compile.passes.graph import Taint, Unreadable, fake
+from grape_compile.passes.graph import Taint, Unreadable, op_name, require_fake
+from grape_compile.passes.movement import is_symbolic, operand_of
 from grape_compile.passes.operands import Operand, fit
 from grape_compile.passes.clocks import is_steps, is_unit_clock
 from grape_compile.passes.plans import Entry, Miss, Reading, RotationPlan
 from grape_compile.passes.replay import Replay
+from grape_compile.passes.terms import Factor, multiply, unit
 
 _TABLE_TOLERANCE = 1e-5
 _EQUAL = 1e-9
 _FREQUENCY_TOLERANCE = 2e-6
+_LOOKUPS = {"aten::embedding": 0, "aten::index_select": 0, "aten::index": 0}
 
 
 def name_rotation(reading: Reading, mixed: dict[int, list[Entry]], through: dict[int, int]) -> RotationPlan | Miss:
@@ -27,11 +29,11 @@ def name_rotation(reading: Reading, mixed: dict[int, list[Entry]], through: dict
 
 @dataclass(frozen=True)
 class Resolved:
-    """A coefficient followed to its end: `kind` is cos, sin (of `angle`) or table (`leaf` itself)."""
+    """A coefficient followed to its end: `kind` is cos, sin (of `angle`) or table (`leaf` itself, None for a product of several)."""
 
     kind: str
     number: float
-    leaf: Factor
+    leaf: Factor | None
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class _Planes:
             return ordered
         pairs_in, pairs_out, cosines, sines, sign = ordered
         width = self.reading.shape[-1]
-        miss = self._passing(pairs_in, pairs_out)
+        miss = self._passing()
         if miss is not None:
             return miss
         named = self._proved(cosines, sines) or self._tables(cosines, sines, sign)
@@ -90,9 +92,9 @@ class _Planes:
             return Miss("planes", "an input channel appears in more than one plane", 2)
         return [(min(rows[key]), max(rows[key])) for key in sorted(rows)]
 
-    def _passing(self, pairs_in: list[tuple[int, int]], pairs_out: list[tuple[int, int]]) -> Miss | None:
+    def _passing(self) -> Miss | None:
         """Coordinates outside the planes must keep their order (the convention of `Rotation`)."""
-        outs, sources = sorted(self.through), [self.through[out] for out in sorted(self.through)]
+        sources = [self.through[out] for out in sorted(self.through)]
         if sources != sorted(sources):
             return Miss("planes", "channels outside the planes are permuted", 2)
         return None
@@ -141,8 +143,8 @@ class _Planes:
 
     def _values(self, at: tuple[int, int]) -> Tensor:
         entry = self._entry(at)
-        assert entry.factor is not None
-        return entry.number * element_values(self.reading.replay, entry.factor)
+        values = [element_values(self.reading.replay, factor) for factor in entry.factors]
+        return entry.number * torch.stack(values).prod(0)
 
     def _entry(self, at: tuple[int, int]) -> Entry:
         return next(entry for entry in self.mixed[at[0]] if entry.source == at[1])
@@ -154,13 +156,28 @@ class _Planes:
             return 1 if first.number == second.number else -1
         if first.kind != "table" or second.kind != "table":
             return 0
-        left, right = self._values(one), self._values(other)
-        bound = _EQUAL * max(float(left.abs().max()), 1e-30)
-        if not bool((left.abs() > bound).any()):
+        if first.leaf is None or second.leaf is None:
             return 0
-        return 1 if float((left - right).abs().max()) <= bound else -1 if float((left + right).abs().max()) <= bound else 0
+        left, right = self._column(first.leaf), self._column(second.leaf)
+        if left is None or right is None or left.shape != right.shape:
+            return 0
+        return _same_or_opposite(first.number * left, second.number * right)
 
-    def _same_element(self, one: Factor, other: Factor) -> bool:
+    def _column(self, leaf: Factor) -> Tensor | None:
+        """Everything a table holds for one channel, at every position it has: what a stored table may be compared by."""
+        channel = leaf.index[-1] if leaf.index else None
+        if channel is None or leaf.part != "value" or bool((channel != channel[0]).any()):
+            return None
+        node = leaf.node
+        if op_name(node) in _LOOKUPS and require_fake(node).shape[-1] == require_fake(operand_of(node, _LOOKUPS[op_name(node)])).shape[-1]:
+            node = operand_of(node, _LOOKUPS[op_name(node)])
+        if self.program.taints[node] is not Taint.STRUCTURE or any(map(is_symbolic, require_fake(node).shape)):
+            return None
+        return self.reading.replay.tensor(node)[..., int(channel[0])]
+
+    def _same_element(self, one: Factor | None, other: Factor | None) -> bool:
+        if one is None or other is None:
+            return False
         numbers = self.program.value_numbers
         if one.part != other.part or numbers[one.node] != numbers[other.node]:
             return False
@@ -176,15 +193,15 @@ class _Planes:
             return False
         return all(self._same_element(a, b) for a, b in zip(first[1], second[1], strict=True))
 
-    def angle(self, factor: Factor) -> tuple[float, tuple[Factor, ...]] | None:
+    def angle(self, factor: Factor | None) -> tuple[float, tuple[Factor, ...]] | None:
         """The angle as number times a product of elements, or None when it is a sum."""
+        if factor is None:
+            return None
         terms = self.reading.reader.position(factor.node, factor.index, self.samples)
         if len(terms) != 1 or len(terms[0].rows) != len(self.samples) or any(leaf.part in ("cos", "sin") for leaf in terms[0].factors):
             return None
-        numbers = terms[0].coefficient
-        if bool((numbers != numbers[0]).any()) or float(numbers[0].imag) != 0:
-            return None
-        return float(numbers[0].real), terms[0].factors
+        number = terms[0].constant()
+        return None if number is None else (number, terms[0].factors)
 
     def resolve(self, out: int, source: int) -> Resolved:
         """Follow one coefficient back to a trigonometric function of an angle, or to a table."""
@@ -194,19 +211,19 @@ class _Planes:
         return self.resolved[key]
 
     def _resolve(self, entry: Entry) -> Resolved:
-        assert entry.factor is not None
-        table = Resolved("table", entry.number, entry.factor)
+        table = Resolved("table", entry.number, entry.factors[0] if len(entry.factors) == 1 else None)
+        terms = [unit(self.samples)]
         try:
-            terms = self.reading.reader.element(entry.factor, self.samples)
+            for factor in entry.factors:
+                terms = multiply(terms, self.reading.reader.element(factor, self.samples))
         except Unreadable:
             return table
         if len(terms) != 1 or len(terms[0].factors) != 1 or len(terms[0].rows) != len(self.samples):
             return table
-        numbers = terms[0].coefficient
-        if bool((numbers != numbers[0]).any()) or float(numbers[0].imag) != 0:
+        number, leaf = terms[0].constant(), terms[0].factors[0]
+        if number is None:
             return table
-        leaf, number = terms[0].factors[0], entry.number * float(numbers[0].real)
-        return Resolved(leaf.part if leaf.part in ("cos", "sin") else "table", number, leaf)
+        return Resolved(leaf.part if leaf.part in ("cos", "sin") else "table", entry.number * number, leaf)
 
     # -- naming ------------------------------------------------------------------------------------------------------
 
@@ -231,8 +248,7 @@ class _Planes:
         spectrum, clock = (views[0], views[1]) if views[0].has_planes else (views[1], views[0])
         if not is_unit_clock(self.program, self.reading.replay, clock):
             return None
-        boundary = self._entry(cosines[0]).factor
-        assert boundary is not None
+        boundary = self._entry(cosines[0]).factors[0]
         spectrum = replace(spectrum, planes=True, scale=number, detach=self._without_gradient(boundary.node, spectrum.node))
         clock = replace(clock, detach=self._without_gradient(boundary.node, clock.node))
         described = self._spectrum(spectrum, [angle[1] for angle in angles if angle is not None], number)
@@ -305,9 +321,9 @@ class _Planes:
 
     def _table(self, entries: list[tuple[int, int]], orientation: int) -> Operand | None:
         boundary = [self._entry(at) for at in entries]
-        factors = [(entry.number, entry.factor) for entry in boundary if entry.factor is not None]
+        factors = [(entry.number, entry.factors[0]) for entry in boundary if len(entry.factors) == 1]
         resolved = [self.resolve(*at) for at in entries]
-        for choice in (factors, [(end.number, end.leaf) for end in resolved if end.kind == "table"]):
+        for choice in (factors, [(end.number, end.leaf) for end in resolved if end.kind == "table" and end.leaf is not None]):
             if len(choice) != len(entries) or len({number for number, _ in choice}) != 1:
                 continue
             view = self._view([factor for _, factor in choice])
@@ -330,6 +346,16 @@ class _Planes:
         if cos.shape[1] > 1 and float((cos - cos[:, :1]).abs().max()) + float((sin - sin[:, :1]).abs().max()) == 0 and max(self.reading.shape[:-1]) > 1:
             return Miss("position", "the map is the same for every token", 0)
         return None
+
+
+def _same_or_opposite(left: Tensor, right: Tensor) -> int:
+    """1 if equal, -1 if opposite, 0 if neither or nothing but zeros."""
+    bound = _EQUAL * max(float(left.abs().max()), 1e-30)
+    if not bool((left.abs() > bound).any()):
+        return 0
+    if float((left - right).abs().max()) <= bound:
+        return 1
+    return -1 if float((left + right).abs().max()) <= bound else 0
 
 
 def _sign(number: float) -> int:

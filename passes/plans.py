@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from torch import fx
 
 from grape_compile.encoding import Rotation
-from grape_compile.passes.elements import Factor, Index, Reader
+from grape_compile.passes.elements import Reader
 from grape_compile.passes.graph import Program
 from grape_compile.passes.operands import Operand
 from grape_compile.passes.replay import Replay
+from grape_compile.passes.terms import Factor, Index
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,12 @@ class Miss:
 
 @dataclass(frozen=True)
 class Entry:
-    """One coefficient of the per-token matrix: output channel, input channel, number, and the position-side factor."""
+    """One coefficient of the per-token matrix: output channel, input channel, number, and position-side factors."""
 
     out: int
     source: int
     number: float
-    factor: Factor | None
+    factors: tuple[Factor, ...]
 
 
 @dataclass(frozen=True)

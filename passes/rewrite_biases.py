@@ -19,7 +19,7 @@ from grape_compile.encoding import Absolute, Bias, Learned, Positions, Steps, Ta
 from grape_compile.operators import reference_attend
 from grape_compile.passes.attention import ScoreTerm
 from grape_compile.passes.base import Outcome, Pass
-from grape_compile.passes.biases import BiasPlan, detect_biases, last_row
+from grape_compile.passes.biases import DEAD, BiasPlan, detect_biases, last_row
 from grape_compile.passes.graph import Program, Sizes, Taint, Unreadable, module_path, require_fake, source_line
 from grape_compile.passes.operands import Emitter
 from grape_compile.passes.plans import Miss
@@ -132,11 +132,13 @@ class _Layer:
         counts: dict[str | int, Any] = dict(enumerate(shape))
         if plan.table is not None:
             return self._from_table(counts)
-        assert plan.slopes is not None and plan.clock is not None
+        assert plan.slopes is not None
         slopes = self.emitter.operand(plan.slopes, [0, 1], counts)
         number = plan.number
         if isinstance(plan.distance, Absolute):
             return self._scaled(slopes, -number), None
+        if plan.clock is None:
+            return self._scaled(slopes, number), None
         if not isinstance(shape[2], int) and 2 in plan.clock.token_axes:
             raise Unreadable("a matrix of distances of symbolic size")
         clock = self.emitter.operand(last_row(plan.clock, self.replay.sizes(shape[2])), [0, 3], counts)
@@ -152,7 +154,7 @@ class _Layer:
         rises = value[..., 1:] - value[..., :-1]
         return bool((rises < 0).sum() > (rises > 0).sum())
 
-    def _from_table(self, counts: dict[str | int, Any]) -> tuple[fx.Node, fx.Node]:
+    def _from_table(self, counts: dict[str | int, Any]) -> tuple[fx.Node, None]:
         """The slope as the mean rise over the last row of a finished table, by steps."""
         assert self.plan.table is not None
         keys = counts[3]
@@ -164,15 +166,13 @@ class _Layer:
         first = self.emitter.call(row, aten.select.int, (row, -1, 0))
         last = self.emitter.call(row, aten.select.int, (row, -1, keys - 1))
         rise = self.emitter.call(last, aten.sub.Tensor, (last, first))
-        device = require_fake(row).device
-        positions = self.emitter.call(row, aten.arange.default, (keys,), {"device": device})
-        return self._scaled(rise, self.plan.number / (keys - 1)), positions
+        return self._scaled(rise, self.plan.number / (keys - 1)), None
 
     def _scaled(self, node: fx.Node, number: float) -> fx.Node:
         return node if number == 1.0 else self.emitter.call(node, aten.mul.Tensor, (node, number))
 
     def _operator(self) -> Bias:
-        clock = Steps() if isinstance(self.plan.distance, Absolute) else Positions("positions")
+        clock = Steps() if self.plan.clock is None or isinstance(self.plan.distance, Absolute) else Positions("positions")
         operand = self.plan.slopes
         learned = operand is not None and self.program.taints[operand.node] is Taint.PARAMETER
         return Bias(Learned("slopes") if learned else Table("slopes"), clock, distance=self.plan.distance)
@@ -192,7 +192,11 @@ class _Layer:
     def _additive(self, term: ScoreTerm, query: fx.Node) -> fx.Node:
         node = self._unfolded_mask(term)
         if term.dead is None:
-            return self._scaled(node, term.factor)
+            node = self._scaled(node, term.factor)
+            if not term.finished:
+                return node
+            zero = self.emitter.call(node, aten.full.default, ([], 0.0), {"dtype": require_fake(node).dtype, "device": require_fake(node).device})
+            return self.emitter.call(node, aten.where.self, (self.emitter.call(node, aten.le.Scalar, (node, DEAD)), node, zero))
         if require_fake(node).dtype is not torch.bool:
             node = self.emitter.call(node, aten.to.dtype, (node, torch.bool))
         dtype = require_fake(query).dtype if term.value >= torch.finfo(require_fake(query).dtype).min or term.value == -torch.inf else torch.float32

@@ -17,11 +17,13 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from grape_compile.passes.elements import COMPLEX, MOVEMENTS, PRODUCTS, SUMS, Index, Reader, Term
-from grape_compile.passes.graph import Program, Sizes, Taint, Unreadable, fake, is_pure, op_name
+from grape_compile.passes.elements import COMPLEX, PICKS, PRODUCTS, SUMS, Reader
+from grape_compile.passes.graph import Program, Taint, Unreadable, fake, is_pure, op_name
+from grape_compile.passes.movement import JOINS, MOVEMENTS
 from grape_compile.passes.planes import name_rotation
 from grape_compile.passes.plans import Entry, Miss, Reading, RotationPlan
 from grape_compile.passes.replay import Replay
+from grape_compile.passes.terms import Factor, Index, Term
 
 _SAMPLES = 48
 
@@ -51,7 +53,7 @@ class _Finder:
 
     def _linear_root(self, node: fx.Node, roots: dict[fx.Node, tuple[fx.Node, bool]]) -> tuple[fx.Node, bool] | None:
         name = op_name(node)
-        if name not in MOVEMENTS and name not in SUMS and name not in PRODUCTS and name not in COMPLEX:
+        if name not in _LINEAR:
             return None
         if not is_pure(node) or name != "getitem" and not isinstance(node.meta.get("val"), torch.Tensor | tuple | list):
             return None
@@ -62,7 +64,7 @@ class _Finder:
         data = [roots[operand] for operand, taint in zip(operands, taints, strict=True) if taint is Taint.DATA]
         if len({root for root, _ in data}) != 1:
             return None
-        if name in ("aten::add", "aten::sub", "aten::rsub", *_JOIN_NAMES) and len(data) != len(operands):
+        if name in ("aten::add", "aten::sub", "aten::rsub", "aten::complex", *JOINS) and len(data) != len(operands):
             return None
         factor = name in PRODUCTS and len(data) < len(operands) and self._varies(operands)
         return data[0][0], factor or any(mixed for _, mixed in data)
@@ -198,8 +200,8 @@ class _Finder:
         return nearest
 
 
-_JOIN_NAMES = ("aten::cat", "aten::concat", "aten::concatenate", "aten::stack")
-_COMPLETIONS = {*_JOIN_NAMES, "aten::add", "aten::sub", "aten::addcmul", "aten::sum", "aten::view", "aten::reshape", "aten::flatten", "aten::mul"}
+_LINEAR = MOVEMENTS | SUMS | PRODUCTS | COMPLEX | PICKS
+_COMPLETIONS = JOINS | {"aten::transpose", "aten::permute", "aten::mT", "aten::add", "aten::sub", "aten::addcmul", "aten::sum", "aten::view", "aten::reshape", "aten::flatten", "aten::mul"}
 
 
 def _trunk(plan: RotationPlan, other: RotationPlan) -> set[fx.Node]:
@@ -215,14 +217,15 @@ class _Reading:
     def __init__(self, program: Program, replay: Replay, source: fx.Node, output: fx.Node, region: tuple[fx.Node, ...]) -> None:
         self.program, self.replay = program, replay
         self.source, self.output, self.region = source, output, region
-        self.sizes = Sizes()
-        self.reader = Reader(program, self.sizes)
+        self.reader = Reader(program, replay)
 
     def plan(self) -> RotationPlan | Miss:
         shape = self.reader.shape(self.output)
         if len(shape) < 2 or self.reader.shape(self.source) != shape or shape[-1] < 2:
             return Miss("shape", "input and output differ in shape", 0)
-        if not 0 not in shape:
+        if not _same_shape(self.source, self.output):
+            return Miss("shape", "input and output have different symbolic shapes", 0)
+        if 0 in shape:
             return Miss("shape", "the example has no elements", 0)
         self.shape = shape
         self.width = shape[-1]
@@ -261,14 +264,10 @@ class _Reading:
         if bool((sources != sources[:, :1]).any()) or bool((numbers != numbers[:, :1]).any()):
             return Miss("token-local", "tokens are treated differently", 0)
         for position, out in enumerate(channels.tolist()):
-            pick = by_channel[position]
             number = float(numbers[position, 0])
-            if number == 0:
-                continue
-            factors = term.take(pick).factors
-            if len(factors) > 1:
-                return Miss("degree", "a coefficient is a product of several position-side values", 1)
-            columns[out].append(Entry(out, int(sources[position, 0]), number, factors[0] if factors else None))
+            if number != 0:
+                factors = term.take(by_channel[position]).factors
+                _merge(columns[out], Entry(out, int(sources[position, 0]), number, factors))
         return None
 
     def _classify(self, columns: list[list[Entry]]) -> RotationPlan | Miss:
@@ -277,7 +276,7 @@ class _Reading:
         for out, entries in enumerate(columns):
             if len(entries) == 2 and entries[0].source != entries[1].source:
                 mixed[out] = sorted(entries, key=lambda entry: entry.source)
-            elif len(entries) == 1 and entries[0].factor is None and entries[0].number == 1.0:
+            elif len(entries) == 1 and not entries[0].factors and entries[0].number == 1.0:
                 through[out] = entries[0].source
             elif not any(len(column) > 1 for column in columns):
                 return Miss("mixing", "channels are only scaled", 0)
@@ -285,10 +284,33 @@ class _Reading:
                 return Miss("planes", f"output channel {out} is not a combination of exactly two input channels", 1)
         if not mixed:
             return Miss("mixing", "no two channels are mixed", 0)
-        if any(entry.factor is None for pair in mixed.values() for entry in pair):
-            return Miss("planes", "channels are mixed with constant coefficients", 0 if all(e.factor is None for p in mixed.values() for e in p) else 1)
+        constant = [not entry.factors for pair in mixed.values() for entry in pair]
+        if any(constant):
+            return Miss("planes", "channels are mixed with constant coefficients", 0 if all(constant) else 1)
         reading = Reading(self.program, self.replay, self.reader, self.source, self.output, self.region, self.lead, self.shape)
         return name_rotation(reading, mixed, through)
+
+
+def _merge(column: list[Entry], entry: Entry) -> None:
+    """Add an entry to a column; a second coefficient with the same factors adds up with the first."""
+    for position, held in enumerate(column):
+        if held.source == entry.source and _equal(held.factors, entry.factors):
+            column[position] = replace(held, number=held.number + entry.number)
+            return
+    column.append(entry)
+
+
+def _equal(one: tuple[Factor, ...], other: tuple[Factor, ...]) -> bool:
+    return len(one) == len(other) and all(
+        a.node is b.node and a.part == b.part and all(torch.equal(x, y) for x, y in zip(a.index, b.index, strict=True))
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def _same_shape(one: fx.Node, other: fx.Node) -> bool:
+    """Equal for every value of the symbols, not only at the captured sizes."""
+    first, second = fake(one), fake(other)
+    return first is not None and second is not None and list(map(str, first.shape)) == list(map(str, second.shape))
 
 
 def _sample(shape: tuple[int, ...]) -> tuple[Index, Index]:

@@ -1,0 +1,207 @@
+"""Movement operators: how an element of the result is an element of the operand, as arithmetic on indices.
+
+Indices are computed at the captured example's sizes. An operator whose offsets are symbolic (a cut at the length of a
+cache, say) would freeze that length, so it is not movement here: `is_frozen` says so and reading stops before it.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from grape_compile.passes.graph import Sizes, Unreadable, fake, op_name
+from grape_compile.passes.terms import Index, broadcast, ravel, unravel
+
+RESHAPES = {
+    "aten::view", "aten::reshape", "aten::_unsafe_view", "aten::flatten", "aten::unflatten", "aten::squeeze",
+    "aten::unsqueeze", "aten::view_as", "aten::reshape_as",
+}  # fmt: skip
+IDENTITIES = {
+    "aten::clone", "aten::contiguous", "aten::alias", "aten::to", "aten::_to_copy", "aten::type_as", "aten::lift_fresh",
+    "aten::lift_fresh_copy", "aten::resolve_conj", "aten::resolve_neg", "aten::positive",
+}  # fmt: skip
+EXPANDS = {"aten::expand", "aten::expand_as", "aten::broadcast_to"}
+PERMUTES = {
+    "aten::permute", "aten::transpose", "aten::t", "aten::numpy_T", "aten::mT", "aten::swapaxes", "aten::swapdims",
+    "aten::movedim", "aten::moveaxis",
+}  # fmt: skip
+SPLITS = {"aten::split", "aten::split_with_sizes", "aten::chunk", "aten::unbind", "aten::tensor_split"}
+JOINS = {"aten::cat", "aten::concat", "aten::concatenate", "aten::stack"}
+CUTS = {"aten::slice", "aten::select", "aten::narrow"}
+REPEATS = {"aten::repeat", "aten::tile", "aten::repeat_interleave"}
+SINGLE = RESHAPES | IDENTITIES | EXPANDS | PERMUTES | SPLITS | CUTS | REPEATS | {"getitem", "aten::flip", "aten::roll"}
+MOVEMENTS = SINGLE | JOINS
+
+
+def operand_of(node: fx.Node, position: int) -> fx.Node:
+    """A tensor operand of a node; Unreadable when there is none."""
+    operand = node.args[position] if position < len(node.args) else None
+    if not isinstance(operand, fx.Node):
+        raise Unreadable(f"operand {position} of {node.name} is no tensor")
+    return operand
+
+
+def keeps_numbers(node: fx.Node) -> bool:
+    """A cast that keeps real numbers real (float to float, integer to float), so that exact arithmetic ignores it."""
+    value, source = fake(node), fake(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
+    if value is None or source is None:
+        return True
+    if value.is_complex() != source.is_complex():
+        return False
+    rounds = source.is_floating_point() and not value.is_floating_point()
+    return not rounds and not (value.dtype is torch.bool and source.dtype is not torch.bool)
+
+
+def is_frozen(node: fx.Node, name: str) -> bool:
+    """True when the indices of a movement depend on a symbolic offset."""
+    if name in CUTS:
+        return any(is_symbolic(argument) for argument in node.args[2:3]) or any(map(is_symbolic, node.args[4:5]))
+    if name == "aten::repeat_interleave":
+        return is_symbolic(node.args[1])
+    if name in ("aten::flip", "aten::roll", "aten::repeat", "aten::tile"):
+        return any(is_symbolic(size) for size in operand_of(node, 0).meta["val"].shape) and name != "aten::repeat"
+    if name == "getitem":
+        dim, parts = split_dim(operand_of(node, 0)), operand_of(node, 0).meta["val"]
+        return any(is_symbolic(part.shape[dim]) for part in parts) if op_name(operand_of(node, 0)) != "aten::unbind" else False
+    if name in JOINS - {"aten::stack"}:
+        dim = join_dim(node)
+        return any(is_symbolic(part.meta["val"].shape[dim]) for part in join_parts(node)[:-1])
+    return False
+
+
+def is_symbolic(value: Any) -> bool:
+    """A size or scalar that the graph computes at run time."""
+    if isinstance(value, fx.Node):
+        value = value.meta.get("val")
+    return isinstance(value, torch.SymInt) and not value.node.expr.is_number
+
+
+def join_parts(node: fx.Node) -> list[fx.Node]:
+    """The values a cat or stack joins."""
+    parts = node.args[0]
+    if not isinstance(parts, list | tuple) or not all(isinstance(part, fx.Node) for part in parts):
+        raise Unreadable(f"{node.name} joins something that is no tensor")
+    return [part for part in parts if isinstance(part, fx.Node)]
+
+
+def join_dim(node: fx.Node) -> int:
+    """The dimension a cat or stack joins along, counted from the front of the result."""
+    dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+    return operator.index(dim) % node.meta["val"].dim()  # type: ignore[arg-type] # dim is an int by the schema
+
+
+def split_dim(split: fx.Node) -> int:
+    """The dimension a split cuts along."""
+    position = 1 if op_name(split) == "aten::unbind" else 2
+    dim = split.kwargs.get("dim", split.args[position] if len(split.args) > position else 0)
+    return operator.index(dim) % operand_of(split, 0).meta["val"].dim()  # type: ignore[arg-type] # dim is an int
+
+
+def ints(values: Any) -> list[int]:
+    """A number or a list of numbers as a list."""
+    return [values] if isinstance(values, int) else [operator.index(value) for value in values]
+
+
+def move(node: fx.Node, name: str, index: Index, sizes: Sizes) -> tuple[fx.Node, Index]:
+    """The operand of a movement with one operand, and where in it the elements `index` of the result come from."""
+    operand = operand_of(node, 0)
+    if name in IDENTITIES:
+        if not keeps_numbers(node):
+            raise Unreadable("a cast that rounds to integers")
+        return operand, index
+    if name == "getitem":
+        return _part(node, operand, index, sizes)
+    shape = sizes.shape(operand)
+    if name in RESHAPES:
+        if str(node.target).endswith("view.dtype"):
+            raise Unreadable("a view that reinterprets bits")
+        return operand, unravel(ravel(index, sizes.shape(node)), shape) if shape else ()
+    if name in EXPANDS:
+        return operand, broadcast(index, shape)
+    if name in PERMUTES:
+        moved = list(index)
+        for position, dim in enumerate(_order(node, name, len(shape))):
+            moved[dim] = index[position]
+        return operand, tuple(moved)
+    return operand, _step(node, name, index, shape, sizes)
+
+
+def _step(node: fx.Node, name: str, index: Index, shape: tuple[int, ...], sizes: Sizes) -> Index:
+    if name in ("aten::repeat", "aten::tile"):
+        tail = index[len(index) - len(shape) :]
+        return tuple(axis % size for axis, size in zip(tail, shape, strict=True))
+    if name == "aten::flip":
+        dims = {dim % len(shape) for dim in ints(node.args[1])}
+        return tuple(shape[d] - 1 - axis if d in dims else axis for d, axis in enumerate(index))
+    if name == "aten::roll":
+        return _roll(node, index, shape)
+    if name == "aten::repeat_interleave":
+        return _repeat_interleave(node, index, shape, sizes)
+    return _cut(node, name, index, shape, sizes)
+
+
+def _cut(node: fx.Node, name: str, index: Index, shape: tuple[int, ...], sizes: Sizes) -> Index:
+    axes, args = list(index), node.args
+    dim = sizes(args[1]) % len(shape) if len(args) > 1 else 0
+    if name == "aten::select":
+        like = index[0] if index else torch.zeros(1, dtype=torch.int64)
+        axes.insert(dim, torch.full_like(like, sizes(args[2]) % shape[dim]))
+        return tuple(axes)
+    start = sizes(args[2]) if len(args) > 2 and args[2] is not None else 0
+    step = sizes(args[4]) if name == "aten::slice" and len(args) > 4 else 1
+    start = max(0, min(start + shape[dim] if start < 0 else start, shape[dim]))
+    axes[dim] = axes[dim] * step + start
+    return tuple(axes)
+
+
+def _roll(node: fx.Node, index: Index, shape: tuple[int, ...]) -> Index:
+    if len(node.args) < 3 or not node.args[2]:
+        raise Unreadable("a roll of the flattened tensor")
+    axes = list(index)
+    for shift, dim in zip(ints(node.args[1]), ints(node.args[2]), strict=True):
+        axes[dim] = (axes[dim] - shift) % shape[dim]
+    return tuple(axes)
+
+
+def _repeat_interleave(node: fx.Node, index: Index, shape: tuple[int, ...], sizes: Sizes) -> Index:
+    dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else None)
+    if isinstance(node.args[1], fx.Node) and fake(node.args[1]) is not None or not isinstance(dim, int):
+        raise Unreadable("repeat_interleave with tensor repeats or of the flattened tensor")
+    axes = list(index)
+    axes[dim % len(shape)] = axes[dim % len(shape)] // sizes(node.args[1])
+    return tuple(axes)
+
+
+def _part(node: fx.Node, split: fx.Node, index: Index, sizes: Sizes) -> tuple[fx.Node, Index]:
+    name, which = op_name(split), node.args[1]
+    if name not in SPLITS or not isinstance(which, int):
+        raise Unreadable(f"output of {name or split.op}")
+    dim, parts = split_dim(split), list(split.meta["val"])
+    which = which % len(parts)
+    axes = list(index)
+    if name == "aten::unbind":
+        axes.insert(dim, torch.full_like(index[0], which))
+    else:
+        axes[dim] = axes[dim] + sum(sizes(part.shape[dim]) for part in parts[:which])
+    return operand_of(split, 0), tuple(axes)
+
+
+def _order(node: fx.Node, name: str, rank: int) -> list[int]:
+    order = list(range(rank))
+    if name == "aten::permute":
+        return [dim % rank for dim in ints(node.args[1])]
+    if name in ("aten::movedim", "aten::moveaxis"):
+        sources, targets = ([dim % rank for dim in ints(argument)] for argument in node.args[1:3])
+        order = [dim for dim in order if dim not in sources]
+        for target, source in sorted(zip(targets, sources, strict=True)):
+            order.insert(target, source)
+        return order
+    if name == "aten::numpy_T":
+        return order[::-1]
+    first, second = (-2, -1) if name == "aten::mT" else (0, 1) if name == "aten::t" else tuple(ints(node.args[1:3]))
+    if rank >= 2:
+        order[first], order[second] = order[second], order[first]
+    return order
