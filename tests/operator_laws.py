@@ -6,10 +6,10 @@ Everything is float64; the tolerance is 1e-12 of numbers of size one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,24 +35,12 @@ Slots = Mapping[str, Tensor]
 Rotate = Callable[[Sequence[Tensor], Encoding, Slots], tuple[Tensor, ...]]
 
 
-class Attend(Protocol):
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        encoding: Encoding,
-        slots: Slots,
-        *,
-        mask: Tensor | None = None,
-        is_causal: bool = False,
-        scale: float | None = None,
-        window: int | None = None,
-    ) -> Tensor: ...
+#: `attend` and what stands in for it.
+Attend = Callable[..., Tensor]
 
 
 @contextmanager
-def only(name: str):
+def only(name: str) -> Iterator[None]:
     """Leave one provider of `grape::attend` in the table."""
     before = providers.PROVIDERS
     providers.PROVIDERS = tuple(row for row in before if row.name == name)
@@ -62,7 +50,7 @@ def only(name: str):
         providers.PROVIDERS = before
 
 
-def chunked_attend(*operands: object, **options: object) -> Tensor:
+def chunked_attend(*operands: Any, **options: Any) -> Tensor:
     with only("chunked"):
         return attend(*operands, **options)
 

@@ -6,6 +6,7 @@ row here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -261,6 +262,10 @@ def unit_roundoff(dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).eps) / 2
 
 
+def _largest(numbers: Tensor) -> float:
+    return float(numbers.detach().double().abs().max()) if numbers.numel() else 0.0
+
+
 def rotate_tolerance(dtype: torch.dtype, largest: float, angle: float, scale: float = 1.0) -> float:
     """Return the largest error of a rotation of numbers up to `largest` by angles up to `angle` radians.
 
@@ -276,7 +281,12 @@ def rotate_tolerance(dtype: torch.dtype, largest: float, angle: float, scale: fl
 
 
 def attend_tolerance(
-    dtype: torch.dtype, query: Tensor, key: Tensor, value: Tensor, largest_bias: float = 0.0
+    dtype: torch.dtype,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    largest_bias: float = 0.0,
+    offset: float = 0.0,
 ) -> float:
     """Return the largest error of an attention output; operands [B, H, T, D], scale 1/sqrt(D).
 
@@ -285,15 +295,14 @@ def attend_tolerance(
     weight is off by the factor 1 + 2 e, with e the error of a logit, and by T + 8 roundings of exponential
     and sum; the output is a mean of values with those weights, by T roundings. Kernels round weights to
     `dtype` before the product, partial outputs once more when parts are merged, and the result: 4 roundings
-    to `dtype`.
+    to `dtype`. Where a mask adds `offset` to all keys of a row, two sums of that size are rounded as well.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     size, length, u = query.shape[-1], key.shape[-2], unit_roundoff(wide)
-    norms = [float(part.double().norm(dim=-1).max()) if part.numel() else 0.0 for part in (query, key)]
-    product = norms[0] * norms[1] / size**0.5
-    logit = (size + 2) * u * product + u * min(largest_bias, 2 * product + 100)
-    largest = float(value.double().abs().max()) if value.numel() else 0.0
-    return largest * (2 * logit + (2 * length + 8) * u + 4 * unit_roundoff(dtype))
+    norms = [_largest(torch.linalg.vector_norm(part.double(), dim=-1)) for part in (query, key)]
+    product = norms[0] * norms[1] / math.sqrt(size)
+    logit = (size + 2) * u * product + u * (min(largest_bias, 2 * product + 100) + 2 * offset)
+    return _largest(value) * (2 * logit + (2 * length + 8) * u + 4 * unit_roundoff(dtype))
 
 
 def attend_gradient_tolerance(query: Tensor, key: Tensor, value: Tensor, cotangent: Tensor) -> float:
@@ -305,8 +314,8 @@ def attend_gradient_tolerance(query: Tensor, key: Tensor, value: Tensor, cotange
     bias is taken as small next to the logits.
     """
     size, length = query.shape[-1], max(key.shape[-2], query.shape[-2])
-    largest = [float(part.double().abs().max()) for part in (query, key, value, cotangent)]
+    largest = [_largest(part) for part in (query, key, value, cotangent)]
     relative = attend_tolerance(query.dtype, query, key, torch.ones_like(value))
     u = unit_roundoff(query.dtype)
     weight = value.shape[-1] * largest[3] * largest[2] * (4 * relative + 2 * (value.shape[-1] + length) * u)
-    return length * max(weight * max(largest[0], largest[1]) / size**0.5, largest[3] * relative)
+    return length * max(weight * max(largest[0], largest[1]) / math.sqrt(size), largest[3] * relative)

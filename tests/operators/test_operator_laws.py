@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 
 import pytest
@@ -11,44 +12,56 @@ from operator_laws import (
     ATTEND_LAWS,
     ROTATE,
     ROTATE_LAWS,
+    Attend,
+    Rotate,
     generator,
     ignores_the_future,
     same,
     streams_keys,
 )
 
-from grape_compile.encoding import Clock, Distance, Encoding, Planes, Rule, Slopes, Spectrum, Term, alibi
+from grape_compile.encoding import (
+    AlibiSlopes,
+    Clock,
+    Distance,
+    Encoding,
+    Planes,
+    Rule,
+    Slopes,
+    Spectrum,
+    Term,
+)
 from grape_compile.operators.samples import BIASES, COMPOSITIONS, ROTATIONS, Sample
 
 
-def names(value):
-    return value.name if isinstance(value, Sample) else getattr(value, "__name__", str(value))
+def names(value: object) -> str:
+    return value.name if isinstance(value, Sample) else str(getattr(value, "__name__", value))
 
 
 @pytest.mark.parametrize("law", ROTATE_LAWS, ids=names)
 @pytest.mark.parametrize("sample", ROTATIONS, ids=names)
 @pytest.mark.parametrize("provider", ROTATE)
-def test_rotation_law(provider, sample, law):
+def test_rotation_law(provider: str, sample: Sample, law: Callable[[Rotate, Sample], None]) -> None:
     law(ROTATE[provider], sample)
 
 
 @pytest.mark.parametrize("law", ATTEND_LAWS, ids=names)
 @pytest.mark.parametrize("sample", BIASES, ids=names)
 @pytest.mark.parametrize("provider", ATTEND)
-def test_bias_law(provider, sample, law):
+def test_bias_law(provider: str, sample: Sample, law: Callable[[Attend, Sample], None]) -> None:
     law(ATTEND[provider], sample)
 
 
 @pytest.mark.parametrize("sample", COMPOSITIONS, ids=names)
 @pytest.mark.parametrize("provider", ATTEND)
-def test_composition_hides_the_future_and_streams(provider, sample):
+def test_composition_hides_the_future_and_streams(provider: str, sample: Sample) -> None:
     ignores_the_future(ATTEND[provider], sample)
     streams_keys(ATTEND[provider], sample)
 
 
-def test_lift_is_unipotent():
+def test_lift_is_unipotent() -> None:
     """A^2 = 0, and I + u E has the singular values sqrt(1 + u^2/2 +- u sqrt(1 + u^2/4)) (App. J)."""
-    slope = torch.tensor(alibi(4).slopes.values(), dtype=torch.float64)
+    slope = torch.tensor(AlibiSlopes(4).values(), dtype=torch.float64)
     lifted = generator(slope)
     same(lifted @ lifted, torch.zeros_like(lifted))
     same(torch.linalg.matrix_exp(lifted), torch.eye(lifted.shape[-1], dtype=torch.float64) + lifted)
@@ -74,7 +87,7 @@ def terms(value: object) -> set[str]:
 
 
 @pytest.mark.parametrize("base", [Encoding, Clock, Planes, Spectrum, Rule, Slopes, Distance], ids=names)
-def test_every_part_of_the_algebra_has_a_sample(base):
+def test_every_part_of_the_algebra_has_a_sample(base: type[Term]) -> None:
     """A new value of the algebra needs its row of samples."""
     seen = set().union(*(terms(sample.encoding) for sample in (*ROTATIONS, *BIASES, *COMPOSITIONS)))
     assert kinds(base) <= seen

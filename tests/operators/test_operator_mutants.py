@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from operator_laws import ATTEND_LAWS, ROTATE_LAWS
+from operator_laws import ATTEND_LAWS, ROTATE_LAWS, Attend, Rotate, Slots
+from torch import Tensor
 
 from grape_compile.encoding import Bias, Constant, Learned, Pairs, Positions, Rotation, Steps, Table, Tables
 from grape_compile.operators import reference_attend, reference_rotate
-from grape_compile.operators.samples import BIASES, ROTATIONS
+from grape_compile.operators.samples import BIASES, ROTATIONS, Sample
+
+Tensors = Sequence[Tensor]
 
 
-def wrong_sign(tensors, encoding, slots):
+def wrong_sign(tensors: Tensors, encoding: Any, slots: Slots) -> tuple[Tensor, ...]:
     return reference_rotate(tensors, replace(encoding, orientation=-encoding.orientation), slots)
 
 
-def swapped_halves(tensors, encoding, slots):
+def swapped_halves(tensors: Tensors, encoding: Any, slots: Slots) -> tuple[Tensor, ...]:
     out = Pairs(tuple((second, first) for first, second in encoding.output.pairs()), encoding.head_dim)
     return reference_rotate(tensors, replace(encoding, out=out), slots)
 
 
-def off_by_one(tensors, encoding, slots):
+def off_by_one(tensors: Tensors, encoding: Any, slots: Slots) -> tuple[Tensor, ...]:
     if isinstance(encoding.clock, Tables):
         slots = {**slots, **{name: slots[name].roll(1, -2) for name in encoding.clock.slots}}
     elif isinstance(encoding.clock, Steps):
@@ -34,23 +39,23 @@ def off_by_one(tensors, encoding, slots):
     return reference_rotate(tensors, encoding, slots)
 
 
-def missing_scale(tensors, encoding, slots):
+def missing_scale(tensors: Tensors, encoding: Any, slots: Slots) -> tuple[Tensor, ...]:
     return reference_rotate(tensors, replace(encoding, scale=1.0), slots)
 
 
-def zeros(tensors, encoding, slots):
+def zeros(tensors: Tensors, encoding: Any, slots: Slots) -> tuple[Tensor, ...]:
     return tuple(tensor * 0 for tensor in reference_rotate(tensors, encoding, slots))
 
 
-def nothing(tensors, encoding, slots):
+def nothing(tensors: Tensors, encoding: Any, slots: Slots) -> tuple[Tensor, ...]:
     return tuple(tensor.clone() for tensor in tensors)
 
 
-def scaled_everywhere(tensors, encoding, slots):
+def scaled_everywhere(tensors: Tensors, encoding: Any, slots: Slots) -> tuple[Tensor, ...]:
     return tuple(1.001 * tensor for tensor in reference_rotate(tensors, encoding, slots))
 
 
-def wrong_frequency(tensors, encoding, slots):
+def wrong_frequency(tensors: Tensors, encoding: Any, slots: Slots) -> tuple[Tensor, ...]:
     if encoding.spectrum is None:
         return reference_rotate(tensors, encoding, {name: slot.abs() for name, slot in slots.items()})
     names = encoding.spectrum.slots
@@ -71,35 +76,37 @@ ROTATE_MUTANTS = [
 ]
 
 
-def broken(laws, function, sample):
+def broken(laws: Iterable[Callable[[Any, Sample], None]], function: Any, sample: Sample) -> list[str]:
     """Names of the laws that a function breaks on a sample."""
-    failed = []
+    failed: list[str] = []
     for law in laws:
         try:
             law(function, sample)
         except AssertionError:
-            failed.append(law.__name__)
+            failed.append(str(law.__name__))
     return failed
 
 
 @pytest.mark.parametrize("mutant", ROTATE_MUTANTS, ids=lambda mutant: mutant.__name__)
 @pytest.mark.parametrize("sample", ROTATIONS, ids=lambda sample: sample.name)
-def test_rotation_mutant_breaks_a_law(sample, mutant):
+def test_rotation_mutant_breaks_a_law(sample: Sample, mutant: Rotate) -> None:
     assert isinstance(sample.encoding, Rotation)
     if mutant is missing_scale and sample.encoding.scale == 1.0:
         pytest.skip("nothing is missing")
     assert broken(ROTATE_LAWS, mutant, sample)
 
 
-def test_the_reference_breaks_none():
+def test_the_reference_breaks_none() -> None:
     for sample in ROTATIONS:
         assert not broken(ROTATE_LAWS, reference_rotate, sample)
     for sample in BIASES:
         assert not broken(ATTEND_LAWS, reference_attend, sample)
 
 
-def _slopes_changed(factor):
-    def attend(query, key, value, encoding, slots, **options):
+def _slopes_changed(factor: float) -> Callable[..., Tensor]:
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, encoding: Any, slots: Slots, **options: Any
+    ) -> Tensor:
         if isinstance(encoding.slopes, Learned | Table):
             name = encoding.slopes.slot
             return reference_attend(
@@ -114,11 +121,20 @@ def _slopes_changed(factor):
 wrong_slope, wrong_direction = _slopes_changed(0.5), _slopes_changed(-1.0)
 
 
-def unmasked_future(*operands, is_causal=False, **options):
+def unmasked_future(*operands: Any, is_causal: bool = False, **options: Any) -> Tensor:
     return reference_attend(*operands, **options)
 
 
-def hides_itself(query, key, value, encoding, slots, *, is_causal=False, **options):
+def hides_itself(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    encoding: Any,
+    slots: Slots,
+    *,
+    is_causal: bool = False,
+    **options: Any,
+) -> Tensor:
     """The causal mask is off by one."""
     seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(
         key.shape[2] - query.shape[2] - is_causal
@@ -127,15 +143,24 @@ def hides_itself(query, key, value, encoding, slots, *, is_causal=False, **optio
     return reference_attend(query, key, value, encoding, slots, mask=mask, **options)
 
 
-def missing_attention_scale(*operands, scale=None, **options):
+def missing_attention_scale(*operands: Any, scale: float | None = None, **options: Any) -> Tensor:
     return reference_attend(*operands, scale=1.0, **options)
 
 
-def attends_nowhere(*operands, **options):
+def attends_nowhere(*operands: Any, **options: Any) -> Tensor:
     return reference_attend(*operands, **options) * 0
 
 
-def upper_left(query, key, value, encoding, slots, *, is_causal=False, **options):
+def upper_left(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    encoding: Any,
+    slots: Slots,
+    *,
+    is_causal: bool = False,
+    **options: Any,
+) -> Tensor:
     """The causal mask starts at the first key instead of ending at the last."""
     mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril() if is_causal else None
     return reference_attend(query, key, value, encoding, slots, mask=mask, **options)
@@ -147,7 +172,7 @@ def upper_left(query, key, value, encoding, slots, *, is_causal=False, **options
     ids=lambda m: m.__name__,
 )
 @pytest.mark.parametrize("sample", BIASES, ids=lambda sample: sample.name)
-def test_attention_mutant_breaks_a_law(sample, mutant):
+def test_attention_mutant_breaks_a_law(sample: Sample, mutant: Attend) -> None:
     assert broken(ATTEND_LAWS, mutant, sample)
 
 
@@ -157,5 +182,5 @@ def test_attention_mutant_breaks_a_law(sample, mutant):
     [sample for sample in BIASES if isinstance(sample.encoding, Bias)],
     ids=lambda sample: sample.name,
 )
-def test_slope_mutant_breaks_the_lift(sample, mutant):
+def test_slope_mutant_breaks_the_lift(sample: Sample, mutant: Attend) -> None:
     assert "attends_like_the_lift" in broken(ATTEND_LAWS, mutant, sample)

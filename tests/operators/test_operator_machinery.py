@@ -1,0 +1,301 @@
+"""The operators inside torch: opcheck, gradcheck, vmap, fake tensors, export, compile."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from grape_compile.encoding import Bias, Compose, Learned, Positions, Rotation, Steps, alibi, nope, rope
+from grape_compile.operators import attend, decompositions, rotate
+from grape_compile.operators.samples import (
+    BATCH,
+    BIASES,
+    HEAD_DIM,
+    HEADS,
+    LENGTH,
+    ROTATIONS,
+    Sample,
+    tensor,
+)
+
+
+def named(samples: tuple[Sample, ...], *names: str) -> list[Sample]:
+    return [sample for sample in samples if sample.name in names]
+
+
+def inputs(*tensors: Tensor) -> list[Tensor]:
+    return [part.detach().requires_grad_(part.is_floating_point()) for part in tensors]
+
+
+def heads(count: int, length: int = LENGTH, number: int = 3) -> list[Tensor]:
+    return [tensor(BATCH, count, length, HEAD_DIM, seed=seed) for seed in range(number)]
+
+
+@pytest.mark.parametrize(
+    "sample",
+    named(ROTATIONS, "half", "moved", "irregular", "per_head", "tables", "axes_accumulated", "basis"),
+    ids=lambda sample: sample.name,
+)
+def test_opcheck_of_rotate(sample: Sample) -> None:
+    query, key = inputs(*heads(HEADS, number=2))
+    slots = inputs(*(sample.slots()[name] for name in sample.encoding.slots))
+    torch.library.opcheck(torch.ops.grape.rotate.default, ([query, key], slots, str(sample.encoding)))
+
+
+@pytest.mark.parametrize(
+    "sample", named(BIASES, "nope", "alibi", "learned_clock", "euclidean"), ids=lambda sample: sample.name
+)
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "masked"])
+def test_opcheck_of_attend(sample: Sample, masked: bool) -> None:
+    query, key, value = inputs(*heads(HEADS))
+    slots = inputs(*(sample.slots()[name] for name in sample.encoding.slots))
+    mask = tensor(BATCH, 1, LENGTH, LENGTH, seed=9).requires_grad_() if masked else None
+    options = {"mask": mask, "is_causal": not masked, "window": 4 if masked else None}
+    torch.library.opcheck(
+        torch.ops.grape.attend.default, (query, key, value, slots, str(sample.encoding)), options
+    )
+
+
+@pytest.mark.parametrize("sample", ROTATIONS, ids=lambda sample: sample.name)
+def test_gradcheck_of_rotate(sample: Sample) -> None:
+    slots = sample.slots()
+    parts = inputs(tensor(BATCH, HEADS, LENGTH, HEAD_DIM), *slots.values())
+
+    def function(query: Tensor, *filled: Tensor) -> tuple[Tensor, ...]:
+        return rotate([query], sample.encoding, dict(zip(slots, filled, strict=True)))
+
+    assert torch.autograd.gradcheck(function, parts, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, parts, fast_mode=True)
+
+
+@pytest.mark.parametrize("sample", BIASES, ids=lambda sample: sample.name)
+@pytest.mark.parametrize("options", [{"is_causal": True}, {"window": 4}], ids=["causal", "band"])
+def test_gradcheck_of_attend(sample: Sample, options: dict[str, Any]) -> None:
+    slots = sample.slots()
+    parts = inputs(*heads(HEADS), *slots.values())
+
+    def function(query: Tensor, key: Tensor, value: Tensor, *filled: Tensor) -> Tensor:
+        return attend(query, key, value, sample.encoding, dict(zip(slots, filled, strict=True)), **options)
+
+    assert torch.autograd.gradcheck(function, parts, fast_mode=True)
+
+
+def loop(function: Callable[..., Any], in_dims: tuple[int | None, ...], *operands: Tensor) -> Tensor:
+    """What vmap means."""
+    size = next(part.shape[dim] for part, dim in zip(operands, in_dims, strict=True) if dim is not None)
+    rows = [
+        function(
+            *(
+                part if dim is None else part.select(dim, at)
+                for part, dim in zip(operands, in_dims, strict=True)
+            )
+        )
+        for at in range(size)
+    ]
+    return torch.stack(rows)
+
+
+ROTATE_VMAPS = {
+    "tensor": ("positions", (0, None)),
+    "positions": ("positions", (None, 1)),
+    "both": ("per_head", (2, 0, None)),
+    "frequencies": ("learned", (None, 0)),
+    "tables": ("tables", (0, 0, 0)),
+    "axes": ("axes", (0, 2)),
+    "running_sums": ("accumulated", (0, 0)),
+    "basis": ("basis", (0, None, None, 0)),
+    "nothing_but_the_tensor": ("half", (1,)),
+}
+
+
+@pytest.mark.parametrize("case", ROTATE_VMAPS)
+def test_vmap_of_rotate(case: str) -> None:
+    name, dims = ROTATE_VMAPS[case]
+    (sample,) = named(ROTATIONS, name)
+    slots = sample.slots()
+    parts = [tensor(BATCH, HEADS, LENGTH, HEAD_DIM), *slots.values()]
+    mapped = [
+        part if dim is None else torch.stack([part, part * 2, part + 1], dim)
+        for part, dim in zip(parts, dims, strict=True)
+    ]
+
+    def function(query: Tensor, *filled: Tensor) -> Tensor:
+        return rotate([query], sample.encoding, dict(zip(slots, filled, strict=True)))[0]
+
+    found = torch.vmap(function, in_dims=dims)(*mapped)
+    torch.testing.assert_close(found, loop(function, dims, *mapped), rtol=1e-12, atol=1e-12)
+
+
+ATTEND_VMAPS = {
+    "queries": ("alibi", (0, None, None)),
+    "all": ("alibi", (0, 1, 2)),
+    "slopes": ("learned_slopes", (None, None, None, 0)),
+    "shared_slopes": ("learned_slopes", (0, 0, 0, None)),
+    "clock": ("learned_clock", (None, 0, 0, None, 1)),
+    "shared_clock": ("counted", (0, 0, 0, None)),
+    "axes": ("euclidean", (0, None, None, 1)),
+}
+
+
+@pytest.mark.parametrize("mask", [None, (1, LENGTH), (BATCH, 1, LENGTH, LENGTH)], ids=["", "shared", "whole"])
+@pytest.mark.parametrize("case", ATTEND_VMAPS)
+def test_vmap_of_attend_and_its_gradients(case: str, mask: tuple[int, ...] | None) -> None:
+    name, dims = ATTEND_VMAPS[case]
+    (sample,) = named(BIASES, name)
+    slots = sample.slots()
+    parts = [*heads(HEADS), *slots.values()]
+    mapped = [
+        part if dim is None else torch.stack([part, part + 1], dim)
+        for part, dim in zip(parts, dims, strict=True)
+    ]
+    added = None if mask is None else tensor(*mask, seed=8)
+    cotangent = tensor(BATCH, HEADS, LENGTH, HEAD_DIM, seed=9)
+
+    def function(*operands: Tensor) -> Tensor:
+        query, key, value, *filled = operands
+        named_slots = dict(zip(slots, filled, strict=True))
+        return attend(query, key, value, sample.encoding, named_slots, mask=added, is_causal=mask is None)
+
+    found = torch.vmap(function, in_dims=dims)(*mapped)
+    torch.testing.assert_close(found, loop(function, dims, *mapped), rtol=1e-12, atol=1e-12)
+
+    biased = isinstance(sample.encoding, Bias)
+
+    def gradient(*operands: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of query, key, value, slopes, clock and mask, as the operator returns them."""
+        query, key, value, *filled = operands
+        options = (added, mask is None, None, None)
+        text = str(sample.encoding)
+        output, logsumexp = torch.ops.grape.attend(query, key, value, filled, text, *options)
+        parts = (cotangent, query, key, value, output, logsumexp)
+        return tuple(
+            torch.ops.grape.attend_backward(*parts, filled, text, *options, biased, mask is not None)
+        )
+
+    for at, part in enumerate(torch.vmap(gradient, in_dims=dims)(*mapped)):
+        wanted = loop(lambda *operands, at=at: gradient(*operands)[at], dims, *mapped)
+        torch.testing.assert_close(part, wanted, rtol=1e-11, atol=1e-11)
+
+
+def test_many_cotangents_at_once() -> None:
+    """A Jacobian maps the backward pass alone."""
+    query, key, value = inputs(*heads(HEADS))
+    (mask,) = inputs(tensor(LENGTH, LENGTH, seed=8))
+    output = attend(query, key, value, alibi(HEADS), mask=mask)
+    cotangents = tensor(3, *output.shape, seed=9)
+
+    def gradients(cotangent: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(output, (query, key, value, mask), cotangent, retain_graph=True)
+
+    for at, found in enumerate(torch.vmap(gradients)(cotangents)):
+        wanted = loop(lambda cotangent, at=at: gradients(cotangent)[at], (0,), cotangents)
+        torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-11)
+
+
+class Layer(torch.nn.Module):
+    """Rotated queries and keys under ALiBi."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        turned_query, turned_key = rotate([query, key], rope(HEAD_DIM))
+        return attend(turned_query, turned_key, value, alibi(HEADS), is_causal=True)
+
+
+def exported() -> torch.export.ExportedProgram:
+    length = torch.export.Dim("length", min=2, max=64)
+    parts = [part.float() for part in heads(HEADS)]
+    return torch.export.export(Layer(), tuple(parts), dynamic_shapes=[{2: length}] * 3)
+
+
+def targets(program: torch.export.ExportedProgram) -> list[str]:
+    return [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+
+
+def test_export_keeps_the_nodes() -> None:
+    program = exported()
+    assert targets(program).count("grape.rotate.default") == 1
+    assert targets(program).count("grape.attend.default") == 1
+    assert "grape.rotate.default" in targets(program.run_decompositions({}))
+    shorter = [part.float()[:, :, :5] for part in heads(HEADS)]
+    torch.testing.assert_close(program.module()(*shorter), Layer()(*shorter))
+
+
+def test_decompositions_leave_plain_aten() -> None:
+    program = exported().run_decompositions(decompositions())
+    assert "grape.rotate.default" not in targets(program)
+    shorter = [part.float()[:, :, :5] for part in heads(HEADS)]
+    torch.testing.assert_close(program.module()(*shorter), Layer()(*shorter))
+
+
+@pytest.mark.parametrize("sample", ROTATIONS, ids=lambda sample: sample.name)
+def test_decomposition_is_the_operator(sample: Sample) -> None:
+    decomposed = decompositions()[torch.ops.grape.rotate.default]
+    slots = [sample.slots()[name] for name in sample.encoding.slots]
+    operands = (heads(HEADS, number=2), slots, str(sample.encoding))
+    for found, wanted in zip(decomposed(*operands), torch.ops.grape.rotate(*operands), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_compiled_layer_equals_eager() -> None:
+    """Forward and backward through one graph."""
+    encoding = Compose((rope(HEAD_DIM), Bias(Learned("slopes"), Steps())))
+    (slopes,) = inputs(torch.rand(HEADS))
+    parts = inputs(*(part.float() for part in heads(HEADS)))
+
+    def function(query: Tensor, key: Tensor, value: Tensor, steep: Tensor) -> Tensor:
+        return attend(query, key, value, encoding, {"slopes": steep}, is_causal=True)
+
+    compiled = torch.compile(function, fullgraph=True)
+    query, key, value = parts
+    results = [compiled(query, key, value, slopes), function(query, key, value, slopes)]
+    torch.testing.assert_close(results[0], results[1])
+    cotangent = torch.randn_like(results[0])
+    for found, wanted in zip(
+        *(torch.autograd.grad(result, [*parts, slopes], cotangent) for result in results), strict=True
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_rotation_is_one_kernel() -> None:
+    """Inductor fuses both tensors and computes the tables once."""
+    from torch._inductor.utils import run_and_get_code  # noqa: TID251 - what is compiled is what is tested
+
+    encoding = Rotation(rope(HEAD_DIM).planes, Learned("theta"), Positions("n"))
+
+    def function(query: Tensor, key: Tensor, theta: Tensor, times: Tensor) -> tuple[Tensor, ...]:
+        return rotate([query, key], encoding, {"theta": theta, "n": times})
+
+    operands = (
+        *(part.float() for part in heads(HEADS, number=2)),
+        torch.rand(HEAD_DIM // 2),
+        torch.arange(LENGTH),
+    )
+    found, (code, *_) = run_and_get_code(torch.compile(function, fullgraph=True), *operands)
+    for turned, wanted in zip(found, function(*operands), strict=True):
+        torch.testing.assert_close(turned, wanted)
+    assert code.count("async_compile.cpp_pybinding(") == 1
+    assert "grape" not in code.partition("def call(")[2]
+
+
+def test_fake_tensors_have_shapes_and_strides() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    parts = [tensor(BATCH, LENGTH, HEADS, HEAD_DIM, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3)]
+    real = torch.ops.grape.attend(*parts, [], str(nope()))
+    with FakeTensorMode() as mode:
+        fake = torch.ops.grape.attend(*(mode.from_tensor(part) for part in parts), [], str(nope()))
+    for found, wanted in zip(fake, real, strict=True):
+        assert (found.shape, found.stride(), found.dtype) == (wanted.shape, wanted.stride(), wanted.dtype)
+
+
+def test_operators_load_no_backend() -> None:
+    code = "import sys, grape_compile.operators; print({'triton', 'onnx', 'tvm'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

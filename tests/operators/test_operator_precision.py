@@ -1,0 +1,325 @@
+"""How exact the operators are: 1e-12 in float64, derived tolerances elsewhere, values and gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from operator_laws import ATTEND, only
+from torch import Tensor
+
+from grape_compile.encoding import Bias, Learned, Rotation, Steps, alibi, nope, rope
+from grape_compile.operators import attend, reference_attend, reference_bias, reference_rotate, rotate
+from grape_compile.operators.flash_cpu import BLOCK
+from grape_compile.operators.samples import (
+    BATCH,
+    BIASES,
+    COMPOSITIONS,
+    HEAD_DIM,
+    HEADS,
+    LENGTH,
+    ROTATIONS,
+    Sample,
+    attend_gradient_tolerance,
+    attend_tolerance,
+    rotate_tolerance,
+    tensor,
+)
+
+NARROW = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def leaves(*tensors: Tensor) -> list[Tensor]:
+    return [part.detach().requires_grad_(part.is_floating_point()) for part in tensors]
+
+
+def gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor], seed: int = 21) -> tuple[Tensor, ...]:
+    cotangents = [tensor(*output.shape, seed=seed + at).to(output.dtype) for at, output in enumerate(outputs)]
+    wanted = [part for part in inputs if part.requires_grad]
+    return torch.autograd.grad(outputs, wanted, cotangents, allow_unused=True, materialize_grads=True)
+
+
+def largest_difference(found: Tensor, wanted: Tensor) -> float:
+    return float((found.detach().double() - wanted.detach().double()).abs().max()) if found.numel() else 0.0
+
+
+#: Positions stay below 60 and frequencies below 1 radian per position.
+LARGEST_ANGLE = 60.0
+
+
+@pytest.mark.parametrize("sample", ROTATIONS, ids=lambda sample: sample.name)
+def test_rotation_in_float64(sample: Sample) -> None:
+    slots = sample.slots()
+    heads = leaves(*(tensor(BATCH, HEADS, LENGTH, HEAD_DIM, seed=seed) for seed in (1, 2)))
+    learned = dict(zip(slots, leaves(*slots.values()), strict=True))
+    results = [function(heads, sample.encoding, learned) for function in (rotate, reference_rotate)]
+    for found, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    inputs = [*heads, *learned.values()]
+    for found, wanted in zip(*(gradients(result, inputs) for result in results), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("sample", ROTATIONS, ids=lambda sample: sample.name)
+def test_rotation_rounds_once(sample: Sample, dtype: torch.dtype) -> None:
+    assert isinstance(sample.encoding, Rotation)
+    # Slots are float32 numbers in both computations: what is measured is the operator.
+    slots = {
+        name: slot.float() if slot.is_floating_point() else slot for name, slot in sample.slots().items()
+    }
+    exact = {name: slot.double() if slot.is_floating_point() else slot for name, slot in slots.items()}
+    (heads,) = leaves(tensor(BATCH, HEADS, LENGTH, HEAD_DIM, dtype=dtype))
+    (wide,) = leaves(heads.double())
+    (found,), (wanted,) = (
+        rotate([heads], sample.encoding, slots),
+        reference_rotate([wide], sample.encoding, exact),
+    )
+    assert found.dtype == dtype
+    tolerance = rotate_tolerance(
+        dtype, float(wide.detach().abs().max()) * 3, LARGEST_ANGLE, sample.encoding.scale
+    )
+    assert largest_difference(found, wanted) <= tolerance
+    cotangent = tensor(*found.shape, seed=3, dtype=dtype)
+    (back,) = torch.autograd.grad(found, heads, cotangent)
+    (exact_back,) = torch.autograd.grad(wanted, wide, cotangent.double())
+    assert back.dtype == dtype
+    assert largest_difference(back, exact_back) <= tolerance
+
+
+def test_rotation_in_bfloat16_keeps_float32_angles() -> None:
+    """A table in bfloat16 would be off by 2^-9 of its angle; the result is the exact one rounded once."""
+    heads = tensor(1, 2, 4096, 64, dtype=torch.bfloat16)
+    (found,) = rotate([heads], rope(64))
+    (wanted,) = reference_rotate([heads.double()], rope(64))
+    rounded = wanted.to(torch.bfloat16)
+    # The double rounding of float32 arithmetic may turn a tie the other way, rarely.
+    assert float((found == rounded).double().mean()) > 0.98
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "causal": {"is_causal": True},
+    "open": {},
+    "window": {"is_causal": True, "window": 4},
+    "band": {"window": 4},
+}
+
+
+def check_attention(
+    sample: Sample,
+    options: dict[str, Any],
+    dtype: torch.dtype = torch.float64,
+    shape: tuple[int, int, int, int] = (LENGTH, LENGTH, HEADS, HEAD_DIM),
+    mask: Tensor | None = None,
+    provider: str = "operator",
+    offset: float = 0.0,
+) -> None:
+    queries, keys, key_heads, values = shape
+    shapes = [
+        (BATCH, HEADS, queries, HEAD_DIM),
+        (BATCH, key_heads, keys, HEAD_DIM),
+        (BATCH, key_heads, keys, values),
+    ]
+    parts = leaves(*(tensor(*sizes, seed=seed, dtype=dtype) for seed, sizes in enumerate(shapes)))
+    wide = leaves(*(part.double() for part in parts))
+    slots = sample.slots()
+    learned, exact = (dict(zip(slots, leaves(*slots.values()), strict=True)) for _ in range(2))
+    found = ATTEND[provider](*parts, sample.encoding, learned, mask=mask, **options)
+    wanted = ATTEND["reference"](*wide, sample.encoding, exact, mask=mask, **options)
+    assert found.dtype == dtype
+    bias = reference_bias(sample.encoding, slots, queries, wide[1].detach())
+    query, key, value = parts
+    tolerance = attend_tolerance(dtype, query, key, value, float(bias.abs().max()), offset)
+    assert largest_difference(found, wanted) <= tolerance
+    if dtype == torch.float64 and not offset:
+        assert largest_difference(found, wanted) <= 1e-12
+    if dtype == torch.float64:
+        pairs = zip(
+            gradients([found], [*parts, *learned.values()]),
+            gradients([wanted], [*wide, *exact.values()]),
+            strict=True,
+        )
+        for got, expected in pairs:
+            torch.testing.assert_close(
+                got, expected, rtol=1e-11, atol=max(1e-11, 100 * tolerance * bool(offset))
+            )
+    if dtype == torch.float32:
+        cotangent = tensor(*found.shape, seed=9, dtype=dtype)
+        bound = attend_gradient_tolerance(query, key, value, cotangent)
+        for got, expected in zip(
+            torch.autograd.grad(found, parts, cotangent),
+            torch.autograd.grad(wanted, wide, cotangent.double()),
+            strict=True,
+        ):
+            assert largest_difference(got, expected) <= bound
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("sample", [*BIASES, *COMPOSITIONS], ids=lambda sample: sample.name)
+@pytest.mark.parametrize("dtype", [torch.float64, *NARROW], ids=str)
+def test_attention(sample: Sample, options: dict[str, Any], dtype: torch.dtype) -> None:
+    check_attention(sample, options, dtype)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("sample", BIASES, ids=lambda sample: sample.name)
+def test_chunked_attention(sample: Sample, options: dict[str, Any]) -> None:
+    check_attention(sample, options, provider="chunked")
+
+
+SHAPES = {
+    "grouped": (LENGTH, LENGTH, 2, HEAD_DIM),
+    "one_key_head": (LENGTH, LENGTH, 1, HEAD_DIM),
+    "few_queries": (3, LENGTH, HEADS, HEAD_DIM),
+    "one_query": (1, LENGTH, 2, HEAD_DIM),
+    "wide_values": (LENGTH, LENGTH, HEADS, HEAD_DIM + 3),
+    "narrow_values": (LENGTH, LENGTH, HEADS, 3),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("sample", BIASES, ids=lambda sample: sample.name)
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "open"])
+@pytest.mark.parametrize("provider", ["operator", "chunked"])
+def test_attention_of_other_shapes(
+    provider: str, sample: Sample, shape: tuple[int, int, int, int], causal: bool
+) -> None:
+    check_attention(sample, {"is_causal": causal}, shape=shape, provider=provider)
+
+
+@pytest.mark.parametrize("provider", ["operator", "chunked"])
+def test_more_queries_than_keys(provider: str) -> None:
+    """The first queries see no key when causal: zero."""
+    sample = BIASES[1]
+    check_attention(sample, {"is_causal": True}, shape=(12, 7, HEADS, HEAD_DIM), provider=provider)
+    check_attention(sample, {}, shape=(12, 7, HEADS, HEAD_DIM), provider=provider)
+
+
+def padded_causal(lowest: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A causal mask over left padding as models write it: rows of the padding have no key at all."""
+    hidden = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1).expand(BATCH, 1, LENGTH, LENGTH).clone()
+    hidden[1, :, :, :3] = True
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, lowest)
+
+
+MASKS = {
+    "finite": padded_causal(torch.finfo(torch.float32).min),
+    "infinite": padded_causal(-math.inf),
+    "bool": padded_causal(-math.inf) == 0,
+    "ten_thousand": padded_causal(-10000.0),
+    "keys": torch.arange(LENGTH).expand(BATCH, 1, 1, LENGTH) > 2,
+    "relative": tensor(1, HEADS, LENGTH, LENGTH, seed=30),
+    "no_axes": torch.zeros(()),
+    "rows": tensor(LENGTH, 1, seed=31),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("sample", BIASES, ids=lambda sample: sample.name)
+@pytest.mark.parametrize("provider", ["operator", "chunked"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "open"])
+def test_attention_with_a_mask(provider: str, sample: Sample, name: str, causal: bool) -> None:
+    offset = 10000.0 if name == "ten_thousand" else 0.0
+    check_attention(sample, {"is_causal": causal}, mask=MASKS[name], provider=provider, offset=offset)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_of_the_lowest_number_is_the_mean(dtype: torch.dtype) -> None:
+    """finfo.min absorbs every logit: softmax is uniform, and models rely on a finite result."""
+    query, key, value = (tensor(1, HEADS, LENGTH, HEAD_DIM, seed=seed, dtype=dtype) for seed in range(3))
+    mask = torch.zeros(1, 1, LENGTH, LENGTH, dtype=dtype)
+    mask[:, :, :2] = torch.finfo(dtype).min
+    found = attend(query, key, value, alibi(HEADS), mask=mask)
+    mean = value.double().mean(2, keepdim=True).expand(-1, -1, 2, -1)
+    assert largest_difference(found[:, :, :2], mean) <= attend_tolerance(dtype, query, key, value)
+
+
+def test_a_mask_that_needs_a_gradient() -> None:
+    sample = BIASES[1]
+    shapes: list[tuple[int, ...]] = [(BATCH, 1, LENGTH, LENGTH), (HEADS, 1, LENGTH), (LENGTH,), (LENGTH, 1)]
+    for shape in shapes:
+        query, key, value = leaves(*(tensor(BATCH, HEADS, LENGTH, HEAD_DIM, seed=seed) for seed in range(3)))
+        (mask,) = leaves(tensor(*shape, seed=5))
+        results = [
+            function(query, key, value, sample.encoding, {}, mask=mask, is_causal=True)
+            for function in (attend, reference_attend)
+        ]
+        for found, wanted in zip(
+            *(gradients([result], [query, key, value, mask]) for result in results), strict=True
+        ):
+            torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "masked"])
+def test_blocks_are_merged_as_one_softmax(masked: bool) -> None:
+    """More than two blocks, and a head whose far past is skipped: a steep slope beside a flat one."""
+    length, encoding = 2 * BLOCK + 40, Bias(Learned("slopes"), Steps())
+    query, key, value = leaves(*(tensor(1, 2, length, 4, seed=seed) for seed in range(3)))
+    slots = {"slopes": torch.tensor([4.0, 0.01], dtype=torch.float64)}
+    mask = torch.zeros(1, 1, length, length).masked_fill(torch.ones(length, length).triu(1) > 0, -1e38)
+    results = [
+        function(query, key, value, encoding, slots, mask=mask if masked else None, is_causal=not masked)
+        for function in (attend, reference_attend)
+    ]
+    assert largest_difference(*results) < 1e-12
+    for found, wanted in zip(*(gradients([result], [query, key, value]) for result in results), strict=True):
+        assert largest_difference(found, wanted) < 1e-11
+
+
+def test_error_of_a_bias_written_relative() -> None:
+    """No worse than slope * (j - t) written out; a bias centred once has several times that error."""
+    query, key, value = (tensor(1, 8, 600, 16, seed=seed, dtype=torch.float32) for seed in range(3))
+    exact = reference_attend(query.double(), key.double(), value.double(), alibi(8), is_causal=True)
+    ours = attend(query, key, value, alibi(8), is_causal=True)
+    written = reference_attend(query, key, value, alibi(8), is_causal=True)
+    errors = [float((found.double() - exact).square().mean().sqrt()) for found in (ours, written)]
+    assert errors[0] <= 1.5 * errors[1]
+
+
+def test_empty_and_single() -> None:
+    for batch, queries, keys in ((0, 3, 3), (2, 0, 0), (1, 1, 1), (2, 0, 5)):
+        query, key, value = leaves(*(tensor(batch, 2, length, 4) for length in (queries, keys, keys)))
+        for encoding in (alibi(2), nope()):
+            for causal in (True, False):
+                found = attend(query, key, value, encoding, is_causal=causal)
+                assert found.shape == (batch, 2, queries, 4)
+                assert all(part.isfinite().all() for part in gradients([found], [query, key, value]))
+
+
+def test_operands_in_any_memory_order() -> None:
+    """Heads as a view of [B, T, H, D], and every other coordinate of a larger tensor."""
+    query, key, value = (
+        tensor(BATCH, LENGTH, HEADS, 2 * HEAD_DIM, seed=seed)[..., ::2].transpose(1, 2) for seed in range(3)
+    )
+    found = attend(query, key, value, alibi(HEADS), is_causal=True)
+    assert (
+        largest_difference(found, reference_attend(query, key, value, alibi(HEADS), is_causal=True)) < 1e-12
+    )
+    (turned,) = rotate([query], rope(HEAD_DIM))
+    assert largest_difference(turned, reference_rotate([query], rope(HEAD_DIM))[0]) < 1e-12
+
+
+def test_sequence_before_heads() -> None:
+    """[B, T, H, D] differs in the shape of the slots only."""
+    heads, positions = (
+        tensor(BATCH, HEADS, LENGTH, HEAD_DIM),
+        torch.arange(BATCH * LENGTH).view(BATCH, LENGTH),
+    )
+    encoding = next(sample for sample in ROTATIONS if sample.name == "positions").encoding
+    (wanted,) = rotate([heads], encoding, {"positions": positions[:, None, :]})
+    (found,) = rotate([heads.transpose(1, 2)], encoding, {"positions": positions[:, :, None]})
+    assert torch.equal(found.transpose(1, 2), wanted)
+
+
+def test_autocast_attends_in_its_dtype() -> None:
+    query, key, value = leaves(
+        *(tensor(1, HEADS, LENGTH, HEAD_DIM, seed=seed, dtype=torch.float32) for seed in range(3))
+    )
+    for name in ("flash_cpu", "chunked"):
+        with only(name), torch.autocast("cpu", torch.bfloat16):
+            found = attend(query, key, value, alibi(HEADS), is_causal=True)
+        assert found.dtype == torch.bfloat16
+        assert all(part.dtype == torch.float32 for part in gradients([found], [query, key, value]))
