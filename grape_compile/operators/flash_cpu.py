@@ -252,12 +252,12 @@ def _masked_block(call: AttendCall, rows: slice) -> Block:
         return Block(rows, (_matrix_part(call, rows, keys, None),))
     mask = mask.expand(*mask.shape[:3], keys.stop - keys.start)
     largest = mask.amax(-1)
-    if bool(((largest < FAINT) & (largest > -math.inf)).any()):
+    # One look decides the usual case: every row has a key that is not pushed down, so none is faint or gone.
+    usual = float(largest.min()) >= FAINT
+    if not usual and bool(((largest < FAINT) & (largest > -math.inf)).any()):
         return Block(rows, (), plain=True)
-    seen = (mask.amax((0, 1, 2)) > HIDDEN).nonzero()
-    if len(seen):
-        inner = slice(int(seen[0]), int(seen[-1]) + 1)
-        mask, keys = mask[..., inner], slice(keys.start + inner.start, keys.start + inner.stop)
+    if keys.stop - keys.start > BLOCK:
+        mask, keys = _trimmed(mask, keys)
     if not is_signed(call.bias):
         return Block(rows, (_matrix_part(call, rows, keys, mask),))
     if mask.shape[2] == 1:
@@ -269,6 +269,15 @@ def _masked_block(call: AttendCall, rows: slice) -> Block:
     before, after = slice(keys.start, keys.start + past), slice(keys.start + past, keys.stop)
     parts = [_matrix_part(call, rows, after, mask[..., past:])] if after.start < after.stop else []
     return Block(rows, (*parts, _key_part(call, rows, before, start, mask[..., :1, :past])))
+
+
+def _trimmed(mask: Tensor, keys: slice) -> tuple[Tensor, slice]:
+    """Leave out keys at both ends that no row sees."""
+    seen = (mask.amax((0, 1, 2)) > HIDDEN).nonzero()
+    if not len(seen):
+        return mask, keys
+    inner = slice(int(seen[0]), int(seen[-1]) + 1)
+    return mask[..., inner], slice(keys.start + inner.start, keys.start + inner.stop)
 
 
 def _matrix_part(call: AttendCall, rows: slice, keys: slice, mask: Tensor | None) -> Part:

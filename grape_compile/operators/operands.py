@@ -19,6 +19,12 @@ FLOATING: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 parse_encoding = lru_cache(maxsize=1024)(parse)
 
 
+@lru_cache(maxsize=1024)
+def slot_names(encoding: Encoding) -> tuple[str, ...]:
+    """Return `encoding.slots`, with a memory: it walks the whole value."""
+    return encoding.slots
+
+
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """Return the dtype that a tensor is computed in: float64 for float64, else float32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
@@ -69,13 +75,14 @@ def check_broadcast(name: str, shape: Sequence[int], target: Sequence[int], mean
 
 def slot_mapping(encoding: Encoding, slots: Sequence[Tensor]) -> dict[str, Tensor]:
     """Name the tensors of an operator call; OperandError for a wrong number of them."""
-    if len(slots) != len(encoding.slots):
+    names = slot_names(encoding)
+    if len(slots) != len(names):
         raise OperandError(
             f"the tensors of {encoding}",
             f"{len(slots)} tensors",
-            f"{len(encoding.slots)} tensors, in this order: {', '.join(encoding.slots) or 'none'}",
+            f"{len(names)} tensors, in this order: {', '.join(names) or 'none'}",
         )
-    return dict(zip(encoding.slots, slots, strict=True))
+    return dict(zip(names, slots, strict=True))
 
 
 def slot_list(encoding: Encoding, slots: Mapping[str, Tensor]) -> list[Tensor]:
