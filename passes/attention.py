@@ -14,7 +14,7 @@ from torch import fx
 from grape_compile.passes.graph import Program, Taint, fake, op_name, require_fake
 
 _PASSED = {"aten::to", "aten::_to_copy", "aten::clone", "aten::contiguous", "aten::type_as", "aten::alias"}
-_RESHAPED = {"aten::view", "aten::reshape", "aten::_unsafe_view"}
+_RESHAPED = {"aten::view", "aten::reshape", "aten::_unsafe_view", "aten::flatten", "aten::unflatten"}
 _BENDING = {"aten::tanh", "aten::clamp", "aten::relu", "aten::sigmoid", "aten::exp", "aten::abs", "aten::hardtanh", "aten::silu", "aten::gelu", "aten::pow"}
 
 
@@ -50,6 +50,13 @@ class Attention:
     is_causal: bool = False
     obstacle: str = ""
     batch_heads: tuple[Any, Any] | None = None
+    orders: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def size(self, part: str, axis: int) -> Any:
+        """Size of an axis of query, key or value, counted as in [B, H, T, D] whatever order the model has."""
+        shape = require_fake({"query": self.query, "key": self.key, "value": self.value}[part]).shape
+        order = self.orders.get(part)
+        return shape[axis] if order is None else shape[order[axis]]
 
 
 def find_attention(program: Program) -> list[Attention]:
@@ -98,6 +105,7 @@ class _Reader:
         self.obstacle = ""
         self.batch_heads: tuple[Any, Any] | None = None
         self.folded = False
+        self.orders: dict[str, tuple[int, ...]] = {}
 
     def around_softmax(self, softmax: fx.Node) -> Attention | None:
         scores = softmax.args[0]
@@ -114,7 +122,7 @@ class _Reader:
         if consumed is None:
             return None
         output, value = consumed
-        return Attention(softmax, output, query, key, value, transposed, scale, self.terms, False, self.obstacle, self.batch_heads)
+        return Attention(softmax, output, query, key, value, transposed, scale, self.terms, False, self.obstacle, self.batch_heads, self.orders)
 
     # -- before the softmax ------------------------------------------------------------------------------------------
 
@@ -125,6 +133,8 @@ class _Reader:
         data = [operand for operand in operands if self.program.taints[operand] is Taint.DATA]
         if name in ("aten::matmul", "aten::bmm", "aten::baddbmm"):
             return self._product(node, name, factor)
+        if name == "aten::einsum":
+            return self._contraction(node, factor)
         if len(data) != 1:
             return None
         if name in _PASSED:
@@ -137,14 +147,9 @@ class _Reader:
             return self._added(node, name, data[0], factor)
         if name in ("aten::masked_fill", "aten::where"):
             return self._masked(node, name, data[0], factor)
-        if name in _BENDING and not self.obstacle:
-            self.obstacle = f"the scores pass {name.removeprefix('aten::')} after something was added to them"
-            before = len(self.terms)
-            core = self._scores(data[0], factor)
-            if len(self.terms) == before:
-                self.obstacle = ""
-                return None
-            return core
+        if name in _BENDING:
+            self.obstacle = self.obstacle or f"the scores pass {name.removeprefix('aten::')} on their way to the softmax"
+            return self._scores(data[0], factor)
         return None
 
     def _added(self, node: fx.Node, name: str, data: fx.Node, factor: float) -> tuple[fx.Node, fx.Node, bool, float] | None:
@@ -197,6 +202,21 @@ class _Reader:
         swapped = self._untransposed(key)
         return query, swapped or key, swapped is None, factor
 
+    def _contraction(self, node: fx.Node, factor: float) -> tuple[fx.Node, fx.Node, bool, float] | None:
+        """`einsum("bhtd,bhjd->bhtj", query, key)`, in any order of the operands' axes."""
+        letters = einsum_letters(node)
+        if letters is None:
+            return None
+        (query, key), (left, right, out) = letters
+        if len(out) != 4 or len(left) != 4 or len(right) != 4 or set(left) & set(right) - set(out) != set(left) - set(out):
+            return None
+        if out[2] in right or out[3] in left:
+            return None
+        (summed,) = set(left) - set(out)
+        self.orders["query"] = tuple(left.index(letter) for letter in (*out[:3], summed))
+        self.orders["key"] = tuple(right.index(letter) for letter in (*out[:2], out[3], summed))
+        return query, key, False, factor
+
     def _untransposed(self, key: fx.Node) -> fx.Node | None:
         rank = require_fake(key).dim()
         if op_name(key) in ("aten::transpose", "aten::swapaxes", "aten::swapdims"):
@@ -215,11 +235,14 @@ class _Reader:
             if not users:
                 return None
             product = next((user for user in users if op_name(user) in ("aten::matmul", "aten::bmm") and user.args[0] is node), None)
+            contraction = next((user for user in users if op_name(user) == "aten::einsum"), None)
             if len(users) > 1:
                 self.obstacle = self.obstacle or "the attention weights are used elsewhere (returned, masked or averaged)"
             if product is not None:
                 value = product.args[1]
                 return (product, value) if isinstance(value, fx.Node) else None
+            if contraction is not None:
+                return self._mixed_values(contraction, node)
             user = users[0]
             if op_name(user) == "aten::dropout":
                 if user.args[2] and user.args[1]:
@@ -227,6 +250,31 @@ class _Reader:
             elif op_name(user) not in _PASSED | _RESHAPED:
                 return None
             node = user
+
+
+    def _mixed_values(self, node: fx.Node, weights: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+        """`einsum("bhtj,bhjd->bhtd", weights, value)`, the result in any order of axes."""
+        letters = einsum_letters(node)
+        if letters is None or letters[0][0] is not weights:
+            return None
+        (_, value), (left, right, out) = letters
+        if len(left) != 4 or len(right) != 4 or set(out) != set(left[:3]) | (set(right) - set(left)) or len(out) != 4:
+            return None
+        (width,) = set(right) - set(left)
+        self.orders["value"] = tuple(right.index(letter) for letter in (*left[:2], left[3], width))
+        self.orders["output"] = tuple((*left[:3], width).index(letter) for letter in out)
+        return node, value
+
+
+def einsum_letters(node: fx.Node) -> tuple[tuple[fx.Node, fx.Node], tuple[str, str, str]] | None:
+    """The two operands of an einsum and the letters of both and of the result; None for other forms."""
+    inputs, arrow, out = str(node.args[0]).replace(" ", "").partition("->")
+    left, comma, right = inputs.partition(",")
+    operands = node.args[1]
+    if not arrow or not comma or "." in inputs or not isinstance(operands, list | tuple) or len(operands) != 2:
+        return None
+    first, second = operands
+    return ((first, second), (left, right, out)) if isinstance(first, fx.Node) and isinstance(second, fx.Node) else None
 
 
 def _position_terms(program: Program, node: fx.Node, factor: float, folded: bool = False) -> list[ScoreTerm]:

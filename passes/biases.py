@@ -81,7 +81,8 @@ class _Layer:
         """Batch, heads, queries, keys."""
         query, value = self.sizes.shape(self.layer.query), self.sizes.shape(self.layer.value)
         if len(query) == 4:
-            return query[0], query[1], query[2], value[-2]
+            batch, heads, queries = (self.sizes(self.layer.size("query", axis)) for axis in range(3))
+            return batch, heads, queries, self.sizes(self.layer.size("value", 2))
         if self.layer.batch_heads is None:
             return 1, query[0], query[1], value[-2]
         batch, heads = (self.sizes(size) for size in self.layer.batch_heads)
@@ -161,7 +162,7 @@ class _Layer:
         steps = counted_by(clock.node) if clock.token_axes == (_KEY,) and _stride(clock, _KEY) == 1 else None
         if steps is not None and isinstance(distance, Signed):
             return replace(plan, slopes=slopes, number=term.factor * number * steps, distance=distance)
-        if not given and not (self._unit(clock, alive) and counts(self.program, clock) or isinstance(distance, Absolute)):
+        if not given and not (self._unit(clock, alive) and self._counting(clock) or isinstance(distance, Absolute)):
             return Miss("steps", "the slope is multiplied by something that does not count keys one by one", 3, "ALiBi at every key position")
         if isinstance(distance, Absolute) and any(is_symbolic(size) for size in require_fake(self.layer.query).shape):
             return Miss("sizes", "a mirrored bias of symbolic length cannot be proved from one length", 3, "ALiBi by absolute distance")
@@ -268,6 +269,10 @@ class _Layer:
         axes = fit(self.program, node, factor.index, lead, plane, self.sizes, (*self.shape, 1))
         return None if axes is None else Operand(node, axes, factor.part)
 
+    def _counting(self, clock: Operand) -> bool:
+        """A clock that counts whatever it is given, or one made of constants alone, seen whole."""
+        return self.program.is_constant(clock.node) or counts(self.program, clock)
+
     def _unit(self, clock: Operand, alive: Tensor) -> bool:
         """Live keys of a row are one step apart."""
         value = self._aligned(clock)
@@ -296,7 +301,9 @@ class _Layer:
 
     def _table(self, plan: BiasPlan, term: ScoreTerm, distance: Distance) -> BiasPlan | Miss:
         """A finished table: the slope is taken from its last row."""
-        if isinstance(distance, Absolute) or self.shape[_KEY] < 2 or self.program.taints[term.node] >= Taint.PARAMETER:
+        if not self.program.is_constant(term.node):
+            return Miss("buffer", "the finished biases are kept in a tensor that may change after compilation", 3, "ALiBi computed from its slopes")
+        if isinstance(distance, Absolute) or self.shape[_KEY] < 2:
             return Miss("product", "the bias is affine in the key, but slope and position cannot be told apart", 3, "ALiBi")
         lead, index, _ = self._samples(term)
         view = self._view(Factor(term.node, index), lead)

@@ -32,6 +32,7 @@ SUMS = {"aten::add", "aten::sub", "aten::neg", "aten::sum", "aten::rsub", "aten:
 PRODUCTS = {"aten::mul", "aten::div", "aten::multiply", "aten::divide", "aten::true_divide"}
 PICKS = {"aten::index_select"}
 _MASKED = {"aten::masked_fill", "aten::where"}
+_DETACHES = {"aten::detach", "aten::detach_"}
 _SUM_LIMIT = 8
 
 
@@ -78,7 +79,7 @@ class Reader:
         name = op_name(node)
         if not self._goes_on(node, name):
             return [unit(rows, Factor(node, index))]
-        further = name in MOVEMENTS or name in _MASKED or name in ("aten::neg", "aten::detach")
+        further = name in MOVEMENTS or name in _MASKED or name == "aten::neg" or name in _DETACHES
         return self._pull(node, index, rows, self.product if further else lambda operand, at, who: [unit(who, Factor(operand, at))])
 
     def element(self, factor: Factor, rows: Tensor) -> list[Term]:
@@ -102,7 +103,7 @@ class Reader:
 
     def _goes_on(self, node: fx.Node, name: str) -> bool:
         """Whether reading a position-side value goes on behind this operator."""
-        if name == "aten::detach":
+        if name in _DETACHES:
             return True
         if name in _MASKED:
             return self.alive and self._kept(node, name) is not None
@@ -125,7 +126,7 @@ class Reader:
 
     def _pull(self, node: fx.Node, index: Index, rows: Tensor, back: Back) -> list[Term]:
         name = op_name(node)
-        if name == "aten::detach" and self.program.taints[node] <= Taint.PARAMETER:
+        if name in _DETACHES and self.program.taints[node] <= Taint.PARAMETER:
             return back(operand_of(node, 0), index, rows)
         if name in MOVEMENTS and is_frozen(node, name):
             raise_if(not self.alive, f"{name} at a symbolic offset")

@@ -137,6 +137,8 @@ def is_pure(node: fx.Node) -> bool:
         return True
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
+    if node.target is torch.ops.aten.detach_.default:  # `torch.tensor(...)` in a forward: writes nothing anyone reads
+        return True
     return not node.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in node.target.tags
 
 

@@ -77,7 +77,7 @@ class _Layer:
         kwargs = {"mask": mask, "is_causal": plan.is_causal, "scale": layer.scale, "window": plan.window}
         call = self.emitter.call(place, torch.ops.grape.attend.default, (query, key, value, slots, str(operator_encoding)), kwargs)
         error = self._verify(operator_encoding, (query, key, value), slots, mask)
-        result = self.emitter.call(call, operator.getitem, (call, 0))
+        result = self._ordered(self.emitter.call(call, operator.getitem, (call, 0)), "output")
         if self.folded:
             result = self.emitter.call(result, aten.reshape.default, (result, self._sizes(layer.query, layer.value)))
         if require_fake(result).dtype != output.dtype:
@@ -106,12 +106,16 @@ class _Layer:
         key = layer.key
         if layer.key_transposed:
             key = self.emitter.call(key, aten.transpose.int, (key, -1, -2))
-        parts = [layer.query, key, layer.value]
+        parts = [self._ordered(node, part) for node, part in ((layer.query, "query"), (key, "key"), (layer.value, "value"))]
         if self.folded:
             parts = [self._unfold(part) for part in parts]
         dtype = require_fake(layer.value).dtype
         query, key, value = (part if require_fake(part).dtype == dtype else self.emitter.call(part, aten.to.dtype, (part, dtype)) for part in parts)
         return query, key, value
+
+    def _ordered(self, node: fx.Node, part: str) -> fx.Node:
+        order = self.layer.orders.get(part, (0, 1, 2, 3))
+        return node if order == (0, 1, 2, 3) else self.emitter.call(node, aten.permute.default, (node, list(order)))
 
     def _unfold(self, node: fx.Node) -> fx.Node:
         """[B * H, T, D] as [B, H, T, D]; -1 stands for one symbolic size."""
@@ -221,7 +225,7 @@ class _Layer:
     def _verify(self, encoding: Bias, tensors: tuple[fx.Node, fx.Node, fx.Node], slots: list[fx.Node], mask: fx.Node | None) -> float:
         """Random query, key and value through the original region and through the reference, in fp64."""
         layer, sizes = self.layer, self.replay.sizes
-        scores = torch.Size((*sizes.shape(layer.query)[:-1], sizes.shape(layer.value)[-2])).numel()
+        scores = torch.Size((*sizes.shape(tensors[0])[:-1], sizes.shape(tensors[1])[2])).numel()
         if scores > _LARGEST_REPLAY:
             raise Unreadable(f"the layer has {scores} scores, more than the {_LARGEST_REPLAY} an fp64 replay is worth: compile at a shorter length first")
         generator = torch.Generator().manual_seed(0)
@@ -236,7 +240,8 @@ class _Layer:
             query, key, value, encoding, values, mask=None if mask is None else self.replay.tensor(mask),
             is_causal=self.plan.is_causal, scale=layer.scale, window=self.plan.window,
         )  # fmt: skip
-        return difference(original, rewritten.reshape(original.shape), self.plan.table is not None)
+        rewritten = rewritten.permute(layer.orders.get("output", (0, 1, 2, 3))).reshape(original.shape)
+        return difference(original, rewritten, self.plan.table is not None)
 
     def _describe(self, slopes: fx.Node, positions: fx.Node | None) -> Bias:
         operator_encoding = self._operator()
