@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast, overload
 
 import torch
 from torch import fx, nn
@@ -32,7 +32,6 @@ from grape_compile.reporting import Report
 
 Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 Model = TypeVar("Model", bound=nn.Module)
-Rewritable = TypeVar("Rewritable", ExportedProgram, fx.GraphModule)
 
 
 @dataclass
@@ -66,7 +65,9 @@ def grape_compile(
     """
     _require_module(model)
     if on_refusal not in ("keep", "raise"):
-        raise GrapeError("compile a model", f"on_refusal={on_refusal!r}", 'on_refusal="keep" or on_refusal="raise"')
+        raise GrapeError(
+            "compile a model", f"on_refusal={on_refusal!r}", 'on_refusal="keep" or on_refusal="raise"'
+        )
     inner = _inner_backend(backend, options)
     record = _Compiled()
     door = functools.partial(_compile_graph, inner=inner, record=record, strict=on_refusal == "raise")
@@ -132,13 +133,25 @@ def inspect(
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                program = torch.export.export(model, tuple(args), kwargs or {}, dynamic_shapes=dynamic_shapes, strict=False)
+                program = torch.export.export(
+                    model, tuple(args), kwargs or {}, dynamic_shapes=dynamic_shapes, strict=False
+                )
         except Exception as failure:
             return _inspect_by_running(model, args, kwargs or {}, failure)
         return _rewrite_program(capture_export(program, args, kwargs))
 
 
-def rewrite(program: Rewritable, args: Sequence[Any] = ()) -> tuple[Rewritable, Report]:
+@overload
+def rewrite(program: ExportedProgram, args: Sequence[Any] = ()) -> tuple[ExportedProgram, Report]: ...
+
+
+@overload
+def rewrite(program: fx.GraphModule, args: Sequence[Any] = ()) -> tuple[fx.GraphModule, Report]: ...
+
+
+def rewrite(
+    program: ExportedProgram | fx.GraphModule, args: Sequence[Any] = ()
+) -> tuple[ExportedProgram | fx.GraphModule, Report]:
     """Rewrite the position encodings of an exported program, or of an fx GraphModule traced on `args`.
 
     The result is of the same kind: an exported program can be saved, decomposed and exported again, its `grape::` nodes
@@ -158,7 +171,7 @@ def rewrite(program: Rewritable, args: Sequence[Any] = ()) -> tuple[Rewritable, 
     return module, found
 
 
-# -- stages ---------------------------------------------------------------------------------------------------------------
+# -- stages -----------------------------------------------------------------------------------------------
 
 
 def _rewrite_program(program: Program) -> Report:
@@ -172,7 +185,9 @@ def _rewrite_program(program: Program) -> Report:
     return Report(tuple(sites), tuple(refusals))
 
 
-def _compile_graph(module: fx.GraphModule, examples: Sequence[Any], *, inner: Backend, record: _Compiled, strict: bool) -> Callable[..., Any]:
+def _compile_graph(
+    module: fx.GraphModule, examples: Sequence[Any], *, inner: Backend, record: _Compiled, strict: bool
+) -> Callable[..., Any]:
     """One graph of `torch.compile`: rewritten if anything was found, the original otherwise."""
     start = time.perf_counter()
     try:
@@ -186,7 +201,11 @@ def _compile_graph(module: fx.GraphModule, examples: Sequence[Any], *, inner: Ba
     record.reports.append(found)
     if strict and found.refusals:
         first = found.refusals[0]
-        raise RefusalError(f"rewrite every position encoding of {first.module or 'the model'}", first.reason, 'on_refusal="keep"')
+        raise RefusalError(
+            f"rewrite every position encoding of {first.module or 'the model'}",
+            first.reason,
+            'on_refusal="keep"',
+        )
     return inner(module if program is None or not found.sites else program.module, examples)
 
 
@@ -200,8 +219,12 @@ def _inner_backend(backend: str | Backend, options: dict[str, Any] | None) -> Ba
     if backend not in torch._dynamo.list_backends(exclude_tags=()):
         known = ", ".join(sorted(torch._dynamo.list_backends()))
         raise GrapeError("compile a model", f"backend={backend!r}", f"a callable or one of {known}")
-    found: Backend = torch._dynamo.lookup_backend(backend)
-    return functools.partial(found, config_patches=options) if options and backend == "inductor" else found
+    found = cast(Backend, torch._dynamo.lookup_backend(backend))
+    return (
+        functools.partial(found, **({"config_patches": options} if backend == "inductor" else options))
+        if options
+        else found
+    )
 
 
 def _rewrite_export(program: ExportedProgram, args: Sequence[Any]) -> tuple[ExportedProgram, Report]:
@@ -235,7 +258,9 @@ def _renamed(signature: Any, names: dict[str, str]) -> Any:
     return signature
 
 
-def _inspect_by_running(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], failure: Exception) -> Report:
+def _inspect_by_running(
+    model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], failure: Exception
+) -> Report:
     """The second door: run the model once under `torch.compile` and look at every graph it makes."""
     reports: list[Report] = []
 
@@ -281,12 +306,16 @@ def _union(groups: Sequence[Sequence[Place]]) -> tuple[Place, ...]:
     return tuple(merged)
 
 
-# -- helpers of the face ----------------------------------------------------------------------------------------------------
+# -- helpers of the face ----------------------------------------------------------------------------------
 
 
 def _require_module(model: object) -> None:
     if not isinstance(model, nn.Module):
-        raise ModelError("work on a model", f"a {type(model).__name__}", "a torch.nn.Module (its class must be instantiated first)")
+        raise ModelError(
+            "work on a model",
+            f"a {type(model).__name__}",
+            "a torch.nn.Module (its class must be instantiated first)",
+        )
 
 
 def _unwrapped_errors(compiled: Callable[..., Any]) -> Callable[..., Any]:
@@ -312,7 +341,14 @@ def _first_line(failure: Exception) -> str:
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
     """Put back what a capture leaves in the modules (tables cached as fake tensors, for instance)."""
-    saved = [(module, dict(module.__dict__), {name: dict(module.__dict__[name]) for name in ("_parameters", "_buffers", "_modules")}) for module in model.modules()]
+    saved = [
+        (
+            module,
+            dict(module.__dict__),
+            {name: dict(module.__dict__[name]) for name in ("_parameters", "_buffers", "_modules")},
+        )
+        for module in model.modules()
+    ]
     try:
         yield
     finally:

@@ -15,7 +15,18 @@ from grape_compile.passes.graph import Program, Taint, fake, op_name, require_fa
 
 _PASSED = {"aten::to", "aten::_to_copy", "aten::clone", "aten::contiguous", "aten::type_as", "aten::alias"}
 _RESHAPED = {"aten::view", "aten::reshape", "aten::_unsafe_view", "aten::flatten", "aten::unflatten"}
-_BENDING = {"aten::tanh", "aten::clamp", "aten::relu", "aten::sigmoid", "aten::exp", "aten::abs", "aten::hardtanh", "aten::silu", "aten::gelu", "aten::pow"}
+_BENDING = {
+    "aten::tanh",
+    "aten::clamp",
+    "aten::relu",
+    "aten::sigmoid",
+    "aten::exp",
+    "aten::abs",
+    "aten::hardtanh",
+    "aten::silu",
+    "aten::gelu",
+    "aten::pow",
+}
 
 
 @dataclass(frozen=True)
@@ -23,8 +34,8 @@ class ScoreTerm:
     """Something added to the scores: `factor * node`, or where `dead` the entries of a boolean mask set to `value`.
 
     `dead` is None for an additive term, else the truth value that marks dead entries. `folded` is the batch and heads
-    of a term that still lives in the folded [B * H, ...] layout. A `finished` term holds mask and bias at once: as a mask
-    only its dead entries count.
+    of a term that still lives in the folded [B * H, ...] layout. A `finished` term holds mask and bias at once: as
+    a mask only its dead entries count.
     """
 
     node: fx.Node
@@ -85,12 +96,18 @@ def _fused(program: Program, node: fx.Node) -> Attention | None:
     value_of = fake(mask)
     if value_of is None or not value_of.is_floating_point() or program.taints[mask] >= Taint.DATA:
         return None
-    assert isinstance(query, fx.Node) and isinstance(key, fx.Node) and isinstance(value, fx.Node)
+    assert isinstance(query, fx.Node)
+    assert isinstance(key, fx.Node)
+    assert isinstance(value, fx.Node)
     if require_fake(query).dim() != 4:
         return None
     scale = given.get("scale")
+    if scale is not None and not isinstance(scale, int | float):
+        return None
     width = int(require_fake(query).shape[-1])
-    layer = Attention(node, node, query, key, value, False, float(scale) if scale is not None else width**-0.5)
+    layer = Attention(
+        node, node, query, key, value, False, float(scale) if scale is not None else width**-0.5
+    )
     layer.is_causal = bool(given.get("is_causal", False))
     layer.terms = _position_terms(program, mask, 1.0)
     if given.get("dropout_p", 0.0):
@@ -122,7 +139,20 @@ class _Reader:
         if consumed is None:
             return None
         output, value = consumed
-        return Attention(softmax, output, query, key, value, transposed, scale, self.terms, False, self.obstacle, self.batch_heads, self.orders)
+        return Attention(
+            softmax,
+            output,
+            query,
+            key,
+            value,
+            transposed,
+            scale,
+            self.terms,
+            False,
+            self.obstacle,
+            self.batch_heads,
+            self.orders,
+        )
 
     # -- before the softmax ------------------------------------------------------------------------------------------
 
@@ -148,11 +178,15 @@ class _Reader:
         if name in ("aten::masked_fill", "aten::where"):
             return self._masked(node, name, data[0], factor)
         if name in _BENDING:
-            self.obstacle = self.obstacle or f"the scores pass {name.removeprefix('aten::')} on their way to the softmax"
+            self.obstacle = (
+                self.obstacle or f"the scores pass {name.removeprefix('aten::')} on their way to the softmax"
+            )
             return self._scores(data[0], factor)
         return None
 
-    def _added(self, node: fx.Node, name: str, data: fx.Node, factor: float) -> tuple[fx.Node, fx.Node, bool, float] | None:
+    def _added(
+        self, node: fx.Node, name: str, data: fx.Node, factor: float
+    ) -> tuple[fx.Node, fx.Node, bool, float] | None:
         other = node.args[1] if node.args[0] is data else node.args[0]
         alpha = float(node.kwargs.get("alpha", 1))  # type: ignore[arg-type] # a number by the operator's schema
         sign = -1.0 if name == "aten::sub" else 1.0
@@ -167,8 +201,14 @@ class _Reader:
         self.terms += _position_terms(self.program, other, factor * sign * alpha, self.folded)
         return self._scores(data, factor)
 
-    def _masked(self, node: fx.Node, name: str, data: fx.Node, factor: float) -> tuple[fx.Node, fx.Node, bool, float] | None:
-        mask, filled, dead = (node.args[1], node.args[2], True) if name == "aten::masked_fill" else (node.args[0], node.args[2], False)
+    def _masked(
+        self, node: fx.Node, name: str, data: fx.Node, factor: float
+    ) -> tuple[fx.Node, fx.Node, bool, float] | None:
+        mask, filled, dead = (
+            (node.args[1], node.args[2], True)
+            if name == "aten::masked_fill"
+            else (node.args[0], node.args[2], False)
+        )
         if filled is data:
             filled, dead = node.args[1], True
         value = _constant(filled)
@@ -177,7 +217,9 @@ class _Reader:
         self.terms.append(ScoreTerm(mask, dead=dead, value=value * factor, folded=self.folded))
         return self._scores(data, factor)
 
-    def _unfold(self, node: fx.Node, data: fx.Node, factor: float) -> tuple[fx.Node, fx.Node, bool, float] | None:
+    def _unfold(
+        self, node: fx.Node, data: fx.Node, factor: float
+    ) -> tuple[fx.Node, fx.Node, bool, float] | None:
         """The view from [B * H, Tq, Tk] to [B, H, Tq, Tk]."""
         shape, inner = require_fake(node).shape, require_fake(data).shape
         if len(shape) == 4 and len(inner) == 3:
@@ -186,7 +228,9 @@ class _Reader:
             return None
         return self._scores(data, factor)
 
-    def _product(self, node: fx.Node, name: str, factor: float) -> tuple[fx.Node, fx.Node, bool, float] | None:
+    def _product(
+        self, node: fx.Node, name: str, factor: float
+    ) -> tuple[fx.Node, fx.Node, bool, float] | None:
         operands = list(node.args)
         if name == "aten::baddbmm":
             bias = operands.pop(0)
@@ -208,7 +252,12 @@ class _Reader:
         if letters is None:
             return None
         (query, key), (left, right, out) = letters
-        if len(out) != 4 or len(left) != 4 or len(right) != 4 or set(left) & set(right) - set(out) != set(left) - set(out):
+        if (
+            len(out) != 4
+            or len(left) != 4
+            or len(right) != 4
+            or set(left) & set(right) - set(out) != set(left) - set(out)
+        ):
             return None
         if out[2] in right or out[3] in left:
             return None
@@ -234,10 +283,19 @@ class _Reader:
             users = [user for user in node.users if op_name(user) != "aten::_assert_tensor_metadata"]
             if not users:
                 return None
-            product = next((user for user in users if op_name(user) in ("aten::matmul", "aten::bmm") and user.args[0] is node), None)
+            product = next(
+                (
+                    user
+                    for user in users
+                    if op_name(user) in ("aten::matmul", "aten::bmm") and user.args[0] is node
+                ),
+                None,
+            )
             contraction = next((user for user in users if op_name(user) == "aten::einsum"), None)
             if len(users) > 1:
-                self.obstacle = self.obstacle or "the attention weights are used elsewhere (returned, masked or averaged)"
+                self.obstacle = (
+                    self.obstacle or "the attention weights are used elsewhere (returned, masked or averaged)"
+                )
             if product is not None:
                 value = product.args[1]
                 return (product, value) if isinstance(value, fx.Node) else None
@@ -246,11 +304,13 @@ class _Reader:
             user = users[0]
             if op_name(user) == "aten::dropout":
                 if user.args[2] and user.args[1]:
-                    self.obstacle = self.obstacle or f"attention weights are dropped out with probability {user.args[1]} in training"
+                    self.obstacle = (
+                        self.obstacle
+                        or f"attention weights are dropped out with probability {user.args[1]} in training"
+                    )
             elif op_name(user) not in _PASSED | _RESHAPED:
                 return None
             node = user
-
 
     def _mixed_values(self, node: fx.Node, weights: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         """`einsum("bhtj,bhjd->bhtd", weights, value)`, the result in any order of axes."""
@@ -258,7 +318,12 @@ class _Reader:
         if letters is None or letters[0][0] is not weights:
             return None
         (_, value), (left, right, out) = letters
-        if len(left) != 4 or len(right) != 4 or set(out) != set(left[:3]) | (set(right) - set(left)) or len(out) != 4:
+        if (
+            len(left) != 4
+            or len(right) != 4
+            or set(out) != set(left[:3]) | (set(right) - set(left))
+            or len(out) != 4
+        ):
             return None
         (width,) = set(right) - set(left)
         self.orders["value"] = tuple(right.index(letter) for letter in (*left[:2], left[3], width))
@@ -271,10 +336,20 @@ def einsum_letters(node: fx.Node) -> tuple[tuple[fx.Node, fx.Node], tuple[str, s
     inputs, arrow, out = str(node.args[0]).replace(" ", "").partition("->")
     left, comma, right = inputs.partition(",")
     operands = node.args[1]
-    if not arrow or not comma or "." in inputs or not isinstance(operands, list | tuple) or len(operands) != 2:
+    if (
+        not arrow
+        or not comma
+        or "." in inputs
+        or not isinstance(operands, list | tuple)
+        or len(operands) != 2
+    ):
         return None
     first, second = operands
-    return ((first, second), (left, right, out)) if isinstance(first, fx.Node) and isinstance(second, fx.Node) else None
+    return (
+        ((first, second), (left, right, out))
+        if isinstance(first, fx.Node) and isinstance(second, fx.Node)
+        else None
+    )
 
 
 def _position_terms(program: Program, node: fx.Node, factor: float, folded: bool = False) -> list[ScoreTerm]:
@@ -282,20 +357,40 @@ def _position_terms(program: Program, node: fx.Node, factor: float, folded: bool
     name, args = op_name(node), node.args
     if name in _PASSED and isinstance(args[0], fx.Node) and require_fake(args[0]).is_floating_point():
         return _position_terms(program, args[0], factor, folded)
-    if name in ("aten::add", "aten::sub") and all(isinstance(arg, fx.Node) for arg in args[:2]) and not node.kwargs:
+    if (
+        name in ("aten::add", "aten::sub")
+        and all(isinstance(arg, fx.Node) for arg in args[:2])
+        and not node.kwargs
+    ):
         value = require_fake(node)
         if value.dim() >= 3:
             first, second = args[0], args[1]
-            assert isinstance(first, fx.Node) and isinstance(second, fx.Node)
+            assert isinstance(first, fx.Node)
+            assert isinstance(second, fx.Node)
             sign = -1.0 if name == "aten::sub" else 1.0
-            return _position_terms(program, first, factor, folded) + _position_terms(program, second, factor * sign, folded)
+            return _position_terms(program, first, factor, folded) + _position_terms(
+                program, second, factor * sign, folded
+            )
     if name in ("aten::masked_fill", "aten::where"):
-        mask, kept, filled, dead = (args[1], args[0], args[2], True) if name == "aten::masked_fill" else (args[0], args[1], args[2], False)
+        mask, kept, filled, dead = (
+            (args[1], args[0], args[2], True)
+            if name == "aten::masked_fill"
+            else (args[0], args[1], args[2], False)
+        )
         if _constant(kept) is not None and _constant(filled) is None:
             kept, filled, dead = filled, kept, not dead
         value_of, kept_of = _constant(filled), _constant(kept)
-        if value_of is not None and value_of <= -1e4 and kept_of is None and isinstance(mask, fx.Node) and isinstance(kept, fx.Node):
-            return [ScoreTerm(mask, dead=dead, value=value_of * factor, folded=folded), *_position_terms(program, kept, factor, folded)]
+        if (
+            value_of is not None
+            and value_of <= -1e4
+            and kept_of is None
+            and isinstance(mask, fx.Node)
+            and isinstance(kept, fx.Node)
+        ):
+            return [
+                ScoreTerm(mask, dead=dead, value=value_of * factor, folded=folded),
+                *_position_terms(program, kept, factor, folded),
+            ]
     return [ScoreTerm(node, factor, folded=folded)]
 
 
@@ -306,15 +401,10 @@ def _constant(value: Any) -> float | None:
     if not isinstance(value, fx.Node):
         return None
     name = op_name(value)
-    if name == "aten::full" and list(value.args[0]) == []:  # type: ignore[call-overload] # a list of sizes
-        return _constant(value.args[1])
-    if name == "aten::zeros" and list(value.args[0]) == []:  # type: ignore[call-overload] # a list of sizes
-        return 0.0
+    if name in ("aten::full", "aten::zeros") and require_fake(value).dim() == 0:
+        return _constant(value.args[1]) if name == "aten::full" else 0.0
     if name == "aten::scalar_tensor":
         return _constant(value.args[0])
     if name in ("aten::lift_fresh_copy", "aten::to", "aten::_to_copy", "aten::clone"):
         return _constant(value.args[0])
     return None
-
-
-

@@ -25,7 +25,7 @@ class Outcome:
 class Pass(ABC):
     """One step over a program. Subclasses implement `run`; `requires` and `ensures` raise CaptureError when broken."""
 
-    def requires(self, program: Program) -> None:
+    def requires(self, program: Program) -> None:  # noqa: B027 - most passes require nothing
         """Conditions before the pass; none by default."""
 
     @abstractmethod
@@ -51,7 +51,9 @@ class Pass(ABC):
 
 def fingerprint(graph: fx.Graph) -> int:
     """Changes whenever a node, its operator or its operands change."""
-    return hash(tuple((id(node), node.op, str(node.target), str(node.args), str(node.kwargs)) for node in graph.nodes))
+    return hash(
+        tuple((id(node), node.op, str(node.target), str(node.args), str(node.kwargs)) for node in graph.nodes)
+    )
 
 
 def broken(what: str, found: str) -> CaptureError:

@@ -96,7 +96,9 @@ class _Layer:
             return Miss("attention", f"the layer adds a position bias, but {self.layer.obstacle}", 3)
         if len(biases) > 1:
             if any(self._is_learned(term.node) for term in biases):
-                return self._miss(next(term for term in biases if self._is_learned(term.node)), self.value(biases[0]))
+                return self._miss(
+                    next(term for term in biases if self._is_learned(term.node)), self.value(biases[0])
+                )
             return Miss("terms", f"{len(biases)} biases are added to the scores of one layer", 2)
         alive = self._alive(masks)
         return self._affine(biases[0], alive, masks)
@@ -125,11 +127,13 @@ class _Layer:
         return self.unfolded(term, self.replay.tensor(term.node))
 
     def unfolded(self, term: ScoreTerm, value: Tensor) -> Tensor:
-        if term.folded or value.dim() == 3 and require_fake(self.layer.query).dim() == 3:
+        if term.folded or (value.dim() == 3 and require_fake(self.layer.query).dim() == 3):
             batch, heads = self.shape[:2]
             while value.dim() < 3:
                 value = value.unsqueeze(0)
-            return value.unsqueeze(0) if value.shape[0] == 1 else value.reshape(batch, heads, *value.shape[1:])
+            return (
+                value.unsqueeze(0) if value.shape[0] == 1 else value.reshape(batch, heads, *value.shape[1:])
+            )
         while value.dim() < 4:
             value = value.unsqueeze(0)
         return value
@@ -149,7 +153,9 @@ class _Layer:
 
     def _affine(self, term: ScoreTerm, alive: Tensor, masks: list[ScoreTerm]) -> BiasPlan | Miss:
         causal, window = self._causal(alive, masks)
-        plan = BiasPlan(self.layer, tuple(masks), None, None, None, Signed(), term.factor, False, causal, window)
+        plan = BiasPlan(
+            self.layer, tuple(masks), None, None, None, Signed(), term.factor, False, causal, window
+        )
         value = self.value(term).clamp_min(-1e30)
         distance = self._distance(value, alive)
         if distance is None:
@@ -162,15 +168,31 @@ class _Layer:
         steps = counted_by(clock.node) if clock.token_axes == (_KEY,) and _stride(clock, _KEY) == 1 else None
         if steps is not None and isinstance(distance, Signed):
             return replace(plan, slopes=slopes, number=term.factor * number * steps, distance=distance)
-        if not given and not (self._unit(clock, alive) and self._counting(clock) or isinstance(distance, Absolute)):
-            return Miss("steps", "the slope is multiplied by something that does not count keys one by one", 3, "ALiBi at every key position")
-        if isinstance(distance, Absolute) and any(is_symbolic(size) for size in require_fake(self.layer.query).shape):
-            return Miss("sizes", "a mirrored bias of symbolic length cannot be proved from one length", 3, "ALiBi by absolute distance")
-        return replace(plan, slopes=slopes, clock=clock, number=term.factor * number, distance=distance, given=given)
+        if not given and not (
+            (self._unit(clock, alive) and self._counting(clock)) or isinstance(distance, Absolute)
+        ):
+            return Miss(
+                "steps",
+                "the slope is multiplied by something that does not count keys one by one",
+                3,
+                "ALiBi at every key position",
+            )
+        if isinstance(distance, Absolute) and any(
+            is_symbolic(size) for size in require_fake(self.layer.query).shape
+        ):
+            return Miss(
+                "sizes",
+                "a mirrored bias of symbolic length cannot be proved from one length",
+                3,
+                "ALiBi by absolute distance",
+            )
+        return replace(
+            plan, slopes=slopes, clock=clock, number=term.factor * number, distance=distance, given=given
+        )
 
     def _distance(self, value: Tensor, alive: Tensor) -> Distance | None:
-        """Signed when every row is affine in the key with one slope per head, Absolute when it is mirrored at the query."""
-        batch, heads, queries, keys = self.shape
+        """Signed when every row is affine in the key, Absolute when it is mirrored at the query; one slope per head."""
+        _, _, queries, keys = self.shape
         rises = value[..., 1:] - value[..., :-1] if value.shape[-1] > 1 else value[..., :0]
         both = (alive[..., 1:] & alive[..., :-1]) if alive.shape[-1] > 1 else alive
         shape = torch.broadcast_shapes(rises.shape, both.shape)
@@ -192,13 +214,15 @@ class _Layer:
 
     def _miss(self, term: ScoreTerm, value: Tensor) -> Miss:
         if self._is_learned(term.node):
-            return Miss("table", "the bias is looked up in a learned table of relative positions: it has no slope", 2)
+            return Miss(
+                "table", "the bias is looked up in a learned table of relative positions: it has no slope", 2
+            )
         steps = value[..., 1:] - value[..., :-1]
         spread = float((steps.amax(-1) - steps.amin(-1)).max())
         return Miss(
             "affine",
-            f"the bias is not one slope per head times the key position: from one key to the next it changes by amounts "
-            f"that differ by up to {spread:.3g} within a row",
+            f"the bias is not one slope per head times the key position: from one key to the next it changes by "
+            f"amounts that differ by up to {spread:.3g} within a row",
             3,
             "ALiBi: a bias that changes by the same slope from every key to the next",
         )
@@ -230,7 +254,11 @@ class _Layer:
             slopes, clock = (views[0], views[1]) if _KEY in views[1].token_axes else (views[1], views[0])
             if reader.frozen and not self._shiftable(slopes, clock):
                 continue
-            if set(slopes.token_axes) <= {_BATCH, _HEAD} and _KEY in clock.token_axes and _HEAD not in clock.token_axes:
+            if (
+                set(slopes.token_axes) <= {_BATCH, _HEAD}
+                and _KEY in clock.token_axes
+                and _HEAD not in clock.token_axes
+            ):
                 return number, slopes, clock
         return None
 
@@ -239,7 +267,9 @@ class _Layer:
         counting = clock.token_axes == (_KEY,) and counted_by(clock.node) is not None
         return counting and all(axis.offset == 0 and axis.stride == 1 for axis in slopes.axes)
 
-    def _factors(self, read: Callable[[fx.Node, Index, Tensor], list[Term]], node: fx.Node, index: Index, rows: Tensor) -> tuple[float, tuple[Factor, ...]] | None:
+    def _factors(
+        self, read: Callable[[fx.Node, Index, Tensor], list[Term]], node: fx.Node, index: Index, rows: Tensor
+    ) -> tuple[float, tuple[Factor, ...]] | None:
         """A number and exactly two elements whose product a term is, for every sampled row."""
         try:
             terms = read(node, index, rows)
@@ -252,12 +282,14 @@ class _Layer:
 
     def _samples(self, term: ScoreTerm) -> tuple[Index, Index, Tensor]:
         """Sampled (batch, head, query, key), and the element of the term each of them sees."""
-        choices = [torch.tensor(sorted({0, 1, size // 2, size - 1} & set(range(size)))) for size in self.shape]
+        choices = [
+            torch.tensor(sorted({0, 1, size // 2, size - 1} & set(range(size)))) for size in self.shape
+        ]
         grid = torch.cartesian_prod(*choices).reshape(-1, 4)
         lead = tuple(grid[:, axis] for axis in range(4))
         shape = self.sizes.shape(term.node)
         full: Index = lead
-        if term.folded or len(shape) == 3 and require_fake(self.layer.query).dim() == 3:
+        if term.folded or (len(shape) == 3 and require_fake(self.layer.query).dim() == 3):
             full = (lead[0] * self.shape[_HEAD] + lead[1], lead[2], lead[3])
         return lead, broadcast(full, shape), torch.arange(len(grid))
 
@@ -284,7 +316,7 @@ class _Layer:
     def _aligned(self, clock: Operand) -> Tensor:
         """The clock with axes batch, head, query, key."""
         value = self.replay.tensor(clock.node)
-        kept = []
+        kept: list[int] = []
         for dimension in reversed(range(len(clock.axes))):
             axis = clock.axes[dimension]
             if axis.role == "fixed":
@@ -302,13 +334,25 @@ class _Layer:
     def _table(self, plan: BiasPlan, term: ScoreTerm, distance: Distance) -> BiasPlan | Miss:
         """A finished table: the slope is taken from its last row."""
         if not self.program.is_constant(term.node):
-            return Miss("buffer", "the finished biases are kept in a tensor that may change after compilation", 3, "ALiBi computed from its slopes")
+            return Miss(
+                "buffer",
+                "the finished biases are kept in a tensor that may change after compilation",
+                3,
+                "ALiBi computed from its slopes",
+            )
         if isinstance(distance, Absolute) or self.shape[_KEY] < 2:
-            return Miss("product", "the bias is affine in the key, but slope and position cannot be told apart", 3, "ALiBi")
+            return Miss(
+                "product",
+                "the bias is affine in the key, but slope and position cannot be told apart",
+                3,
+                "ALiBi",
+            )
         lead, index, _ = self._samples(term)
         view = self._view(Factor(term.node, index), lead)
         if view is None:
-            return Miss("product", "the table of biases is not regular enough to be handed to an operator", 3, "ALiBi")
+            return Miss(
+                "product", "the table of biases is not regular enough to be handed to an operator", 3, "ALiBi"
+            )
         return replace(plan, table=last_row(view, self.shape[_QUERY]), distance=distance)
 
     def _causal(self, alive: Tensor, masks: list[ScoreTerm]) -> tuple[bool, int | None]:
@@ -322,7 +366,9 @@ class _Layer:
             if any(not isinstance(size, int) for size in require_fake(term.node).shape):
                 return False, None
             lowest = self.value(term) * term.factor
-            if term.dead is None and bool(((lowest <= DEAD) & (lowest > NEVER)).any()) or term.dead is not None and term.value > NEVER:
+            if (term.dead is None and bool(((lowest <= DEAD) & (lowest > NEVER)).any())) or (
+                term.dead is not None and term.value > NEVER
+            ):
                 return False, None
         offset = torch.arange(keys) - torch.arange(queries)[:, None] - (keys - queries)
         seen = alive[..., -1, :].expand(*alive.shape[:-2], keys).sum(-1)
@@ -333,6 +379,24 @@ class _Layer:
         return True, None if window >= keys else window
 
 
+def added_rows(program: Program, replay: Replay, layer: Attention, queries: list[int]) -> Tensor:
+    """Everything the model adds to the scores of some queries, in fp64: [B or 1, H or 1, queries, Tk]; dead is -inf."""
+    reading = _Layer(program, replay, layer)
+    total = torch.zeros(1, 1, len(queries), reading.shape[_KEY], dtype=torch.float64)
+    if layer.is_causal:
+        future = torch.arange(reading.shape[_KEY]) > torch.tensor(queries)[:, None]
+        total = total.masked_fill(future, -torch.inf)
+    for term in layer.terms:
+        value = reading.value(term)
+        value = value[:, :, queries] if value.shape[_QUERY] > 1 else value
+        if term.dead is not None:
+            total = torch.where(value.bool() == term.dead, -torch.inf, total)
+        else:
+            added = value * term.factor
+            total = total + torch.where(added <= DEAD, -torch.inf, added)
+    return total
+
+
 def _stride(view: Operand, role: int) -> int:
     return next(axis.stride for axis in view.axes if axis.role == role)
 
@@ -340,6 +404,7 @@ def _stride(view: Operand, role: int) -> int:
 def last_row(view: Operand, queries: int) -> Operand:
     """The view with its query axis fixed at the last query, which sees every key."""
     axes = tuple(
-        Axis("fixed", axis.offset + axis.stride * (queries - 1)) if axis.role == _QUERY else axis for axis in view.axes
+        Axis("fixed", axis.offset + axis.stride * (queries - 1)) if axis.role == _QUERY else axis
+        for axis in view.axes
     )
     return replace(view, axes=axes)

@@ -46,8 +46,13 @@ def capture_dynamo(module: fx.GraphModule, examples: Sequence[Any]) -> Program:
         ) from failure
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
     if len(placeholders) != len(inputs):
-        raise CaptureError("retrace the Dynamo graph", "a graph with other inputs", "the original graph runs unchanged")
-    roles = {new: _dynamo_role(old, example) for new, old, example in zip(placeholders, inputs, examples, strict=True)}
+        raise CaptureError(
+            "retrace the Dynamo graph", "a graph with other inputs", "the original graph runs unchanged"
+        )
+    roles = {
+        new: _dynamo_role(old, example)
+        for new, old, example in zip(placeholders, inputs, examples, strict=True)
+    }
     values = dict(zip(placeholders, examples, strict=True))
     return _program(traced, roles, values)
 
@@ -60,7 +65,9 @@ def _dynamo_role(node: fx.Node, example: Any) -> Role:
     return Role.BUFFER if static == "unguarded" or node.name.startswith("l_self_") else Role.INPUT
 
 
-def capture_export(program: ExportedProgram, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Program:
+def capture_export(
+    program: ExportedProgram, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+) -> Program:
     """A program from a copy of an exported program's graph, its no-grad submodules inlined."""
     module = copy.copy(program.graph_module)
     module = fx.GraphModule(module, copy.deepcopy(program.graph_module.graph))
@@ -119,7 +126,7 @@ def _no_grad_nodes(graph: fx.Graph) -> list[fx.Node]:
 
 
 def inline_no_grad(module: fx.GraphModule) -> None:
-    """Copy the bodies of `wrap_with_set_grad_enabled(False, ...)` into the graph; their results are detached instead."""
+    """Copy the bodies of `wrap_with_set_grad_enabled` into the graph; what they computed is detached."""
     graph = module.graph
     for node in list(graph.nodes):
         if node.op != "call_function" or getattr(node.target, "__name__", "") != "wrap_with_set_grad_enabled":
@@ -136,7 +143,10 @@ def inline_no_grad(module: fx.GraphModule) -> None:
                     values[step].meta = dict(step.meta)
                 elif step.op not in ("placeholder", "output"):
                     values[step] = graph.node_copy(step, values.__getitem__)
-            results = [_detached(graph, values.get(result, result), enabled) for result in inner.graph.output_node().args[0]]
+            results = [
+                _detached(graph, values.get(result, result), enabled)
+                for result in inner.graph.output_node().args[0]
+            ]
         for user in list(node.users):
             user.replace_all_uses_with(results[user.args[1]])
             graph.erase_node(user)
@@ -153,6 +163,3 @@ def _detached(graph: fx.Graph, result: Any, enabled: bool) -> Any:
     detached = graph.call_function(torch.ops.aten.detach.default, (result,))
     detached.meta = dict(result.meta)
     return detached
-
-
-

@@ -5,16 +5,17 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from grape_compile.passes.movement import MOVEMENTS
 from grape_compile.passes.graph import Program, Taint, Unreadable, fake, op_name
+from grape_compile.passes.movement import MOVEMENTS
 from grape_compile.passes.operands import Operand
 from grape_compile.passes.replay import Replay
 
 _COUNTING = MOVEMENTS | {
-    "aten::add", "aten::sub", "aten::rsub", "aten::arange", "aten::cumsum", "aten::masked_fill", "aten::where",
-    "aten::clamp_min", "aten::relu", "aten::detach", "aten::index", "aten::index_select", "aten::gather", "aten::ones", "aten::full",
-    "aten::zeros", "aten::new_ones", "aten::ones_like", "aten::zeros_like", "aten::eq", "aten::ne", "aten::scalar_tensor",
-    "aten::linspace", "aten::nonzero", "aten::max", "aten::sum", "aten::bitwise_not", "aten::logical_not", "aten::__and__",
+    "aten::__and__", "aten::add", "aten::arange", "aten::bitwise_not", "aten::clamp_min", "aten::cumsum",
+    "aten::detach", "aten::eq", "aten::full", "aten::gather", "aten::index", "aten::index_select",
+    "aten::logical_not", "aten::masked_fill", "aten::ne", "aten::new_ones", "aten::ones", "aten::ones_like",
+    "aten::rsub", "aten::scalar_tensor", "aten::sub", "aten::sum", "aten::where", "aten::zeros",
+    "aten::zeros_like",
 }  # fmt: skip
 
 
@@ -39,14 +40,20 @@ def counts(program: Program, clock: Operand) -> bool:
 
 def is_steps(program: Program, replay: Replay, clock: Operand, shape: tuple[int, ...]) -> bool:
     """True when the clock is 0, 1, 2, ... along its one token axis, from the graph's own structure."""
-    if program.taints[clock.node] is not Taint.STRUCTURE or clock.node.op == "placeholder" or len(clock.token_axes) != 1:
+    if (
+        program.taints[clock.node] is not Taint.STRUCTURE
+        or clock.node.op == "placeholder"
+        or len(clock.token_axes) != 1
+    ):
         return False
     try:
         values = _along_token(replay, clock)
     except Unreadable:
         return False
     count = shape[clock.token_axes[0]]
-    return values.numel() >= count and torch.equal(values.flatten()[:count].double(), torch.arange(count).double())
+    return values.numel() >= count and torch.equal(
+        values.flatten()[:count].double(), torch.arange(count).double()
+    )
 
 
 def _is_index(node: fx.Node) -> bool:
@@ -61,7 +68,7 @@ def _operations(node: fx.Node) -> set[str] | None:
         step = stack.pop()
         if step.op == "placeholder" or not isinstance(step.meta.get("val"), torch.Tensor | tuple | list):
             continue
-        if step.op != "call_function" or op_name(step) not in _COUNTING and not _masks(step):
+        if step.op != "call_function" or (op_name(step) not in _COUNTING and not _masks(step)):
             return None
         if op_name(step) in ("aten::masked_fill", "aten::where") and not _fills_by_mask(step):
             return None
@@ -74,7 +81,7 @@ def _operations(node: fx.Node) -> set[str] | None:
 
 
 def counted_by(node: fx.Node) -> int | None:
-    """The step (1 or -1) of a value that is an `arange` plus a constant, whatever its length; None for anything else."""
+    """The step (1 or -1) of a value that is an `arange` plus a constant at any length; None for anything else."""
     sign = 1
     while node.op == "call_function":
         name = op_name(node)
@@ -82,11 +89,21 @@ def counted_by(node: fx.Node) -> int | None:
         if name == "aten::arange":
             step = node.args[2] if len(node.args) > 2 else 1
             return sign * step if step in (1, -1) and isinstance(step, int) else None
-        if name == "aten::neg" or name == "aten::rsub":
+        if (
+            name == "aten::neg"
+            or name == "aten::rsub"
+            or (name == "aten::sub" and node.args[0] is not operands[0])
+        ):
             sign = -sign
-        elif name == "aten::sub" and node.args[0] is not operands[0]:
-            sign = -sign
-        elif name not in ("aten::add", "aten::sub", "aten::to", "aten::_to_copy", "aten::clone", "aten::unsqueeze", "aten::detach"):
+        elif name not in (
+            "aten::add",
+            "aten::sub",
+            "aten::to",
+            "aten::_to_copy",
+            "aten::clone",
+            "aten::unsqueeze",
+            "aten::detach",
+        ):
             return None
         if len(operands) != 1 or node.kwargs.get("alpha", 1) != 1:
             return None
@@ -107,7 +124,12 @@ def _fills_by_mask(node: fx.Node) -> bool:
     """Positions overwritten where a mask input says so, not where a position is large."""
     condition = node.args[1] if op_name(node) == "aten::masked_fill" else node.args[0]
     while isinstance(condition, fx.Node) and condition.op == "call_function":
-        if op_name(condition) not in MOVEMENTS | {"aten::eq", "aten::ne", "aten::logical_not", "aten::bitwise_not"}:
+        if op_name(condition) not in MOVEMENTS | {
+            "aten::eq",
+            "aten::ne",
+            "aten::logical_not",
+            "aten::bitwise_not",
+        }:
             return False
         condition = condition.all_input_nodes[0] if condition.all_input_nodes else None
     return isinstance(condition, fx.Node) and condition.op == "placeholder"
@@ -126,7 +148,9 @@ def _along_token(replay: Replay, clock: Operand) -> torch.Tensor:
         if axis.role == "fixed":
             value = value.select(dimension, axis.offset)
         else:
-            value = value.narrow(dimension, axis.offset, value.shape[dimension] - axis.offset)[(slice(None),) * dimension + (slice(None, None, axis.stride),)]
+            value = value.narrow(dimension, axis.offset, value.shape[dimension] - axis.offset)[
+                (slice(None),) * dimension + (slice(None, None, axis.stride),)
+            ]
     return value
 
 

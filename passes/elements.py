@@ -18,8 +18,19 @@ import torch
 from torch import Tensor, fx
 
 from grape_compile.passes.graph import Program, Sizes, Taint, Unreadable, fake, op_name, require_fake
-from grape_compile.passes.movement import JOINS, MOVEMENTS, SINGLE, ints, is_frozen, join_dim, join_parts, keeps_numbers, move
-from grape_compile.passes.movement import IDENTITIES, operand_of
+from grape_compile.passes.movement import (
+    IDENTITIES,
+    JOINS,
+    MOVEMENTS,
+    SINGLE,
+    ints,
+    is_frozen,
+    join_dim,
+    join_parts,
+    keeps_numbers,
+    move,
+    operand_of,
+)
 from grape_compile.passes.replay import Replay
 from grape_compile.passes.terms import Factor, Index, Term, broadcast, multiply, parts, reciprocal, unit
 
@@ -27,7 +38,15 @@ Back = Callable[[fx.Node, Index, Tensor], list[Term]]
 """How reading goes on at an operand."""
 Pair = tuple[tuple[fx.Node, Index], tuple[fx.Node, Index]]
 
-COMPLEX = {"aten::view_as_complex", "aten::view_as_real", "aten::real", "aten::imag", "aten::conj", "aten::_conj", "aten::complex"}
+COMPLEX = {
+    "aten::view_as_complex",
+    "aten::view_as_real",
+    "aten::real",
+    "aten::imag",
+    "aten::conj",
+    "aten::_conj",
+    "aten::complex",
+}
 SUMS = {"aten::add", "aten::sub", "aten::neg", "aten::sum", "aten::rsub", "aten::addcmul"}
 PRODUCTS = {"aten::mul", "aten::div", "aten::multiply", "aten::divide", "aten::true_divide"}
 PICKS = {"aten::index_select"}
@@ -80,7 +99,12 @@ class Reader:
         if not self._goes_on(node, name):
             return [unit(rows, Factor(node, index))]
         further = name in MOVEMENTS or name in _MASKED or name == "aten::neg" or name in _DETACHES
-        return self._pull(node, index, rows, self.product if further else lambda operand, at, who: [unit(who, Factor(operand, at))])
+        return self._pull(
+            node,
+            index,
+            rows,
+            self.product if further else lambda operand, at, who: [unit(who, Factor(operand, at))],
+        )
 
     def element(self, factor: Factor, rows: Tensor) -> list[Term]:
         """A factor followed back to the leaves it is made of."""
@@ -201,7 +225,9 @@ class Reader:
             first, second = second, first
             raise_if(alpha != 1, "a reversed difference with a factor")
         sign = 1 if name == "aten::add" else -1
-        return self._at(first, index, rows, back) + [term.scaled(sign * alpha) for term in self._at(second, index, rows, back)]
+        return self._at(first, index, rows, back) + [
+            term.scaled(sign * alpha) for term in self._at(second, index, rows, back)
+        ]
 
     def _at(self, operand: fx.Node, index: Index, rows: Tensor, back: Back) -> list[Term]:
         return back(operand, broadcast(index, self.shape(operand)), rows)
@@ -209,7 +235,11 @@ class Reader:
     def _reduce(self, node: fx.Node, index: Index, rows: Tensor, back: Back) -> list[Term]:
         operand = operand_of(node, 0)
         shape = self.shape(operand)
-        dims = sorted(dim % len(shape) for dim in ints(node.args[1])) if len(node.args) > 1 and node.args[1] is not None else []
+        dims = (
+            sorted(dim % len(shape) for dim in ints(node.args[1]))
+            if len(node.args) > 1 and node.args[1] is not None
+            else []
+        )
         keep_dims = bool(node.args[2]) if len(node.args) > 2 else False
         raise_if(len(dims) != 1 or shape[dims[0]] > _SUM_LIMIT, "a sum over many elements")
         terms: list[Term] = []
@@ -230,7 +260,9 @@ class Reader:
         assert isinstance(first, fx.Node)
         if not isinstance(second, fx.Node):
             number = _number(second)
-            return [term.scaled(1 / number if divide else number) for term in self._at(first, index, rows, back)]
+            return [
+                term.scaled(1 / number if divide else number) for term in self._at(first, index, rows, back)
+            ]
         raise_if(fake(second) is None, "a product with a symbolic size")
         right = self._at(second, index, rows, back)
         return multiply(self._at(first, index, rows, back), reciprocal(right) if divide else right)
@@ -259,7 +291,7 @@ class Reader:
         return [replace(term, coefficient=term.coefficient.conj()) for term in terms]
 
     def _outer(self, node: fx.Node, name: str) -> Callable[[Index], Pair] | None:
-        """A product without a sum: `outer`, a matrix product over a dimension of size 1, an einsum without contraction."""
+        """A product without a sum: `outer`, a matrix product over a dimension of size 1, an einsum of that kind."""
         if name in ("aten::outer", "aten::ger"):
             return lambda index: ((operand_of(node, 0), (index[0],)), (operand_of(node, 1), (index[1],)))
         if name in ("aten::matmul", "aten::bmm"):
@@ -277,10 +309,17 @@ class Reader:
         equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
         inputs, arrow, output = equation.partition("->")
         left, comma, right = inputs.partition(",")
-        if not arrow or not comma or "." in equation or set(left + right) - set(output) or not isinstance(operands, list | tuple):
+        if (
+            not arrow
+            or not comma
+            or "." in equation
+            or set(left + right) - set(output)
+            or not isinstance(operands, list | tuple)
+        ):
             return None
         first, second = operands
-        assert isinstance(first, fx.Node) and isinstance(second, fx.Node)
+        assert isinstance(first, fx.Node)
+        assert isinstance(second, fx.Node)
         return lambda index: (
             (first, tuple(index[output.index(letter)] for letter in left)),
             (second, tuple(index[output.index(letter)] for letter in right)),

@@ -100,7 +100,9 @@ class Program:
         if node not in self.constants:
             inputs = node.all_input_nodes
             sized = isinstance(node.meta.get("val"), torch.SymInt) or _has_symbols(node)
-            self.constants[node] = bool(is_pure(node) and not sized and all(self.is_constant(operand) for operand in inputs))
+            self.constants[node] = bool(
+                is_pure(node) and not sized and all(self.is_constant(operand) for operand in inputs)
+            )
         return self.constants[node]
 
     @cached_property
@@ -137,7 +139,9 @@ def is_pure(node: fx.Node) -> bool:
         return True
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
-    if node.target is torch.ops.aten.detach_.default:  # `torch.tensor(...)` in a forward: writes nothing anyone reads
+    if (
+        node.target is torch.ops.aten.detach_.default
+    ):  # `torch.tensor(...)` in a forward: writes nothing anyone reads
         return True
     return not node.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in node.target.tags
 
@@ -167,7 +171,7 @@ def module_path(node: fx.Node) -> str:
 
 
 def clean_path(path: str) -> str:
-    """A dotted module path from the spellings of Dynamo ("L['self'].model.layers[0]") and of export ("model.layers.0")."""
+    """A dotted module path, spelled by Dynamo ("L['self'].model.layers[0]") or by export ("model.layers.0")."""
     for old, new in (("L['self']", ""), ("._modules", ""), ("['", "."), ("']", ""), ("[", "."), ("]", "")):
         path = path.replace(old, new)
     return path.strip(".")
@@ -217,7 +221,12 @@ _SHAPE_ONLY = {
     "aten::full_like", "aten::empty_like", "aten::new_zeros", "aten::new_ones", "aten::new_full", "aten::new_empty",
 }  # fmt: skip
 _ANGLES = {"aten::cos", "aten::sin", "aten::polar"}
-_LOOKUPS = {"aten::embedding": (0, 1), "aten::index_select": (0, 2), "aten::gather": (0, 2), "aten::index": (0, 1)}
+_LOOKUPS = {
+    "aten::embedding": (0, 1),
+    "aten::index_select": (0, 2),
+    "aten::gather": (0, 2),
+    "aten::index": (0, 1),
+}
 
 
 def _taint(node: fx.Node, taints: Mapping[fx.Node, Taint], roles: Mapping[fx.Node, Role]) -> Taint:
@@ -230,7 +239,9 @@ def _taint(node: fx.Node, taints: Mapping[fx.Node, Taint], roles: Mapping[fx.Nod
     if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and not is_pure(node):
         return Taint.DATA
     if not isinstance(node.meta.get("val"), torch.Tensor | tuple | list):
-        return Taint.STRUCTURE if name or node.op == "call_function" else max(operands, default=Taint.STRUCTURE)
+        return (
+            Taint.STRUCTURE if name or node.op == "call_function" else max(operands, default=Taint.STRUCTURE)
+        )
     if name in ("aten::type_as", "aten::expand_as", "aten::view_as", "aten::to") and node.args:
         return _of(node.args[0], taints)
     worst = max(operands, default=Taint.STRUCTURE)

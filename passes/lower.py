@@ -35,11 +35,16 @@ class ShareAngles(Pass):
 def _share(emitter: Emitter, node: fx.Node) -> None:
     tensors, slots, text = node.args
     encoding = parse(str(text))
-    if not isinstance(encoding, Rotation) or not isinstance(encoding.clock, Positions) or encoding.basis is not None:
+    if (
+        not isinstance(encoding, Rotation)
+        or not isinstance(encoding.clock, Positions)
+        or encoding.basis is not None
+    ):
         return
     if not isinstance(encoding.spectrum, Table | Learned) or encoding.planes.axis_count > 1:
         return
-    assert isinstance(slots, list | tuple) and isinstance(tensors, list | tuple)
+    assert isinstance(slots, list | tuple)
+    assert isinstance(tensors, list | tuple)
     operands = dict(zip(encoding.slots, slots, strict=True))
     positions, frequencies = operands[encoding.clock.slot], operands[encoding.spectrum.slot]
     dtype = torch.float32

@@ -32,7 +32,16 @@ SPLITS = {"aten::split", "aten::split_with_sizes", "aten::chunk", "aten::unbind"
 JOINS = {"aten::cat", "aten::concat", "aten::concatenate", "aten::stack"}
 CUTS = {"aten::slice", "aten::select", "aten::narrow"}
 REPEATS = {"aten::repeat", "aten::tile", "aten::repeat_interleave"}
-SINGLE = RESHAPES | IDENTITIES | EXPANDS | PERMUTES | SPLITS | CUTS | REPEATS | {"getitem", "aten::flip", "aten::roll"}
+SINGLE = (
+    RESHAPES
+    | IDENTITIES
+    | EXPANDS
+    | PERMUTES
+    | SPLITS
+    | CUTS
+    | REPEATS
+    | {"getitem", "aten::flip", "aten::roll"}
+)
 MOVEMENTS = SINGLE | JOINS
 
 
@@ -46,7 +55,10 @@ def operand_of(node: fx.Node, position: int) -> fx.Node:
 
 def keeps_numbers(node: fx.Node) -> bool:
     """A cast that keeps real numbers real (float to float, integer to float), so that exact arithmetic ignores it."""
-    value, source = fake(node), fake(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
+    value, source = (
+        fake(node),
+        fake(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None,
+    )
     if value is None or source is None:
         return True
     if value.is_complex() != source.is_complex():
@@ -58,14 +70,23 @@ def keeps_numbers(node: fx.Node) -> bool:
 def is_frozen(node: fx.Node, name: str) -> bool:
     """True when the indices of a movement depend on a symbolic offset."""
     if name in CUTS:
-        return any(is_symbolic(argument) for argument in node.args[2:3]) or any(map(is_symbolic, node.args[4:5]))
+        return any(is_symbolic(argument) for argument in node.args[2:3]) or any(
+            map(is_symbolic, node.args[4:5])
+        )
     if name == "aten::repeat_interleave":
         return is_symbolic(node.args[1])
     if name in ("aten::flip", "aten::roll", "aten::repeat", "aten::tile"):
-        return any(is_symbolic(size) for size in operand_of(node, 0).meta["val"].shape) and name != "aten::repeat"
+        return (
+            any(is_symbolic(size) for size in operand_of(node, 0).meta["val"].shape)
+            and name != "aten::repeat"
+        )
     if name == "getitem":
         dim, parts = split_dim(operand_of(node, 0)), operand_of(node, 0).meta["val"]
-        return any(is_symbolic(part.shape[dim]) for part in parts) if op_name(operand_of(node, 0)) != "aten::unbind" else False
+        return (
+            any(is_symbolic(part.shape[dim]) for part in parts)
+            if op_name(operand_of(node, 0)) != "aten::unbind"
+            else False
+        )
     if name in JOINS - {"aten::stack"}:
         dim = join_dim(node)
         return any(is_symbolic(part.meta["val"].shape[dim]) for part in join_parts(node)[:-1])
@@ -90,14 +111,20 @@ def join_parts(node: fx.Node) -> list[fx.Node]:
 def join_dim(node: fx.Node) -> int:
     """The dimension a cat or stack joins along, counted from the front of the result."""
     dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
-    return operator.index(dim) % node.meta["val"].dim()  # type: ignore[arg-type] # dim is an int by the schema
+    return _wrapped(dim, node)
 
 
 def split_dim(split: fx.Node) -> int:
     """The dimension a split cuts along."""
     position = 1 if op_name(split) == "aten::unbind" else 2
     dim = split.kwargs.get("dim", split.args[position] if len(split.args) > position else 0)
-    return operator.index(dim) % operand_of(split, 0).meta["val"].dim()  # type: ignore[arg-type] # dim is an int
+    return _wrapped(dim, operand_of(split, 0))
+
+
+def _wrapped(dim: Any, node: fx.Node) -> int:
+    """A dimension of a node's tensor counted from the front."""
+    rank: int = node.meta["val"].dim()
+    return operator.index(dim) % rank
 
 
 def ints(values: Any) -> list[int]:
@@ -168,7 +195,7 @@ def _roll(node: fx.Node, index: Index, shape: tuple[int, ...]) -> Index:
 
 def _repeat_interleave(node: fx.Node, index: Index, shape: tuple[int, ...], sizes: Sizes) -> Index:
     dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else None)
-    if isinstance(node.args[1], fx.Node) and fake(node.args[1]) is not None or not isinstance(dim, int):
+    if (isinstance(node.args[1], fx.Node) and fake(node.args[1]) is not None) or not isinstance(dim, int):
         raise Unreadable("repeat_interleave with tensor repeats or of the flattened tensor")
     axes = list(index)
     axes[dim % len(shape)] = axes[dim % len(shape)] // sizes(node.args[1])
@@ -201,7 +228,9 @@ def _order(node: fx.Node, name: str, rank: int) -> list[int]:
         return order
     if name == "aten::numpy_T":
         return order[::-1]
-    first, second = (-2, -1) if name == "aten::mT" else (0, 1) if name == "aten::t" else tuple(ints(node.args[1:3]))
+    first, second = (
+        (-2, -1) if name == "aten::mT" else (0, 1) if name == "aten::t" else tuple(ints(node.args[1:3]))
+    )
     if rank >= 2:
         order[first], order[second] = order[second], order[first]
     return order

@@ -50,7 +50,15 @@ class Operand:
         return tuple(axis.role for axis in self.axes if isinstance(axis.role, int))
 
 
-def fit(program: Program, node: fx.Node, index: Index, lead: Index, plane: Tensor, sizes: Sizes, counts: Sequence[int]) -> tuple[Axis, ...] | None:
+def fit(
+    program: Program,
+    node: fx.Node,
+    index: Index,
+    lead: Index,
+    plane: Tensor,
+    sizes: Sizes,
+    counts: Sequence[int],
+) -> tuple[Axis, ...] | None:
     """Express every dimension of the read elements through the target's axes or the plane number, or give up.
 
     `lead` and `plane` say, row by row, for which target position and plane the element `index` was read; `counts` are
@@ -58,7 +66,9 @@ def fit(program: Program, node: fx.Node, index: Index, lead: Index, plane: Tenso
     """
     axes: list[Axis] = []
     used: set[str | int] = set()
-    targets: list[tuple[str | int, Tensor, int]] = [(number, axis, counts[number]) for number, axis in enumerate(lead)]
+    targets: list[tuple[str | int, Tensor, int]] = [
+        (number, axis, counts[number]) for number, axis in enumerate(lead)
+    ]
     targets.append(("plane", plane, counts[-1]))
     for dimension, size in zip(index, sizes.shape(node), strict=True):
         axis = _fit_dimension(dimension, size, targets, used)
@@ -69,7 +79,9 @@ def fit(program: Program, node: fx.Node, index: Index, lead: Index, plane: Tenso
     return tuple(axes)
 
 
-def _fit_dimension(values: Tensor, size: int, targets: list[tuple[str | int, Tensor, int]], used: set[str | int]) -> Axis | None:
+def _fit_dimension(
+    values: Tensor, size: int, targets: list[tuple[str | int, Tensor, int]], used: set[str | int]
+) -> Axis | None:
     if not values.numel() or bool((values == values[0]).all()):
         return Axis("fixed", int(values[0]) if values.numel() else 0)
     for role, positions, count in targets:
@@ -97,7 +109,9 @@ class Emitter:
     cache: dict[Any, fx.Node] = field(default_factory=dict)
     ranks: dict[fx.Node, float] = field(default_factory=dict)
 
-    def call(self, after: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
+    def call(
+        self, after: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> fx.Node:
         """A new pure node right after `after` and the operands."""
         key = (target, _key(args), _key(tuple((kwargs or {}).items())))
         if key in self.cache:
@@ -126,12 +140,14 @@ class Emitter:
         node.meta["val"] = fake_value(node)
 
     def rotated(self, operand: Operand, target: fx.Node, planes: int) -> fx.Node:
-        """The operand shaped to broadcast against `target.shape[:-1]`, with a plane axis behind where it asks for one."""
+        """The operand shaped to broadcast against `target.shape[:-1]`, with a plane axis where it asks for one."""
         counts: dict[str | int, Any] = dict(enumerate(require_fake(target).shape[:-1]))
         wanted = [*counts, *(["plane"] if operand.planes else [])]
         return self.operand(operand, wanted, {**counts, "plane": planes})
 
-    def operand(self, operand: Operand, wanted: Sequence[str | int], counts: Mapping[str | int, Any]) -> fx.Node:
+    def operand(
+        self, operand: Operand, wanted: Sequence[str | int], counts: Mapping[str | int, Any]
+    ) -> fx.Node:
         """The operand with its axes in the order `wanted`, size 1 where it has none, leading ones left away."""
         node = self._part(operand)
         if operand.detach and require_fake(node).is_floating_point():
@@ -196,7 +212,12 @@ def _same(first: Any, second: Any) -> bool:
 
 def _nodes(args: Any) -> list[fx.Node]:
     found: list[fx.Node] = []
-    fx.node.map_arg(args, lambda node: found.append(node) or node)
+
+    def keep(node: fx.Node) -> fx.Node:
+        found.append(node)
+        return node
+
+    fx.node.map_arg(args, keep)
     return found
 
 

@@ -7,11 +7,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
-from grape_compile.encoding import Clock, Learned, Positions, Rotation, Spectrum, Steps, Table, Tables, describe_frequencies, planes_of
+from grape_compile.encoding import (
+    Clock,
+    Learned,
+    Positions,
+    Rotation,
+    Spectrum,
+    Steps,
+    Table,
+    Tables,
+    describe_frequencies,
+    planes_of,
+)
+from grape_compile.passes.clocks import is_steps, is_unit_clock
 from grape_compile.passes.graph import Taint, Unreadable, op_name, require_fake
 from grape_compile.passes.movement import is_symbolic, operand_of
 from grape_compile.passes.operands import Operand, fit
-from grape_compile.passes.clocks import is_steps, is_unit_clock
 from grape_compile.passes.plans import Entry, Miss, Reading, RotationPlan
 from grape_compile.passes.replay import Replay
 from grape_compile.passes.terms import Factor, multiply, unit
@@ -22,14 +33,16 @@ _FREQUENCY_TOLERANCE = 2e-6
 _LOOKUPS = {"aten::embedding": 0, "aten::index_select": 0, "aten::index": 0}
 
 
-def name_rotation(reading: Reading, mixed: dict[int, list[Entry]], through: dict[int, int]) -> RotationPlan | Miss:
+def name_rotation(
+    reading: Reading, mixed: dict[int, list[Entry]], through: dict[int, int]
+) -> RotationPlan | Miss:
     """The rotation that rows mixing two channels each (`mixed`) and rows passing one (`through`) make, or a miss."""
     return _Planes(reading, mixed, through).plan()
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A coefficient followed to its end: `kind` is cos, sin (of `angle`) or table (`leaf` itself, None for a product of several)."""
+    """A coefficient followed to its end: `kind` is cos, sin or table; no `leaf` where it is a product of several."""
 
     kind: str
     number: float
@@ -75,10 +88,21 @@ class _Planes:
             return named
         planes_in, planes_out = planes_of(pairs_in, width), planes_of(pairs_out, width)
         out = None if planes_in == planes_out else planes_out
-        encoding = Rotation(planes_in, named.spectrum, named.clock, orientation=sign, out=out, scale=named.scale)
-        operator = Rotation(planes_in, named.operator_spectrum, named.operator_clock, orientation=sign, out=out, scale=named.scale)
+        encoding = Rotation(
+            planes_in, named.spectrum, named.clock, orientation=sign, out=out, scale=named.scale
+        )
+        operator = Rotation(
+            planes_in,
+            named.operator_spectrum,
+            named.operator_clock,
+            orientation=sign,
+            out=out,
+            scale=named.scale,
+        )
         reading = self.reading
-        return RotationPlan(reading.source, reading.output, encoding, operator, named.operands, named.evidence, reading.region)
+        return RotationPlan(
+            reading.source, reading.output, encoding, operator, named.operands, named.evidence, reading.region
+        )
 
     def _pairs(self) -> list[tuple[int, int]] | Miss:
         """Rows that combine the same two input channels, as pairs ordered by their first input channel."""
@@ -101,7 +125,10 @@ class _Planes:
 
     def _turns(
         self, planes: list[tuple[int, int]]
-    ) -> tuple[list[tuple[int, int]], list[tuple[int, int]], list[tuple[int, int]], list[tuple[int, int]], int] | Miss:
+    ) -> (
+        tuple[list[tuple[int, int]], list[tuple[int, int]], list[tuple[int, int]], list[tuple[int, int]], int]
+        | Miss
+    ):
         """Input and output coordinates per plane, the entries holding cos and sin, and the common orientation."""
         pairs_in, pairs_out, cosines, sines, signs = [], [], [], [], []
         for first, second in planes:
@@ -117,7 +144,9 @@ class _Planes:
             pairs_out.append((o0, o1))
             cosines.append((o0, left))
             sines.append((o1, left))
-            signs.append(1 if self.resolve(o1, left).number * _sign(self.resolve(o0, left).number) > 0 else -1)
+            signs.append(
+                1 if self.resolve(o1, left).number * _sign(self.resolve(o0, left).number) > 0 else -1
+            )
         if len(set(signs)) == 1:
             return pairs_in, pairs_out, cosines, sines, signs[0]
         for plane, sign in enumerate(signs):
@@ -131,12 +160,17 @@ class _Planes:
         a, d = self._values((first, left)), self._values((second, right))
         b, c = self._values((first, right)), self._values((second, left))
         if torch.allclose(a, -d, atol=_TABLE_TOLERANCE) and torch.allclose(b, c, atol=_TABLE_TOLERANCE):
-            return Miss("reflection", f"channels {left} and {right} are reflected (determinant -1), not rotated", 4, "a rotation of the same planes")
+            return Miss(
+                "reflection",
+                f"channels {left} and {right} are reflected (determinant -1), not rotated",
+                4,
+                "a rotation of the same planes",
+            )
         grams = ((a * a + c * c) - (b * b + d * d)).abs().max(), (a * b + c * d).abs().max()
         return Miss(
             "orthogonal",
-            f"the map of channels {left} and {right} is not a rotation times a constant: its columns differ in length by "
-            f"{float(grams[0]):.2g} and their product is {float(grams[1]):.2g} where both should vanish",
+            f"the map of channels {left} and {right} is not a rotation times a constant: its columns differ in length "
+            f"by {float(grams[0]):.2g} and their product is {float(grams[1]):.2g} where both should vanish",
             4,
             "a rotation of the same planes",
         )
@@ -150,9 +184,13 @@ class _Planes:
         return next(entry for entry in self.mixed[at[0]] if entry.source == at[1])
 
     def _compare(self, one: tuple[int, int], other: tuple[int, int]) -> int:
-        """1 if two coefficients are equal, -1 if opposite, 0 otherwise: by what they are, or else by all their values."""
+        """1 if two coefficients are equal, -1 if opposite, 0 otherwise: by what they are, or by all they hold."""
         first, second = self.resolve(*one), self.resolve(*other)
-        if first.kind == second.kind and abs(first.number) == abs(second.number) and self._same_element(first.leaf, second.leaf):
+        if (
+            first.kind == second.kind
+            and abs(first.number) == abs(second.number)
+            and self._same_element(first.leaf, second.leaf)
+        ):
             return 1 if first.number == second.number else -1
         if first.kind != "table" or second.kind != "table":
             return 0
@@ -164,14 +202,20 @@ class _Planes:
         return _same_or_opposite(first.number * left, second.number * right)
 
     def _column(self, leaf: Factor) -> Tensor | None:
-        """Everything a table holds for one channel, at every position it has: what a stored table may be compared by."""
+        """Everything a table holds for one channel, at every position it has: what stored tables are compared by."""
         channel = leaf.index[-1] if leaf.index else None
         if channel is None or leaf.part != "value" or bool((channel != channel[0]).any()):
             return None
         node = leaf.node
-        if op_name(node) in _LOOKUPS and require_fake(node).shape[-1] == require_fake(operand_of(node, _LOOKUPS[op_name(node)])).shape[-1]:
+        if (
+            op_name(node) in _LOOKUPS
+            and require_fake(node).shape[-1]
+            == require_fake(operand_of(node, _LOOKUPS[op_name(node)])).shape[-1]
+        ):
             node = operand_of(node, _LOOKUPS[op_name(node)])
-        if self.program.taints[node] is not Taint.STRUCTURE or any(map(is_symbolic, require_fake(node).shape)):
+        if self.program.taints[node] is not Taint.STRUCTURE or any(
+            map(is_symbolic, require_fake(node).shape)
+        ):
             return None
         return self.reading.replay.tensor(node)[..., int(channel[0])]
 
@@ -187,7 +231,7 @@ class _Planes:
             return False
         return self._same_angle(one, other)
 
-    def _same_angle(self, one: Factor, other: Factor) -> bool:
+    def _same_angle(self, one: Factor | None, other: Factor | None) -> bool:
         first, second = self.angle(one), self.angle(other)
         if first is None or second is None or first[0] != second[0] or len(first[1]) != len(second[1]):
             return False
@@ -198,7 +242,11 @@ class _Planes:
         if factor is None:
             return None
         terms = self.reading.reader.position(factor.node, factor.index, self.samples)
-        if len(terms) != 1 or len(terms[0].rows) != len(self.samples) or any(leaf.part in ("cos", "sin") for leaf in terms[0].factors):
+        if (
+            len(terms) != 1
+            or len(terms[0].rows) != len(self.samples)
+            or any(leaf.part in ("cos", "sin") for leaf in terms[0].factors)
+        ):
             return None
         number = terms[0].constant()
         return None if number is None else (number, terms[0].factors)
@@ -234,25 +282,43 @@ class _Planes:
         if scale <= 0 or any(abs(end.number) != scale for end in ends):
             return None
         half = len(cosines)
-        if any(end.kind != "cos" or end.number != scale for end in ends[:half]) or any(end.kind != "sin" for end in ends[half:]):
+        if any(end.kind != "cos" or end.number != scale for end in ends[:half]) or any(
+            end.kind != "sin" for end in ends[half:]
+        ):
             return None
-        if not all(self._same_angle(cos.leaf, sin.leaf) for cos, sin in zip(ends[:half], ends[half:], strict=True)):
+        if not all(
+            self._same_angle(cos.leaf, sin.leaf) for cos, sin in zip(ends[:half], ends[half:], strict=True)
+        ):
             return None
         angles = [self.angle(end.leaf) for end in ends[:half]]
         number, leaves = angles[0] or (0.0, ())
         if any(angle is None or angle[0] != number or len(angle[1]) != 2 for angle in angles):
             return None
-        views = [self._view([angle[1][which] for angle in angles if angle is not None]) for which in range(len(leaves))]
-        if len(views) != 2 or views[0] is None or views[1] is None or views[0].has_planes == views[1].has_planes:
+        views = [
+            self._view([angle[1][which] for angle in angles if angle is not None])
+            for which in range(len(leaves))
+        ]
+        if (
+            len(views) != 2
+            or views[0] is None
+            or views[1] is None
+            or views[0].has_planes == views[1].has_planes
+        ):
             return None
         spectrum, clock = (views[0], views[1]) if views[0].has_planes else (views[1], views[0])
         if not is_unit_clock(self.program, self.reading.replay, clock):
             return None
         boundary = self._entry(cosines[0]).factors[0]
-        spectrum = replace(spectrum, planes=True, scale=number, detach=self._without_gradient(boundary.node, spectrum.node))
+        spectrum = replace(
+            spectrum, planes=True, scale=number, detach=self._without_gradient(boundary.node, spectrum.node)
+        )
         clock = replace(clock, detach=self._without_gradient(boundary.node, clock.node))
         described = self._spectrum(spectrum, [angle[1] for angle in angles if angle is not None], number)
-        steps = Steps() if is_steps(self.program, self.reading.replay, clock, self.reading.shape) else Positions("positions")
+        steps = (
+            Steps()
+            if is_steps(self.program, self.reading.replay, clock, self.reading.shape)
+            else Positions("positions")
+        )
         learned = self.program.taints[spectrum.node] is Taint.PARAMETER
         called = Learned("inv_freq") if learned else Table("inv_freq")
         operator = Rotation(planes_of([(0, 1)], 2), called, Positions("positions"))
@@ -267,7 +333,9 @@ class _Planes:
         if any(numbers[factor.node] != numbers[node] or factor.part != part for factor in factors):
             return None
         samples, planes = len(self.samples), len(factors)
-        index = tuple(torch.cat([factor.index[axis] for factor in factors]) for axis in range(len(factors[0].index)))
+        index = tuple(
+            torch.cat([factor.index[axis] for factor in factors]) for axis in range(len(factors[0].index))
+        )
         lead = tuple(axis.repeat(planes) for axis in self.reading.lead)
         plane = torch.arange(planes).repeat_interleave(samples)
         counts = (*self.reading.shape[:-1], planes)
@@ -290,7 +358,9 @@ class _Planes:
             return Table("inv_freq")
         if any(float(value.max()) != float(value.min()) for value in values):
             return Table("inv_freq")
-        return describe_frequencies([float(value[0]) for value in values], len(values), _FREQUENCY_TOLERANCE) or Table("inv_freq")
+        return describe_frequencies(
+            [float(value[0]) for value in values], len(values), _FREQUENCY_TOLERANCE
+        ) or Table("inv_freq")
 
     def _without_gradient(self, table: fx.Node, leaf: fx.Node) -> bool:
         """Whether the model cuts the gradient between the frequencies and the table made of them."""
@@ -306,7 +376,9 @@ class _Planes:
                     stack.append((operand, blocked))
         return False
 
-    def _tables(self, cosines: list[tuple[int, int]], sines: list[tuple[int, int]], sign: int) -> Named | Miss:
+    def _tables(
+        self, cosines: list[tuple[int, int]], sines: list[tuple[int, int]], sign: int
+    ) -> Named | Miss:
         """The tables themselves as operands: the use of them is a rotation whatever they hold."""
         miss = self._table_values(cosines, sines)
         if miss is not None:
@@ -315,7 +387,11 @@ class _Planes:
         for entries, orientation in ((cosines, 1), (sines, sign)):
             found = self._table(entries, orientation)
             if found is None:
-                return Miss("operands", "the tables of cos and sin are not regular enough to be handed to an operator", 3)
+                return Miss(
+                    "operands",
+                    "the tables of cos and sin are not regular enough to be handed to an operator",
+                    3,
+                )
             operands.append(found)
         return Named(tuple(operands), None, Tables(), None, Tables(), 1.0, "tables")
 
@@ -323,7 +399,10 @@ class _Planes:
         boundary = [self._entry(at) for at in entries]
         factors = [(entry.number, entry.factors[0]) for entry in boundary if len(entry.factors) == 1]
         resolved = [self.resolve(*at) for at in entries]
-        for choice in (factors, [(end.number, end.leaf) for end in resolved if end.kind == "table" and end.leaf is not None]):
+        for choice in (
+            factors,
+            [(end.number, end.leaf) for end in resolved if end.kind == "table" and end.leaf is not None],
+        ):
             if len(choice) != len(entries) or len({number for number, _ in choice}) != 1:
                 continue
             view = self._view([factor for _, factor in choice])
@@ -339,11 +418,15 @@ class _Planes:
         if spread > _TABLE_TOLERANCE:
             return Miss(
                 "orthogonal",
-                f"cos^2 + sin^2 of the tables varies by {spread:.2g} of its size: the map is no rotation times a constant",
+                f"cos^2 + sin^2 of the tables varies by {spread:.2g} of its size: this is no rotation times a constant",
                 4,
                 "a rotation with these planes",
             )
-        if cos.shape[1] > 1 and float((cos - cos[:, :1]).abs().max()) + float((sin - sin[:, :1]).abs().max()) == 0 and max(self.reading.shape[:-1]) > 1:
+        if (
+            cos.shape[1] > 1
+            and float((cos - cos[:, :1]).abs().max()) + float((sin - sin[:, :1]).abs().max()) == 0
+            and max(self.reading.shape[:-1]) > 1
+        ):
             return Miss("position", "the map is the same for every token", 0)
         return None
 

@@ -1,4 +1,4 @@
-"""What detection hands to rewriting: plans that say which value becomes which operator call, and misses that say why not."""
+"""What detection hands to rewriting: plans (this value becomes that operator call) and misses (why not)."""
 
 from __future__ import annotations
 

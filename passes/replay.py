@@ -34,7 +34,9 @@ def exact(value: Any) -> Any:
 class Replay:
     """Values of nodes in fp64, computed once each; `bound` fixes the values of chosen nodes."""
 
-    def __init__(self, program: Program, sizes: Sizes | None = None, bound: Mapping[fx.Node, Any] | None = None) -> None:
+    def __init__(
+        self, program: Program, sizes: Sizes | None = None, bound: Mapping[fx.Node, Any] | None = None
+    ) -> None:
         self.program = program
         self.sizes = sizes or Sizes()
         self.known: dict[fx.Node, Any] = dict(bound or {})
@@ -53,7 +55,11 @@ class Replay:
 
     def branch(self, bound: Mapping[fx.Node, Any]) -> Replay:
         """A replay that shares what is known on the position side and fixes further nodes."""
-        known = {node: value for node, value in self.known.items() if self.program.taints.get(node, Taint.DATA) < Taint.DATA}
+        known = {
+            node: value
+            for node, value in self.known.items()
+            if self.program.taints.get(node, Taint.DATA) < Taint.DATA
+        }
         return Replay(self.program, self.sizes, {**known, **bound})
 
     def _missing(self, node: fx.Node) -> list[fx.Node]:
@@ -75,7 +81,11 @@ class Replay:
         return [operand for operand in node.all_input_nodes if not self._metadata_only(node, operand)]
 
     def _metadata_only(self, node: fx.Node, operand: fx.Node) -> bool:
-        return operand not in self.known and self._taint(node) < Taint.DATA and self._taint(operand) is Taint.DATA
+        return (
+            operand not in self.known
+            and self._taint(node) < Taint.DATA
+            and self._taint(operand) is Taint.DATA
+        )
 
     def _taint(self, node: fx.Node) -> Taint:
         return self.program.taints.get(node, Taint.DATA)
@@ -86,11 +96,19 @@ class Replay:
             return self.sizes(value)
         if node.op in ("placeholder", "get_attr"):
             return self._input(node)
-        if node.op != "call_function" or (op_name(node) == "" and not isinstance(node.target, torch._ops.OpOverload)):
+        if node.op != "call_function" or (
+            op_name(node) == "" and not isinstance(node.target, torch._ops.OpOverload)
+        ):
             raise Unreadable(f"{node.name} ({node.op}) cannot be replayed")
-        if isinstance(value, Tensor) and value.numel() and torch.Size(self.sizes.shape(node)).numel() > _LARGEST:
+        if (
+            isinstance(value, Tensor)
+            and value.numel()
+            and torch.Size(self.sizes.shape(node)).numel() > _LARGEST
+        ):
             raise Unreadable(f"{node.name} has more than {_LARGEST} elements")
-        args, kwargs = fx.node.map_aggregate((node.args, dict(node.kwargs)), lambda item: self._argument(node, item))
+        args, kwargs = fx.node.map_aggregate(
+            (node.args, dict(node.kwargs)), lambda item: self._argument(node, item)
+        )
         try:
             assert callable(node.target)
             return exact(node.target(*args, **kwargs))
@@ -110,6 +128,6 @@ class Replay:
 
     def _input(self, node: fx.Node) -> Any:
         value = self.program.values.get(node)
-        if value is None or isinstance(value, FakeTensor) or isinstance(value, Tensor) and value.is_meta:
+        if value is None or isinstance(value, FakeTensor) or (isinstance(value, Tensor) and value.is_meta):
             raise Unreadable(f"the input {node.name} has no value here")
         return exact(value)

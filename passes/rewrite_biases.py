@@ -19,8 +19,16 @@ from grape_compile.encoding import Absolute, Bias, Learned, Positions, Steps, Ta
 from grape_compile.operators import reference_attend
 from grape_compile.passes.attention import ScoreTerm
 from grape_compile.passes.base import Outcome, Pass
-from grape_compile.passes.biases import DEAD, BiasPlan, detect_biases, last_row
-from grape_compile.passes.graph import Program, Sizes, Taint, Unreadable, module_path, require_fake, source_line
+from grape_compile.passes.biases import DEAD, BiasPlan, added_rows, detect_biases, last_row
+from grape_compile.passes.graph import (
+    Program,
+    Sizes,
+    Taint,
+    Unreadable,
+    module_path,
+    require_fake,
+    source_line,
+)
 from grape_compile.passes.operands import Emitter
 from grape_compile.passes.plans import Miss
 from grape_compile.passes.replay import Replay
@@ -47,7 +55,12 @@ class RewriteBiases(Pass):
             try:
                 site = _Layer(program, plan, emitter, replay).replace()
             except Unreadable as reason:
-                outcome.refusals.append(refusal(plan.layer.output, Miss("verification", f"a bias was recognised but not used: {reason}", 9, "ALiBi")))
+                outcome.refusals.append(
+                    refusal(
+                        plan.layer.output,
+                        Miss("verification", f"a bias was recognised but not used: {reason}", 9, "ALiBi"),
+                    )
+                )
                 continue
             outcome.sites.append(site)
             outputs.append(plan.layer.output)
@@ -73,13 +86,18 @@ class _Layer:
         slots = [node for node in (slopes, positions) if node is not None]
         mask = self._mask(query)
         output = require_fake(layer.output)
-        place = max([node for node in (query, key, value, *slots, mask) if node is not None], key=self.emitter.position)
+        place = max(
+            [node for node in (query, key, value, *slots, mask) if node is not None],
+            key=self.emitter.position,
+        )
         kwargs = {"mask": mask, "is_causal": plan.is_causal, "scale": layer.scale, "window": plan.window}
-        call = self.emitter.call(place, torch.ops.grape.attend.default, (query, key, value, slots, str(operator_encoding)), kwargs)
+        call = self.emitter.call(
+            place, torch.ops.grape.attend.default, (query, key, value, slots, str(operator_encoding)), kwargs
+        )
         error = self._verify(operator_encoding, (query, key, value), slots, mask)
         result = self._ordered(self.emitter.call(call, operator.getitem, (call, 0)), "output")
         if self.folded:
-            result = self.emitter.call(result, aten.reshape.default, (result, self._sizes(layer.query, layer.value)))
+            result = self.emitter.call(result, aten.reshape.default, (result, self._folded_sizes()))
         if require_fake(result).dtype != output.dtype:
             result = self.emitter.call(result, aten.to.dtype, (result, output.dtype))
         for name in ("stack_trace", "nn_module_stack"):
@@ -89,15 +107,24 @@ class _Layer:
         self.program.renamed[layer.output.name] = result.name
         described = self._describe(slopes, positions)
         evidence = "tables" if plan.table is not None else "proved"
-        return Site("bias", described, module_path(layer.output), source_line(layer.output), evidence, error, "grape::attend")
+        return Site(
+            "bias",
+            described,
+            module_path(layer.output),
+            source_line(layer.output),
+            evidence,
+            error,
+            "grape::attend",
+        )
 
-    def _sizes(self, query: fx.Node, value: fx.Node) -> list[Any]:
-        shape = require_fake(self.layer.output).shape
-        return [self._size(self.layer.output, axis) if isinstance(size, torch.SymInt) else size for axis, size in enumerate(shape)]
-
-    def _size(self, node: fx.Node, axis: int) -> fx.Node:
-        source = self.layer.query if axis < 2 else self.layer.value
-        return self.emitter.call(source, aten.sym_size.int, (source, axis))
+    def _folded_sizes(self) -> list[Any]:
+        """Sizes of the output [B * H, Tq, Dv]; symbolic ones are read from query and value at run time."""
+        sizes: list[Any] = list(require_fake(self.layer.output).shape)
+        for axis, size in enumerate(sizes):
+            if isinstance(size, torch.SymInt):
+                source = self.layer.query if axis < 2 else self.layer.value
+                sizes[axis] = self.emitter.call(source, aten.sym_size.int, (source, axis))
+        return sizes
 
     # -- operands ------------------------------------------------------------------------------------------------------
 
@@ -106,16 +133,28 @@ class _Layer:
         key = layer.key
         if layer.key_transposed:
             key = self.emitter.call(key, aten.transpose.int, (key, -1, -2))
-        parts = [self._ordered(node, part) for node, part in ((layer.query, "query"), (key, "key"), (layer.value, "value"))]
+        parts = [
+            self._ordered(node, part)
+            for node, part in ((layer.query, "query"), (key, "key"), (layer.value, "value"))
+        ]
         if self.folded:
             parts = [self._unfold(part) for part in parts]
         dtype = require_fake(layer.value).dtype
-        query, key, value = (part if require_fake(part).dtype == dtype else self.emitter.call(part, aten.to.dtype, (part, dtype)) for part in parts)
+        query, key, value = (
+            part
+            if require_fake(part).dtype == dtype
+            else self.emitter.call(part, aten.to.dtype, (part, dtype))
+            for part in parts
+        )
         return query, key, value
 
     def _ordered(self, node: fx.Node, part: str) -> fx.Node:
         order = self.layer.orders.get(part, (0, 1, 2, 3))
-        return node if order == (0, 1, 2, 3) else self.emitter.call(node, aten.permute.default, (node, list(order)))
+        return (
+            node
+            if order == (0, 1, 2, 3)
+            else self.emitter.call(node, aten.permute.default, (node, list(order)))
+        )
 
     def _unfold(self, node: fx.Node) -> fx.Node:
         """[B * H, T, D] as [B, H, T, D]; -1 stands for one symbolic size."""
@@ -128,7 +167,9 @@ class _Layer:
         if not symbolic:
             return self.emitter.call(node, aten.reshape.default, (node, target))
         tokens = self.emitter.call(node, aten.sym_size.int, (node, 1)) if 2 in symbolic else target[2]
-        return self.emitter.call(node, aten.reshape.default, (node, [-1 if 0 in symbolic else batch, heads, tokens, target[3]]))
+        return self.emitter.call(
+            node, aten.reshape.default, (node, [-1 if 0 in symbolic else batch, heads, tokens, target[3]])
+        )
 
     def _slots(self, query: fx.Node, key: fx.Node) -> tuple[fx.Node, fx.Node | None]:
         plan = self.plan
@@ -176,7 +217,11 @@ class _Layer:
         return node if number == 1.0 else self.emitter.call(node, aten.mul.Tensor, (node, number))
 
     def _operator(self) -> Bias:
-        clock = Steps() if self.plan.clock is None or isinstance(self.plan.distance, Absolute) else Positions("positions")
+        clock = (
+            Steps()
+            if self.plan.clock is None or isinstance(self.plan.distance, Absolute)
+            else Positions("positions")
+        )
         operand = self.plan.slopes
         learned = operand is not None and self.program.taints[operand.node] is Taint.PARAMETER
         return Bias(Learned("slopes") if learned else Table("slopes"), clock, distance=self.plan.distance)
@@ -199,15 +244,28 @@ class _Layer:
             node = self._scaled(node, term.factor)
             if not term.finished:
                 return node
-            zero = self.emitter.call(node, aten.full.default, ([], 0.0), {"dtype": require_fake(node).dtype, "device": require_fake(node).device})
-            return self.emitter.call(node, aten.where.self, (self.emitter.call(node, aten.le.Scalar, (node, DEAD)), node, zero))
+            zero = self.emitter.call(
+                node,
+                aten.full.default,
+                ([], 0.0),
+                {"dtype": require_fake(node).dtype, "device": require_fake(node).device},
+            )
+            return self.emitter.call(
+                node, aten.where.self, (self.emitter.call(node, aten.le.Scalar, (node, DEAD)), node, zero)
+            )
         if require_fake(node).dtype is not torch.bool:
             node = self.emitter.call(node, aten.to.dtype, (node, torch.bool))
-        dtype = require_fake(query).dtype if term.value >= torch.finfo(require_fake(query).dtype).min or term.value == -torch.inf else torch.float32
+        dtype = (
+            require_fake(query).dtype
+            if term.value >= torch.finfo(require_fake(query).dtype).min or term.value == -torch.inf
+            else torch.float32
+        )
         options = {"dtype": dtype, "device": require_fake(node).device}
         dead = self.emitter.call(node, aten.full.default, ([], term.value), options)
         zero = self.emitter.call(node, aten.full.default, ([], 0.0), options)
-        return self.emitter.call(node, aten.where.self, (node, dead, zero) if term.dead else (node, zero, dead))
+        return self.emitter.call(
+            node, aten.where.self, (node, dead, zero) if term.dead else (node, zero, dead)
+        )
 
     def _unfolded_mask(self, term: ScoreTerm) -> fx.Node:
         shape = require_fake(term.node).shape
@@ -218,19 +276,30 @@ class _Layer:
             if any(isinstance(size, torch.SymInt) for size in (batch, heads, *shape)):
                 raise Unreadable("a mask per head of symbolic size")
             return self.emitter.call(term.node, aten.reshape.default, (term.node, [batch, heads, *shape[1:]]))
-        return self.emitter.call(term.node, aten.unsqueeze.default, (term.node, 0)) if len(shape) == 3 else term.node
+        return (
+            self.emitter.call(term.node, aten.unsqueeze.default, (term.node, 0))
+            if len(shape) == 3
+            else term.node
+        )
 
     # -- verification --------------------------------------------------------------------------------------------------
 
-    def _verify(self, encoding: Bias, tensors: tuple[fx.Node, fx.Node, fx.Node], slots: list[fx.Node], mask: fx.Node | None) -> float:
+    def _verify(
+        self,
+        encoding: Bias,
+        tensors: tuple[fx.Node, fx.Node, fx.Node],
+        slots: list[fx.Node],
+        mask: fx.Node | None,
+    ) -> float:
         """Random query, key and value through the original region and through the reference, in fp64."""
         layer, sizes = self.layer, self.replay.sizes
         scores = torch.Size((*sizes.shape(tensors[0])[:-1], sizes.shape(tensors[1])[2])).numel()
         if scores > _LARGEST_REPLAY:
-            raise Unreadable(f"the layer has {scores} scores, more than the {_LARGEST_REPLAY} an fp64 replay is worth: compile at a shorter length first")
+            return self._verify_rows(encoding, slots, mask)
         generator = torch.Generator().manual_seed(0)
         bound = {
-            node: torch.randn(sizes.shape(node), dtype=torch.float64, generator=generator) for node in dict.fromkeys((layer.query, layer.key, layer.value))
+            node: torch.randn(sizes.shape(node), dtype=torch.float64, generator=generator)
+            for node in dict.fromkeys((layer.query, layer.key, layer.value))
         }
         replay = self.replay.branch(bound)
         original = replay.tensor(layer.output)
@@ -242,6 +311,37 @@ class _Layer:
         )  # fmt: skip
         rewritten = rewritten.permute(layer.orders.get("output", (0, 1, 2, 3))).reshape(original.shape)
         return difference(original, rewritten, self.plan.table is not None)
+
+    def _verify_rows(self, encoding: Bias, slots: list[fx.Node], mask: fx.Node | None) -> float:
+        """A layer too long to replay: what is added to the scores of a few queries, up to a constant per row."""
+        layer, sizes = self.layer, self.replay.sizes
+        count = sizes(require_fake(layer.query).shape[1] if self.folded else layer.size("query", 2))
+        queries = sorted({0, 1, count // 3, count // 2, count - 1} & set(range(count)))
+        model = added_rows(self.program, self.replay, layer, queries)
+        keys = model.shape[-1]
+        slopes = self.replay.tensor(slots[0])
+        clock = self.replay.tensor(slots[1]) if len(slots) > 1 else torch.arange(keys)
+        rows = torch.tensor(queries)[:, None] + keys - count
+        if isinstance(encoding.distance, Absolute):
+            bias = -slopes[..., None, None] * (torch.arange(keys) - rows).abs()
+        else:
+            bias = slopes[..., None, None] * clock.double()[..., None, None, :]
+        ours = bias.reshape(-1, *bias.shape[-3:]).expand(-1, -1, len(queries), -1).clone()
+        if mask is not None:
+            value = self.replay.tensor(mask).double()
+            value = value[..., queries, :] if value.shape[-2] > 1 else value
+            ours = ours + torch.where(value <= DEAD, -torch.inf, value)
+        if self.plan.is_causal:
+            offset = torch.arange(keys) - rows
+            seen = (offset <= 0) & (offset > -(self.plan.window or keys))
+            ours = ours.masked_fill(~seen, -torch.inf)
+        model, ours = torch.broadcast_tensors(model, ours)
+        if not torch.equal(model.isinf(), ours.isinf()):
+            raise Unreadable("the masks of the model and of the operator differ")
+        first = (~ours.isinf()).int().argmax(-1, keepdim=True)
+        model, ours = (each - each.gather(-1, first) for each in (model, ours))
+        live = ~ours.isinf() & ~ours.isnan()
+        return difference(model[live], ours[live], self.plan.table is not None)
 
     def _describe(self, slopes: fx.Node, positions: fx.Node | None) -> Bias:
         operator_encoding = self._operator()

@@ -18,7 +18,17 @@ from torch import fx
 
 import grape_compile.operators  # noqa: F401 - registers torch.ops.grape
 from grape_compile.passes.base import Outcome, Pass
-from grape_compile.passes.graph import Program, Sizes, Unreadable, is_pure, module_path, op_name, require_fake, source_line
+from grape_compile.passes.graph import (
+    Program,
+    Sizes,
+    Unreadable,
+    is_pure,
+    module_path,
+    op_name,
+    require_fake,
+    source_line,
+)
+from grape_compile.passes.movement import SINGLE
 from grape_compile.passes.operands import Emitter
 from grape_compile.passes.plans import Miss, RotationPlan
 from grape_compile.passes.replay import Replay
@@ -49,7 +59,15 @@ class RewriteRotations(Pass):
                 ready.append(_prepare(program, plan, emitter, replay, verified))
             except Unreadable as reason:
                 outcome.refusals.append(
-                    refusal(plan.output, Miss("verification", f"{plan.encoding} was recognised but not used: {reason}", 9, str(plan.encoding)))
+                    refusal(
+                        plan.output,
+                        Miss(
+                            "verification",
+                            f"{plan.encoding} was recognised but not used: {reason}",
+                            9,
+                            str(plan.encoding),
+                        ),
+                    )
                 )
         for group in _groups(program, emitter, ready):
             _replace(program, emitter, group)
@@ -65,10 +83,20 @@ def refusal(node: fx.Node, miss: Miss) -> Refusal:
 
 def _site(item: _Ready) -> Site:
     node, plan = item.plan.output, item.plan
-    return Site("rotation", plan.encoding, module_path(node), source_line(node), plan.evidence, item.error, "grape::rotate")
+    return Site(
+        "rotation",
+        plan.encoding,
+        module_path(node),
+        source_line(node),
+        plan.evidence,
+        item.error,
+        "grape::rotate",
+    )
 
 
-def _prepare(program: Program, plan: RotationPlan, emitter: Emitter, replay: Replay, verified: dict[object, float]) -> _Ready:
+def _prepare(
+    program: Program, plan: RotationPlan, emitter: Emitter, replay: Replay, verified: dict[object, float]
+) -> _Ready:
     hazard = mutation_between(program, plan.region, plan.output)
     if hazard is not None:
         raise Unreadable(f"{hazard.name} changes a value in place while it is being rotated")
@@ -89,16 +117,17 @@ def mutation_between(program: Program, region: Iterable[fx.Node], output: fx.Nod
         if not start < order.get(node, -1) < order[output] or node.op != "call_function":
             continue
         schema = getattr(node.target, "_schema", None)
-        if schema is None or not schema.is_mutable:
-            continue
-        if any(_base(operand) in touched for operand in node.all_input_nodes[:1]):
-            return node
+        if (
+            schema is not None
+            and schema.is_mutable
+            and any(_base(each) in touched for each in node.all_input_nodes[:1])
+        ):
+            changed: fx.Node = node
+            return changed
     return None
 
 
-_VIEWS = {"aten::view", "aten::transpose", "aten::permute", "aten::slice", "aten::select", "aten::expand", "aten::unsqueeze", "aten::squeeze", "aten::reshape",
-          "aten::alias", "aten::t", "aten::flatten", "aten::unflatten", "aten::detach", "aten::contiguous", "aten::to", "aten::split", "aten::chunk", "aten::unbind",
-          "aten::split_with_sizes", "aten::narrow", "getitem", "aten::view_as_real", "aten::view_as_complex"}  # fmt: skip
+_VIEWS = SINGLE | {"aten::detach", "aten::view_as_real", "aten::view_as_complex"}
 
 
 def _base(node: fx.Node) -> fx.Node:
@@ -121,7 +150,9 @@ def _groups(program: Program, emitter: Emitter, ready: list[_Ready]) -> list[lis
 
 def _fits(emitter: Emitter, group: list[_Ready]) -> bool:
     first = group[0]
-    if any(item.plan.operator != first.plan.operator or item.operands != first.operands for item in group[1:]):
+    if any(
+        item.plan.operator != first.plan.operator or item.operands != first.operands for item in group[1:]
+    ):
         return False
     if any(require_fake(item.plan.input).dim() != require_fake(first.plan.input).dim() for item in group[1:]):
         return False
@@ -134,7 +165,9 @@ def _replace(program: Program, emitter: Emitter, group: list[_Ready]) -> None:
     graph = program.graph
     tensors = [_cast(emitter, item.plan.input, require_fake(item.plan.output).dtype) for item in group]
     place = max([*tensors, *group[0].operands], key=emitter.position)
-    call = emitter.call(place, torch.ops.grape.rotate.default, (tensors, list(group[0].operands), str(group[0].plan.operator)))
+    call = emitter.call(
+        place, torch.ops.grape.rotate.default, (tensors, list(group[0].operands), str(group[0].plan.operator))
+    )
     for position, item in enumerate(group):
         output = item.plan.output
         value = emitter.call(call, operator.getitem, (call, position))
@@ -149,7 +182,7 @@ def _replace(program: Program, emitter: Emitter, group: list[_Ready]) -> None:
 
 def _cast(emitter: Emitter, node: fx.Node, dtype: torch.dtype) -> fx.Node:
     have = require_fake(node).dtype
-    if have == dtype or torch.promote_types(have, dtype) == have and op_name(node) != "getitem":
+    if have == dtype or (torch.promote_types(have, dtype) == have and op_name(node) != "getitem"):
         return node
     return emitter.call(node, torch.ops.aten.to.dtype, (node, dtype))
 
@@ -159,7 +192,11 @@ def remove_unused(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
     stack = list(nodes)
     while stack:
         node = stack.pop()
-        if node._erased or node.users or not is_pure(node) and op_name(node) != "aten::_assert_tensor_metadata":
+        if (
+            node._erased
+            or node.users
+            or (not is_pure(node) and op_name(node) != "aten::_assert_tensor_metadata")
+        ):
             continue
         operands = node.all_input_nodes
         graph.erase_node(node)

@@ -51,20 +51,28 @@ class _Finder:
             roots[node] = self._linear_root(node, roots) or (node, False)
         return roots
 
-    def _linear_root(self, node: fx.Node, roots: dict[fx.Node, tuple[fx.Node, bool]]) -> tuple[fx.Node, bool] | None:
+    def _linear_root(
+        self, node: fx.Node, roots: dict[fx.Node, tuple[fx.Node, bool]]
+    ) -> tuple[fx.Node, bool] | None:
         name = op_name(node)
         if name not in _LINEAR:
             return None
-        if not is_pure(node) or name != "getitem" and not isinstance(node.meta.get("val"), torch.Tensor | tuple | list):
+        if not is_pure(node) or (
+            name != "getitem" and not isinstance(node.meta.get("val"), torch.Tensor | tuple | list)
+        ):
             return None
         operands = node.all_input_nodes
         taints = [self.program.taints[operand] for operand in operands]
         if any(taint is Taint.PARAMETER for taint in taints):
             return None
-        data = [roots[operand] for operand, taint in zip(operands, taints, strict=True) if taint is Taint.DATA]
+        data = [
+            roots[operand] for operand, taint in zip(operands, taints, strict=True) if taint is Taint.DATA
+        ]
         if len({root for root, _ in data}) != 1:
             return None
-        if name in ("aten::add", "aten::sub", "aten::rsub", "aten::complex", *JOINS) and len(data) != len(operands):
+        if name in ("aten::add", "aten::sub", "aten::rsub", "aten::complex", *JOINS) and len(data) != len(
+            operands
+        ):
             return None
         factor = name in PRODUCTS and len(data) < len(operands) and self._varies(operands)
         return data[0][0], factor or any(mixed for _, mixed in data)
@@ -110,7 +118,10 @@ class _Finder:
         return trunk
 
     def _is_scaling(self, node: fx.Node) -> bool:
-        return op_name(node) in PRODUCTS and sum(fake(operand) is not None for operand in node.all_input_nodes) == 1
+        return (
+            op_name(node) in PRODUCTS
+            and sum(fake(operand) is not None for operand in node.all_input_nodes) == 1
+        )
 
     # -- search ------------------------------------------------------------------------------------------------------
 
@@ -129,12 +140,16 @@ class _Finder:
     def _maximal(self, found: list[RotationPlan]) -> list[RotationPlan]:
         """Of rotations one inside the other keep the one over the most channels, and of equals the earliest."""
         kept: list[RotationPlan] = []
-        for plan in sorted(found, key=lambda plan: (-plan.encoding.planes.head_dim, self.program.order[plan.output])):
+        for plan in sorted(
+            found, key=lambda plan: (-plan.encoding.planes.head_dim, self.program.order[plan.output])
+        ):
             if not any(set(plan.region[1:]) & set(other.region[1:]) - _trunk(plan, other) for other in kept):
                 kept.append(plan)
         return sorted(kept, key=lambda plan: self.program.order[plan.output])
 
-    def _refusals(self, found: list[RotationPlan], misses: list[tuple[fx.Node, Miss, tuple[fx.Node, ...]]]) -> list[tuple[fx.Node, Miss]]:
+    def _refusals(
+        self, found: list[RotationPlan], misses: list[tuple[fx.Node, Miss, tuple[fx.Node, ...]]]
+    ) -> list[tuple[fx.Node, Miss]]:
         """Of the failures around one activation keep the nearest miss, unless the place became a rotation after all."""
         covered = {node for plan in found for node in plan.region if self.roots[node][1]}
         nearest: dict[frozenset[fx.Node], tuple[fx.Node, Miss]] = {}
@@ -150,7 +165,9 @@ class _Finder:
 
     def _is_seed(self, node: fx.Node) -> bool:
         root, mixed = self.roots[node]
-        return mixed and not any(self.roots.get(operand, (root, False))[1] for operand in node.all_input_nodes)
+        return mixed and not any(
+            self.roots.get(operand, (root, False))[1] for operand in node.all_input_nodes
+        )
 
     def _read(self, output: fx.Node, region: tuple[fx.Node, ...]) -> RotationPlan | Miss | None:
         signature = self._signature(region)
@@ -180,7 +197,9 @@ class _Finder:
                 return tuple(freeze(item) for item in argument)
             return (type(argument), argument)
 
-        body = tuple((node.target, freeze(node.args), freeze(tuple(node.kwargs.items()))) for node in region[1:])
+        body = tuple(
+            (node.target, freeze(node.args), freeze(tuple(node.kwargs.items()))) for node in region[1:]
+        )
         value = fake(region[0])
         return body, None if value is None else (tuple(map(str, value.shape)), value.dtype)
 
@@ -192,7 +211,11 @@ class _Finder:
             try:
                 result = _Reading(self.program, self.replay, source, output, region).plan()
             except Unreadable as reason:
-                result = Miss("readable", f"the values between {source.name} and {output.name} cannot be read: {reason}", 0)
+                result = Miss(
+                    "readable",
+                    f"the values between {source.name} and {output.name} cannot be read: {reason}",
+                    0,
+                )
             if isinstance(result, RotationPlan):
                 return result
             if nearest is None or result.depth >= nearest.depth:
@@ -201,7 +224,19 @@ class _Finder:
 
 
 _LINEAR = MOVEMENTS | SUMS | PRODUCTS | COMPLEX | PICKS
-_COMPLETIONS = JOINS | {"aten::transpose", "aten::permute", "aten::mT", "aten::add", "aten::sub", "aten::addcmul", "aten::sum", "aten::view", "aten::reshape", "aten::flatten", "aten::mul"}
+_COMPLETIONS = JOINS | {
+    "aten::transpose",
+    "aten::permute",
+    "aten::mT",
+    "aten::add",
+    "aten::sub",
+    "aten::addcmul",
+    "aten::sum",
+    "aten::view",
+    "aten::reshape",
+    "aten::flatten",
+    "aten::mul",
+}
 
 
 def _trunk(plan: RotationPlan, other: RotationPlan) -> set[fx.Node]:
@@ -214,7 +249,9 @@ def _trunk(plan: RotationPlan, other: RotationPlan) -> set[fx.Node]:
 class _Reading:
     """One candidate: the map from `source` to `output`, read at sampled tokens for all channels."""
 
-    def __init__(self, program: Program, replay: Replay, source: fx.Node, output: fx.Node, region: tuple[fx.Node, ...]) -> None:
+    def __init__(
+        self, program: Program, replay: Replay, source: fx.Node, output: fx.Node, region: tuple[fx.Node, ...]
+    ) -> None:
         self.program, self.replay = program, replay
         self.source, self.output, self.region = source, output, region
         self.reader = Reader(program, replay)
@@ -243,7 +280,10 @@ class _Reading:
         for term in terms:
             if term.source is None:
                 return Miss("linear", "a position-dependent constant is added", 0)
-            if any(not torch.equal(axis, at[term.rows]) for axis, at in zip(term.source[1][:-1], self.index[:-1], strict=True)):
+            if any(
+                not torch.equal(axis, at[term.rows])
+                for axis, at in zip(term.source[1][:-1], self.index[:-1], strict=True)
+            ):
                 return Miss("token-local", "an output token is made of several tokens", 0)
             if bool((term.coefficient.imag != 0).any()):
                 return Miss("real", "a coefficient is not real", 0)
@@ -281,13 +321,24 @@ class _Reading:
             elif not any(len(column) > 1 for column in columns):
                 return Miss("mixing", "channels are only scaled", 0)
             else:
-                return Miss("planes", f"output channel {out} is not a combination of exactly two input channels", 1)
+                return Miss(
+                    "planes", f"output channel {out} is not a combination of exactly two input channels", 1
+                )
         if not mixed:
             return Miss("mixing", "no two channels are mixed", 0)
         constant = [not entry.factors for pair in mixed.values() for entry in pair]
         if any(constant):
             return Miss("planes", "channels are mixed with constant coefficients", 0 if all(constant) else 1)
-        reading = Reading(self.program, self.replay, self.reader, self.source, self.output, self.region, self.lead, self.shape)
+        reading = Reading(
+            self.program,
+            self.replay,
+            self.reader,
+            self.source,
+            self.output,
+            self.region,
+            self.lead,
+            self.shape,
+        )
         return name_rotation(reading, mixed, through)
 
 
@@ -302,7 +353,9 @@ def _merge(column: list[Entry], entry: Entry) -> None:
 
 def _equal(one: tuple[Factor, ...], other: tuple[Factor, ...]) -> bool:
     return len(one) == len(other) and all(
-        a.node is b.node and a.part == b.part and all(torch.equal(x, y) for x, y in zip(a.index, b.index, strict=True))
+        a.node is b.node
+        and a.part == b.part
+        and all(torch.equal(x, y) for x, y in zip(a.index, b.index, strict=True))
         for a, b in zip(one, other, strict=True)
     )
 
@@ -310,7 +363,11 @@ def _equal(one: tuple[Factor, ...], other: tuple[Factor, ...]) -> bool:
 def _same_shape(one: fx.Node, other: fx.Node) -> bool:
     """Equal for every value of the symbols, not only at the captured sizes."""
     first, second = fake(one), fake(other)
-    return first is not None and second is not None and list(map(str, first.shape)) == list(map(str, second.shape))
+    return (
+        first is not None
+        and second is not None
+        and list(map(str, first.shape)) == list(map(str, second.shape))
+    )
 
 
 def _sample(shape: tuple[int, ...]) -> tuple[Index, Index]:

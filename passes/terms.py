@@ -24,7 +24,7 @@ class Factor:
 
     @property
     def is_complex(self) -> bool:
-        return self.part == "polar" or self.part == "value" and require_fake(self.node).is_complex()
+        return self.part == "polar" or (self.part == "value" and require_fake(self.node).is_complex())
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,9 @@ def unit(rows: Tensor, *factors: Factor, source: tuple[fx.Node, Index] | None = 
 def broadcast(index: Index, shape: Sequence[int]) -> Index:
     """Index of the operand element that broadcasting pairs with each result element."""
     tail = index[len(index) - len(shape) :]
-    return tuple(axis if size != 1 else torch.zeros_like(axis) for axis, size in zip(tail, shape, strict=True))
+    return tuple(
+        axis if size != 1 else torch.zeros_like(axis) for axis, size in zip(tail, shape, strict=True)
+    )
 
 
 def ravel(index: Index, shape: Sequence[int]) -> Tensor:
@@ -97,7 +99,11 @@ def multiply(left: list[Term], right: list[Term]) -> list[Term]:
 
 def reciprocal(terms: list[Term]) -> list[Term]:
     """One over a single product of elements."""
-    if len(terms) != 1 or any(factor.part != "value" for factor in terms[0].factors) or terms[0].source is not None:
+    if (
+        len(terms) != 1
+        or any(factor.part != "value" for factor in terms[0].factors)
+        or terms[0].source is not None
+    ):
         raise Unreadable("a division by more than one value")
     inverse = tuple(replace(factor, part="reciprocal") for factor in terms[0].factors)
     return [replace(terms[0], coefficient=1 / terms[0].coefficient, factors=inverse)]
@@ -116,7 +122,9 @@ def parts(terms: list[Term], part: str) -> list[Term]:
             result.append(replace(term, coefficient=real if part == "real" else imag))
             continue
         for coefficient, piece in ((real, part), (-imag if part == "real" else imag, other)):
-            result.append(replace(term, coefficient=coefficient, factors=_with_part(term.factors, which[0], piece)))
+            result.append(
+                replace(term, coefficient=coefficient, factors=_with_part(term.factors, which[0], piece))
+            )
     return [term for term in result if bool((term.coefficient != 0).any())]
 
 

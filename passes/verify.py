@@ -32,8 +32,12 @@ TABLE_TOLERANCE = 3e-6
 def difference(original: torch.Tensor, rewritten: torch.Tensor, table: bool = False) -> float:
     """Largest absolute difference; Unreadable when the shapes differ or it exceeds the tolerance."""
     if original.shape != rewritten.shape:
-        raise Unreadable(f"the operator gives shape {tuple(rewritten.shape)} where the model has {tuple(original.shape)}")
+        raise Unreadable(
+            f"the operator gives shape {tuple(rewritten.shape)} where the model has {tuple(original.shape)}"
+        )
     error = float((original - rewritten).abs().max()) if original.numel() else 0.0
-    if not error <= (TABLE_TOLERANCE if table else TOLERANCE) * max(1.0, float(original.abs().max()) if original.numel() else 1.0):
+    if not error <= (TABLE_TOLERANCE if table else TOLERANCE) * max(
+        1.0, float(original.abs().max()) if original.numel() else 1.0
+    ):
         raise Unreadable(f"the operator differs from the model's own code by {error:.3g} in fp64")
     return error
