@@ -22,6 +22,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from grape_compile.errors import CaptureError, GrapeError, ModelError, RefusalError
+from grape_compile.passes.assignments import FunctionalAssignments
 from grape_compile.passes.capture import capture_dynamo, capture_export
 from grape_compile.passes.graph import Program
 from grape_compile.passes.lower import ShareAngles
@@ -178,7 +179,7 @@ def _rewrite_program(program: Program) -> Report:
     """All passes that find and replace; the program's graph is changed in place."""
     sites: list[Site] = []
     refusals: list[Refusal] = []
-    for step in (RewriteRotations(), RewriteBiases()):
+    for step in (FunctionalAssignments(), RewriteRotations(), RewriteBiases()):
         outcome = step(program)
         sites += outcome.sites
         refusals += outcome.refusals

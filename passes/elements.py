@@ -25,6 +25,7 @@ from grape_compile.passes.movement import (
     SINGLE,
     ints,
     is_frozen,
+    is_symbolic,
     join_dim,
     join_parts,
     keeps_numbers,
@@ -50,6 +51,7 @@ COMPLEX = {
 SUMS = {"aten::add", "aten::sub", "aten::neg", "aten::sum", "aten::rsub", "aten::addcmul"}
 PRODUCTS = {"aten::mul", "aten::div", "aten::multiply", "aten::divide", "aten::true_divide"}
 PICKS = {"aten::index_select"}
+SCATTERS = {"aten::slice_scatter", "aten::select_scatter"}
 _MASKED = {"aten::masked_fill", "aten::where"}
 _DETACHES = {"aten::detach", "aten::detach_"}
 _SUM_LIMIT = 8
@@ -172,6 +174,8 @@ class Reader:
             return self._product(node, name, index, rows, back)
         if name in PICKS:
             return back(operand_of(node, 0), self._picked(node, index), rows)
+        if name in SCATTERS:
+            return self._scatter(node, name, index, rows, back)
         outer = self._outer(node, name)
         if outer is not None:
             left, right = outer(index)
@@ -192,6 +196,40 @@ class Reader:
         axes, dim = list(index), ints(node.args[1])[0]
         axes[dim] = self.replay.tensor(places)[axes[dim]]
         return tuple(axes)
+
+    def _scatter(self, node: fx.Node, name: str, index: Index, rows: Tensor, back: Back) -> list[Term]:
+        """Elements inside of the slice come from what was written, the others from the tensor written to."""
+        base, written = operand_of(node, 0), operand_of(node, 1)
+        size = self.shape(base)
+        dim, start, stop, step = self._range(node, name, size)
+        inside = (index[dim] >= start) & (index[dim] < stop) & ((index[dim] - start) % step == 0)
+        terms: list[Term] = []
+        keep = inside.nonzero().flatten()
+        if keep.numel():
+            axes = [axis[keep] for axis in index]
+            if name == "aten::select_scatter":
+                del axes[dim]
+            else:
+                axes[dim] = (axes[dim] - start) // step
+            terms += back(written, tuple(axes), rows[keep])
+        rest = (~inside).nonzero().flatten()
+        if rest.numel():
+            terms += back(base, tuple(axis[rest] for axis in index), rows[rest])
+        return terms
+
+    def _range(self, node: fx.Node, name: str, size: tuple[int, ...]) -> tuple[int, int, int, int]:
+        """Dimension, start, stop and step of what a scatter writes."""
+        args = list(node.args[2:])
+        raise_if(any(is_symbolic(argument) for argument in args), f"{name} at a symbolic offset")
+        dim = (self.sizes(args[0]) if args else 0) % len(size)
+        if name == "aten::select_scatter":
+            place = self.sizes(args[1]) % size[dim]
+            return dim, place, place + 1, 1
+        bounds = [None if bound is None else self.sizes(bound) for bound in args[1:3]]
+        start, stop, _ = (
+            slice(*bounds).indices(size[dim]) if len(bounds) == 2 else slice(None).indices(size[dim])
+        )
+        return dim, start, stop, self.sizes(args[3]) if len(args) > 3 else 1
 
     def _join(self, node: fx.Node, name: str, index: Index, rows: Tensor, back: Back) -> list[Term]:
         dim, offset = join_dim(node), 0

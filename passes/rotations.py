@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from grape_compile.passes.elements import COMPLEX, PICKS, PRODUCTS, SUMS, Reader
+from grape_compile.passes.elements import COMPLEX, PICKS, PRODUCTS, SCATTERS, SUMS, Reader
 from grape_compile.passes.graph import Program, Taint, Unreadable, fake, is_pure, op_name
 from grape_compile.passes.movement import JOINS, MOVEMENTS
 from grape_compile.passes.planes import name_rotation
@@ -223,20 +223,24 @@ class _Finder:
         return nearest
 
 
-_LINEAR = MOVEMENTS | SUMS | PRODUCTS | COMPLEX | PICKS
-_COMPLETIONS = JOINS | {
-    "aten::transpose",
-    "aten::permute",
-    "aten::mT",
-    "aten::add",
-    "aten::sub",
-    "aten::addcmul",
-    "aten::sum",
-    "aten::view",
-    "aten::reshape",
-    "aten::flatten",
-    "aten::mul",
-}
+_LINEAR = MOVEMENTS | SUMS | PRODUCTS | COMPLEX | PICKS | SCATTERS
+_COMPLETIONS = (
+    JOINS
+    | SCATTERS
+    | {
+        "aten::transpose",
+        "aten::permute",
+        "aten::mT",
+        "aten::add",
+        "aten::sub",
+        "aten::addcmul",
+        "aten::sum",
+        "aten::view",
+        "aten::reshape",
+        "aten::flatten",
+        "aten::mul",
+    }
+)
 
 
 def _trunk(plan: RotationPlan, other: RotationPlan) -> set[fx.Node]:

@@ -202,12 +202,6 @@ def copies_between(x: Tensor, angle: Tensor) -> Tensor:
     return (x.clone() * cos.contiguous() + rotate_half(x.clone()).contiguous() * sin.clone()).clone()
 
 
-def as_a_change(x: Tensor, angle: Tensor) -> Tensor:
-    """The input, and what the rotation changes about it."""
-    cos, sin = wide(angle)
-    return x + (x * (cos - 1) + rotate_half(x) * sin)
-
-
 def transposed_and_back(x: Tensor, angle: Tensor) -> Tensor:
     cos, sin = wide(angle)
     across = x.transpose(-1, -2)
@@ -383,7 +377,6 @@ METAMORPHIC = tuple(
         casts_between,
         views_between,
         copies_between,
-        as_a_change,
         transposed_and_back,
     )
 )

@@ -1,0 +1,106 @@
+"""Turn assignments into slices of a fresh tensor into values: `out[..., ::2] = x` becomes a scatter that returns `out`.
+
+What: `copy_` into slices and selections of a tensor made in this graph, which nothing else sees through a view.
+Leaves alone: every write into an input, a buffer or a cache, and every base another view of which is read later.
+Ensures: the same values at every later use.
+Cost: one pass over the graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from grape_compile.passes.base import Outcome, Pass
+from grape_compile.passes.graph import Program, op_name, require_fake
+from grape_compile.passes.movement import SINGLE
+from grape_compile.passes.operands import fake_value
+
+aten = torch.ops.aten
+_FRESH = {
+    "aten::empty_like",
+    "aten::zeros_like",
+    "aten::empty",
+    "aten::zeros",
+    "aten::new_empty",
+    "aten::new_zeros",
+}
+_SCATTERS = {"aten::slice": aten.slice_scatter.default, "aten::select": aten.select_scatter.default}
+
+
+@dataclass(frozen=True)
+class FunctionalAssignments(Pass):
+    """Assignments into slices of fresh tensors become scatters."""
+
+    def run(self, program: Program) -> Outcome:
+        for node in program.graph.find_nodes(op="call_function", target=aten.copy_.default):
+            _functionalise(program.graph, node)
+        return Outcome()
+
+
+def _functionalise(graph: fx.Graph, write: fx.Node) -> None:
+    views = _views(write)
+    if views is None or write.users or len(write.args) > 2:
+        return
+    base = views[-1].all_input_nodes[0]
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    if not _is_private(base, views[-1], order[write], order):
+        return
+    value: Any = write.args[1]
+    with graph.inserting_before(write):
+        if not isinstance(value, fx.Node):
+            return
+        value = _matching(graph, value, views[0])
+        for view in views:
+            target = view.all_input_nodes[0]
+            value = _call(graph, _SCATTERS[op_name(view)], (target, value, *view.args[1:]), write)
+    later = [user for user in base.users if order.get(user, -1) > order[write]]
+    for user in later:
+        user.replace_input_with(base, value)
+    graph.erase_node(write)
+
+
+def _views(write: fx.Node) -> list[fx.Node] | None:
+    """The slices and selections between the written view and its base, innermost first; None for other views."""
+    views: list[fx.Node] = []
+    node = write.args[0]
+    while isinstance(node, fx.Node) and op_name(node) in _SCATTERS:
+        if len(node.users) != 1 or node.kwargs:
+            return None
+        views.append(node)
+        node = node.args[0]
+    return views or None
+
+
+def _is_private(base: fx.Node, view: fx.Node, written: int, order: dict[fx.Node, int]) -> bool:
+    """A tensor made here whose earlier views are not read after the write."""
+    if op_name(base) not in _FRESH and base.target not in _SCATTERS.values():
+        return False
+    aliases = [
+        user
+        for user in base.users
+        if user is not view and op_name(user) in SINGLE and order.get(user, -1) < written
+    ]
+    return all(order.get(user, -1) < written for alias in aliases for user in alias.users)
+
+
+def _matching(graph: fx.Graph, value: fx.Node, view: fx.Node) -> fx.Node:
+    """The value in the shape and type of the view it is written to."""
+    wanted, have = require_fake(view), require_fake(value)
+    if have.dtype != wanted.dtype:
+        value = _call(graph, aten.to.dtype, (value, wanted.dtype), value)
+    if list(map(str, have.shape)) != list(map(str, wanted.shape)):
+        value = _call(graph, aten.expand_as.default, (value, view), value)
+    return value
+
+
+def _call(graph: fx.Graph, target: Any, args: tuple[Any, ...], origin: fx.Node) -> fx.Node:
+    node = graph.call_function(target, args)
+    node.meta = {
+        name: origin.meta[name] for name in ("stack_trace", "nn_module_stack") if name in origin.meta
+    }
+    node.meta["val"] = fake_value(node)
+    return node
