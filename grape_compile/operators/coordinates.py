@@ -75,10 +75,9 @@ def put(first: Tensor, second: Tensor, rest: list[Tensor], planes: Planes) -> Te
     place = layout(planes)
     if place.rule is None:
         return _put_by_index(first, second, rest, place)
-    if isinstance(place.rule, Half):
-        middle = [first, second]
-    else:
-        middle = [torch.stack((first, second), -1).flatten(-2)]
+    middle = (
+        [first, second] if isinstance(place.rule, Half) else [torch.stack((first, second), -1).flatten(-2)]
+    )
     if not rest and len(middle) == 1:
         return middle[0]
     before, after = _cut(rest, place.start)
