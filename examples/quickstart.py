@@ -1,6 +1,6 @@
 """Three models nobody wrote for us, their position encodings found and rewritten.
 
-Llama (rotation of halves), GPT-J (rotation of neighbours in a part of the head) and BLOOM (ALiBi) are built from
+Llama (rotation of halves), GPT-J (neighbours, in a part of the head) and BLOOM (ALiBi) are built from
 their configurations with random weights; nothing is downloaded. Each goes through inspect, compile, forward,
 generate and one training step. Takes about two minutes on two cores:
 
