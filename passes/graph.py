@@ -91,6 +91,11 @@ class Program:
             first.setdefault(number, node)
         return first
 
+    @cached_property
+    def mutations(self) -> list[fx.Node]:
+        """Nodes that write into one of their operands."""
+        return [node for node in self.graph.nodes if _writes(node)]
+
     def representative(self, node: fx.Node) -> fx.Node:
         """The first node with the same value."""
         return self.representatives[self.value_numbers[node]]
@@ -112,7 +117,7 @@ class Program:
 
     def forget(self) -> None:
         """Drop what was derived from the graph, after the graph changed."""
-        for name in ("order", "taints", "value_numbers", "representatives", "constants"):
+        for name in ("order", "taints", "value_numbers", "representatives", "mutations", "constants"):
             self.__dict__.pop(name, None)
 
 
@@ -144,6 +149,11 @@ def is_pure(node: fx.Node) -> bool:
     ):  # `torch.tensor(...)` in a forward: writes nothing anyone reads
         return True
     return not node.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in node.target.tags
+
+
+def _writes(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None) if node.op == "call_function" else None
+    return schema is not None and bool(schema.is_mutable) and not is_pure(node)
 
 
 def fake(node: fx.Node) -> torch.Tensor | None:

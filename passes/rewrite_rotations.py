@@ -111,19 +111,14 @@ def _prepare(
 def mutation_between(program: Program, region: Iterable[fx.Node], output: fx.Node) -> fx.Node | None:
     """A node that writes, between the first read of the region and its output, into something the region reads."""
     order = program.order
-    touched = {_base(operand) for node in region for operand in (node, *node.all_input_nodes)}
+    between = [node for node in program.mutations if node in order and order[node] < order[output]]
+    if not between:
+        return None
     start = min(order[node] for node in region)
-    for node in program.graph.nodes:
-        if not start < order.get(node, -1) < order[output] or node.op != "call_function":
-            continue
-        schema = getattr(node.target, "_schema", None)
-        if (
-            schema is not None
-            and schema.is_mutable
-            and any(_base(each) in touched for each in node.all_input_nodes[:1])
-        ):
-            changed: fx.Node = node
-            return changed
+    touched = {_base(operand) for node in region for operand in (node, *node.all_input_nodes)}
+    for node in between:
+        if order[node] > start and any(_base(operand) in touched for operand in node.all_input_nodes[:1]):
+            return node
     return None
 
 
