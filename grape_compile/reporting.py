@@ -20,8 +20,8 @@ WIDTH = 116
 HEADER = ("module", "sites", "encoding", "evidence", "error", "lowering")
 _FORMAT = 1
 _ENCODING = HEADER.index("encoding")
-_MODULE_WIDTH = 37
-_ENCODING_WIDTH = 47
+_MODULE_WIDTH = 34
+_ENCODING_WIDTH = 45
 # Where a cell may be broken: a module name after a comma or a single dot, an encoding after a space.
 _AFTER_NAME = re.compile(r"(?<=,)|(?<=[^.]\.)(?=[^.])")
 _AFTER_SPACE = re.compile(r"(?<= )")

@@ -23,7 +23,13 @@ LONG = parse(
 
 def rotation(layer: int, error: float | None = 1e-15) -> Site:
     return Site(
-        "rotation", rope(64), f"model.layers.{layer}.self_attn", "modeling.py:12", "proved", error, "inductor"
+        "rotation",
+        rope(64),
+        f"model.layers.{layer}.self_attn",
+        "modeling.py:12",
+        "proved",
+        error,
+        "grape::rotate",
     )
 
 
@@ -67,7 +73,7 @@ def test_long_module_names_wrap() -> None:
     report = Report(tuple(rotation(layer) for layer in layers))
     lines = str(report).splitlines()
     assert max(map(len, lines)) <= 120
-    column = "".join(line[:38].strip() for line in lines[3:])
+    column = "".join(line[:36].strip() for line in lines[3:])
     assert column.startswith("model.layers.{0..4,6..10,")
     assert column.endswith(",54..58}.self_attn")
 
@@ -126,7 +132,7 @@ def test_json_is_plain() -> None:
         "source": "modeling.py:12",
         "evidence": "proved",
         "error": 0.0,
-        "lowering": "inductor",
+        "lowering": "grape::rotate",
     }
 
 
