@@ -73,7 +73,7 @@ def grape_compile(
     record = _Compiled()
     door = functools.partial(_compile_graph, inner=inner, record=record, strict=on_refusal == "raise")
     compiled = torch.compile(model._call_impl, backend=door, dynamic=dynamic, fullgraph=fullgraph)
-    model._compiled_call_impl = _unwrapped_errors(compiled)
+    model._compiled_call_impl = _unwrapped_errors(_constant_floats(compiled) if dynamic else compiled)
     _compiled[model] = record
     return model
 
@@ -82,7 +82,7 @@ def restore(model: Model) -> Model:
     """Undo `grape_compile` and return the same, plain model; a model never compiled is returned as it is."""
     _require_module(model)
     if _compiled.pop(model, None) is not None:
-        model._compiled_call_impl = None
+        model.__dict__.pop("_compiled_call_impl", None)
     return model
 
 
@@ -176,7 +176,15 @@ def rewrite(
 
 
 def _rewrite_program(program: Program) -> Report:
-    """All passes that find and replace; the program's graph is changed in place."""
+    """All passes that find and replace, in place. A defect of theirs becomes a refusal."""
+    try:
+        return _run_passes(program)
+    except Exception as failure:
+        reason = f"a pass of grape_compile failed ({_first_line(failure)}); the original runs unchanged: report this"
+        return Report(refusals=(Refusal("defect", reason, "", "", ""),))
+
+
+def _run_passes(program: Program) -> Report:
     sites: list[Site] = []
     refusals: list[Refusal] = []
     for step in (FunctionalAssignments(), RewriteRotations(), RewriteBiases()):
@@ -231,6 +239,8 @@ def _inner_backend(backend: str | Backend, options: dict[str, Any] | None) -> Ba
 def _rewrite_export(program: ExportedProgram, args: Sequence[Any]) -> tuple[ExportedProgram, Report]:
     captured = capture_export(program, args)
     found = _rewrite_program(captured)
+    if not found.sites:
+        return program, found
     signature = program.graph_signature
     for spec in signature.output_specs:
         name = getattr(spec.arg, "name", None)
@@ -317,6 +327,16 @@ def _require_module(model: object) -> None:
             f"a {type(model).__name__}",
             "a torch.nn.Module (its class must be instantiated first)",
         )
+
+
+def _constant_floats(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """With every size symbolic, keep the model's numbers constants: a score scale that is a symbol cannot be proved."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(specialize_float=True):
+            return compiled(*args, **kwargs)
+
+    return call
 
 
 def _unwrapped_errors(compiled: Callable[..., Any]) -> Callable[..., Any]:

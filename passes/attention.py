@@ -63,6 +63,10 @@ class Attention:
     batch_heads: tuple[Any, Any] | None = None
     orders: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
+    def is_folded(self, term: ScoreTerm) -> bool:
+        """Whether a term's first axis is [B * H]: it was added below the view to four axes, or there is none."""
+        return term.folded or (self.batch_heads is None and require_fake(self.query).dim() == 3)
+
     def size(self, part: str, axis: int) -> Any:
         """Size of an axis of query, key or value, counted as in [B, H, T, D] whatever order the model has."""
         shape = require_fake({"query": self.query, "key": self.key, "value": self.value}[part]).shape
@@ -234,7 +238,10 @@ class _Reader:
         operands = list(node.args)
         if name == "aten::baddbmm":
             bias = operands.pop(0)
-            beta, alpha = (float(node.kwargs.get(key, 1)) for key in ("beta", "alpha"))  # type: ignore[arg-type] # numbers
+            numbers = [node.kwargs.get(key, 1) for key in ("beta", "alpha")]
+            if not all(isinstance(number, int | float) for number in numbers):
+                return None
+            beta, alpha = (float(number) for number in numbers)  # type: ignore[arg-type] # checked above
             if beta != 0 and isinstance(bias, fx.Node):
                 if self.program.taints[bias] > Taint.PARAMETER:
                     return None
@@ -308,7 +315,7 @@ class _Reader:
                         self.obstacle
                         or f"attention weights are dropped out with probability {user.args[1]} in training"
                     )
-            elif op_name(user) not in _PASSED | _RESHAPED:
+            elif op_name(user) not in _PASSED | _RESHAPED and not _keeps_shape(user):
                 return None
             node = user
 
@@ -329,6 +336,14 @@ class _Reader:
         self.orders["value"] = tuple(right.index(letter) for letter in (*left[:2], left[3], width))
         self.orders["output"] = tuple((*left[:3], width).index(letter) for letter in out)
         return node, value
+
+
+def _keeps_shape(node: fx.Node) -> bool:
+    """An expand to the shape the value has already, as decompositions of a product leave it."""
+    before, after = fake(node.args[0]) if isinstance(node.args[0], fx.Node) else None, fake(node)
+    if op_name(node) != "aten::expand" or before is None or after is None:
+        return False
+    return list(map(str, before.shape)) == list(map(str, after.shape))
 
 
 def einsum_letters(node: fx.Node) -> tuple[tuple[fx.Node, fx.Node], tuple[str, str, str]] | None:

@@ -89,6 +89,8 @@ class _Layer:
         return batch, heads, query[1], value[-2]
 
     def plan(self) -> BiasPlan | Miss | None:
+        if 0 in self.shape:
+            return None
         masks, biases = self._split()
         if not biases:
             return None
@@ -127,7 +129,7 @@ class _Layer:
         return self.unfolded(term, self.replay.tensor(term.node))
 
     def unfolded(self, term: ScoreTerm, value: Tensor) -> Tensor:
-        if term.folded or (value.dim() == 3 and require_fake(self.layer.query).dim() == 3):
+        if self.layer.is_folded(term):
             batch, heads = self.shape[:2]
             while value.dim() < 3:
                 value = value.unsqueeze(0)
@@ -289,7 +291,7 @@ class _Layer:
         lead = tuple(grid[:, axis] for axis in range(4))
         shape = self.sizes.shape(term.node)
         full: Index = lead
-        if term.folded or (len(shape) == 3 and require_fake(self.layer.query).dim() == 3):
+        if self.layer.is_folded(term):
             full = (lead[0] * self.shape[_HEAD] + lead[1], lead[2], lead[3])
         return lead, broadcast(full, shape), torch.arange(len(grid))
 

@@ -54,7 +54,7 @@ def operand_of(node: fx.Node, position: int) -> fx.Node:
 
 
 def keeps_numbers(node: fx.Node) -> bool:
-    """A cast that keeps real numbers real (float to float, integer to float), so that exact arithmetic ignores it."""
+    """A cast that keeps numbers, up to the rounding of at least a half-precision float; not one that quantises."""
     value, source = (
         fake(node),
         fake(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None,
@@ -63,7 +63,7 @@ def keeps_numbers(node: fx.Node) -> bool:
         return True
     if value.is_complex() != source.is_complex():
         return False
-    rounds = source.is_floating_point() and not value.is_floating_point()
+    rounds = source.is_floating_point() and (not value.is_floating_point() or value.dtype.itemsize < 2)
     return not rounds and not (value.dtype is torch.bool and source.dtype is not torch.bool)
 
 

@@ -393,7 +393,13 @@ class _Planes:
                     3,
                 )
             operands.append(found)
+        if not any(self._by_token(operand) for operand in operands):
+            return Miss("position", "the map is the same for every token", 0)
         return Named(tuple(operands), None, Tables(), None, Tables(), 1.0, "tables")
+
+    def _by_token(self, operand: Operand) -> bool:
+        """A table with an axis of tokens, be it of one token, and not merely one number per channel."""
+        return bool(operand.token_axes) or require_fake(operand.node).dim() > 1
 
     def _table(self, entries: list[tuple[int, int]], orientation: int) -> Operand | None:
         boundary = [self._entry(at) for at in entries]
@@ -410,24 +416,30 @@ class _Planes:
                 return replace(view, planes=True, scale=orientation * choice[0][0])
         return None
 
+    def _table_tolerance(self, entries: list[tuple[int, int]]) -> float:
+        """Rounding of the model's own tables: cos^2 + sin^2 of values of unit roundoff u is off by up to 4 u."""
+        stored = [
+            factor
+            for at in entries
+            for factor in (self.resolve(*at).leaf, *self._entry(at).factors)
+            if factor
+        ]
+        kinds = [require_fake(factor.node).dtype for factor in stored]
+        epsilons = [torch.finfo(kind).eps for kind in kinds if kind.is_floating_point or kind.is_complex]
+        return max([_TABLE_TOLERANCE, *(4 * epsilon for epsilon in epsilons)])
+
     def _table_values(self, cosines: list[tuple[int, int]], sines: list[tuple[int, int]]) -> Miss | None:
         cos = torch.stack([self._values(at) for at in cosines])
         sin = torch.stack([self._values(at) for at in sines])
         length = cos * cos + sin * sin
         spread = float((length.max() - length.min()) / length.max().clamp_min(1e-300))
-        if spread > _TABLE_TOLERANCE:
+        if spread > self._table_tolerance(cosines + sines):
             return Miss(
                 "orthogonal",
                 f"cos^2 + sin^2 of the tables varies by {spread:.2g} of its size: this is no rotation times a constant",
                 4,
                 "a rotation with these planes",
             )
-        if (
-            cos.shape[1] > 1
-            and float((cos - cos[:, :1]).abs().max()) + float((sin - sin[:, :1]).abs().max()) == 0
-            and max(self.reading.shape[:-1]) > 1
-        ):
-            return Miss("position", "the map is the same for every token", 0)
         return None
 
 

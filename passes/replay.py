@@ -94,6 +94,8 @@ class Replay:
         value = node.meta.get("val")
         if isinstance(value, torch.SymInt | int) and not isinstance(value, bool):
             return self.sizes(value)
+        if isinstance(value, torch.SymFloat):
+            raise Unreadable("a number known at run time only")
         if node.op in ("placeholder", "get_attr"):
             return self._input(node)
         if node.op != "call_function" or (

@@ -269,7 +269,7 @@ class _Layer:
 
     def _unfolded_mask(self, term: ScoreTerm) -> fx.Node:
         shape = require_fake(term.node).shape
-        if not self.folded or not (term.folded or len(shape) == 3):
+        if not self.layer.is_folded(term):
             return term.node
         if len(shape) == 3 and shape[0] != 1:
             batch, heads = self.layer.batch_heads or (1, shape[0])
