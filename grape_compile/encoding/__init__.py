@@ -9,10 +9,12 @@ from grape_compile.encoding.bias import Absolute, Bias, Distance, Euclidean, Sig
 from grape_compile.encoding.clock import Accumulated, Clock, Positions, Steps, Tables
 from grape_compile.encoding.compose import Compose, Nope
 from grape_compile.encoding.describe import describe_frequencies, describe_slopes
-from grape_compile.encoding.named import alibi, nope, rope
+from grape_compile.encoding.gate import Gate
+from grape_compile.encoding.named import alibi, fox, gated_alibi, grape_ap, nope, rope
+from grape_compile.encoding.path import Identity, Link, LogSigmoid, NegativeExp, PathBias
 from grape_compile.encoding.planes import Axes, Half, Interleaved, Pairs, Partial, Planes, planes_of
 from grape_compile.encoding.rotation import Rotation
-from grape_compile.encoding.slopes import AlibiSlopes, Constant, Slopes
+from grape_compile.encoding.slopes import AlibiSlopes, Constant, Slopes, Uniform
 from grape_compile.encoding.spectrum import (
     Geometric,
     Linear,
@@ -39,16 +41,22 @@ __all__ = [
     "Distance",
     "Encoding",
     "Euclidean",
+    "Gate",
     "Geometric",
     "Half",
+    "Identity",
     "Interleaved",
     "Learned",
     "Linear",
+    "Link",
     "Llama3",
+    "LogSigmoid",
+    "NegativeExp",
     "Nope",
     "Ntk",
     "Pairs",
     "Partial",
+    "PathBias",
     "Planes",
     "Positions",
     "Rotation",
@@ -61,10 +69,14 @@ __all__ = [
     "Table",
     "Tables",
     "Term",
+    "Uniform",
     "Yarn",
     "alibi",
     "describe_frequencies",
     "describe_slopes",
+    "fox",
+    "gated_alibi",
+    "grape_ap",
     "nope",
     "parse",
     "planes_of",

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from grape_compile.encoding import checks
 from grape_compile.encoding.base import Encoding, Term, check_roles
 from grape_compile.encoding.clock import Clock, Steps, Tables
-from grape_compile.encoding.slopes import Constant, Slopes
+from grape_compile.encoding.gate import Gate
+from grape_compile.encoding.slopes import Slopes
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,28 +36,27 @@ class Euclidean(Distance):
 class Bias(Encoding):
     """Adds b[h, t, j] = slope_h * distance(clock_j, clock_t) to the logit of query t and key j (GRAPE 4.2).
 
-    The bias is added after the score scale. ALiBi is `AlibiSlopes` by `Steps`. `gate` is reserved for slopes
-    that depend on query and key; it is None.
+    The bias is added after the score scale. ALiBi is `AlibiSlopes` by `Steps`, the Forgetting Transformer a slope of -1
+    by the accumulated log f. A `gate` multiplies the slope by numbers of query and key.
     """
 
     slopes: Slopes
     clock: Clock
-    gate: None = None
+    gate: Gate | None = None
     distance: Distance = Signed()
 
     def __post_init__(self) -> None:
         checks.member(self, "slopes", Slopes)
         checks.member(self, "clock", Clock)
         checks.member(self, "distance", Distance)
-        if self.gate is not None:
-            checks.refuse(self, "gate", "none")
+        checks.member(self, "gate", Gate, optional=True)
         if isinstance(self.clock, Tables):
             checks.refuse(self, "clock", "steps, positions or accumulated: a bias has no cosines and sines")
         check_roles(self)
 
     def inverse(self) -> Bias:
         """Return the bias of opposite slopes; EncodingError for slopes that only a tensor has."""
-        return replace(self, slopes=Constant(tuple(-slope for slope in self.slopes.values())))
+        return replace(self, slopes=self.slopes.negated())
 
     def canonical(self) -> Bias:
         """Return the one bias of this meaning: simplest slopes; along one axis the norm is `Absolute`."""

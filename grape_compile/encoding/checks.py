@@ -52,6 +52,14 @@ def positive(term: Term, field: str) -> None:
     _settle(term, field, number)
 
 
+def real(term: Term, field: str) -> None:
+    """Settle a finite real number as a float (zero without a sign)."""
+    number = _as_float(getattr(term, field))
+    if number is None:
+        refuse(term, field, "a finite number")
+    _settle(term, field, number + 0.0)
+
+
 def reals(term: Term, field: str) -> None:
     """Settle a sequence of one or more finite numbers as a tuple of floats (zero without a sign)."""
     numbers = [_as_float(value) for value in _items(getattr(term, field))]
@@ -80,6 +88,12 @@ def flag(term: Term, field: str) -> None:
     """Check a truth value."""
     if not isinstance(getattr(term, field), bool):
         refuse(term, field, "true or false")
+
+
+def choice(term: Term, field: str, words: tuple[str, ...]) -> None:
+    """Check one of a few words."""
+    if getattr(term, field) not in words:
+        refuse(term, field, f"one of {', '.join(words)}")
 
 
 def slot(term: Term, field: str) -> None:

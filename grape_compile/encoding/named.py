@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from grape_compile.encoding.bias import Bias
-from grape_compile.encoding.clock import Steps
+from grape_compile.encoding.clock import Accumulated, Steps
 from grape_compile.encoding.compose import Nope
+from grape_compile.encoding.gate import Gate
+from grape_compile.encoding.path import LogSigmoid, PathBias
 from grape_compile.encoding.planes import Half, Interleaved, Partial
 from grape_compile.encoding.rotation import Rotation
-from grape_compile.encoding.slopes import AlibiSlopes
+from grape_compile.encoding.slopes import AlibiSlopes, Uniform
 from grape_compile.encoding.spectrum import Geometric
 
 
@@ -35,6 +37,34 @@ def alibi(heads: int) -> Bias:
     'bias(alibi_slopes(8), steps)'
     """
     return Bias(AlibiSlopes(heads), Steps())
+
+
+def fox(log_forget: str = "log_forget") -> Bias:
+    """Return the bias U_t - U_j, U the inclusive running sum of log f (FoX, Lin et al. 2025; GRAPE App. C).
+
+    >>> str(fox())
+    'bias(uniform(-1.0), accumulated("log_forget", true))'
+    """
+    return Bias(Uniform(-1.0), Accumulated(log_forget, True))
+
+
+def gated_alibi(heads: int, query: str | None = "gate_query", key: str | None = "gate_key") -> Bias:
+    """Return GRAPE-A-QK, slope_h (j - t) (lam_q[t] + lam_k[j]); -Q or -K with one name alone (GRAPE 4.6).
+
+    >>> str(gated_alibi(8, key=None))
+    'bias(alibi_slopes(8), steps, gate=gate(query="gate_query"))'
+    """
+    return Bias(AlibiSlopes(heads), Steps(), gate=Gate(query, key))
+
+
+def grape_ap(heads: int, dim: int = 8, normalised: str = "keys") -> PathBias:
+    """Return GRAPE-AP: log-sigmoid edges, ALiBi slopes, keys that turn by one radian a position (GRAPE 5.1-5.2).
+
+    >>> str(grape_ap(8).turn)
+    'rotation(interleaved(8), geometric(1.0), steps)'
+    """
+    turn = Rotation(Interleaved(dim), Geometric(1.0), Steps())
+    return PathBias(LogSigmoid(), AlibiSlopes(heads), dim, normalised, turn)
 
 
 def nope() -> Nope:

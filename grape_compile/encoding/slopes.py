@@ -22,6 +22,10 @@ class Slopes(Term, ABC):
             "reading them from the tensor of that name",
         )
 
+    def negated(self) -> Slopes:
+        """Return the opposite slopes; EncodingError where only a tensor has them."""
+        return Constant(tuple(-slope for slope in self.values()))
+
     def canonical(self) -> Slopes:
         """Return the simplest slopes with the same values."""
         return self
@@ -63,6 +67,19 @@ class Constant(Slopes):
     def canonical(self) -> Slopes:
         alibi = AlibiSlopes(len(self.per_head))
         return alibi if alibi.values() == self.per_head else self
+
+
+@dataclass(frozen=True, slots=True)
+class Uniform(Slopes):
+    """The slope of every head is `slope`, whatever their number: -1 makes a clock its own bias (GRAPE App. C)."""
+
+    slope: float
+
+    def __post_init__(self) -> None:
+        checks.real(self, "slope")
+
+    def negated(self) -> Slopes:
+        return Uniform(-self.slope)
 
 
 def _geometric_slopes(heads: int) -> tuple[float, ...]:

@@ -12,9 +12,11 @@ from grape_compile.encoding.base import Encoding, Term, term_name
 from grape_compile.encoding.bias import Absolute, Bias, Euclidean, Signed
 from grape_compile.encoding.clock import Accumulated, Positions, Steps, Tables
 from grape_compile.encoding.compose import Compose, Nope
+from grape_compile.encoding.gate import Gate
+from grape_compile.encoding.path import Identity, LogSigmoid, NegativeExp, PathBias
 from grape_compile.encoding.planes import Axes, Half, Interleaved, Pairs, Partial
 from grape_compile.encoding.rotation import Rotation
-from grape_compile.encoding.slopes import AlibiSlopes, Constant
+from grape_compile.encoding.slopes import AlibiSlopes, Constant, Uniform
 from grape_compile.encoding.spectrum import Geometric, Linear, Llama3, Ntk, Scaled, Yarn
 from grape_compile.encoding.tensors import Learned, Table
 from grape_compile.errors import EncodingError
@@ -23,13 +25,15 @@ from grape_compile.errors import EncodingError
 VOCABULARY: Final[dict[str, type[Term]]] = {
     term_name(kind): kind
     for kind in (
-        *(Rotation, Bias, Compose, Nope),
+        *(Rotation, Bias, PathBias, Compose, Nope),
         *(Half, Interleaved, Partial, Pairs, Axes),
         *(Geometric, Scaled, Learned, Table),
         *(Linear, Ntk, Yarn, Llama3),
         *(Steps, Positions, Accumulated, Tables),
-        *(AlibiSlopes, Constant),
+        *(AlibiSlopes, Constant, Uniform),
+        Gate,
         *(Signed, Absolute, Euclidean),
+        *(LogSigmoid, NegativeExp, Identity),
     )
 }
 _CONSTANTS: Final[dict[str, bool | None]] = {"none": None, "true": True, "false": False}

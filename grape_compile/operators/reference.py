@@ -7,20 +7,25 @@ truth.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, cast
 
 import torch
 from torch import Tensor
 
 from grape_compile.encoding import (
-    Absolute,
     Accumulated,
     Bias,
     Clock,
     Compose,
     Encoding,
+    Euclidean,
+    Identity,
     Learned,
+    Link,
+    LogSigmoid,
+    NegativeExp,
+    PathBias,
     Positions,
     Rotation,
     Signed,
@@ -29,6 +34,7 @@ from grape_compile.encoding import (
     Steps,
     Table,
     Tables,
+    Uniform,
 )
 
 Slots = Mapping[str, Tensor]
@@ -49,7 +55,7 @@ def _rotated(tensor: Tensor, encoding: Encoding, slots: Slots) -> Tensor:
     match encoding:
         case Compose(parts):
             for part in parts:
-                tensor = tensor if isinstance(part, Bias) else _rotated(tensor, part, slots)
+                tensor = tensor if isinstance(part, Bias | PathBias) else _rotated(tensor, part, slots)
             return tensor
         case Rotation():
             return _planes_turned(tensor, encoding, slots)
@@ -103,40 +109,96 @@ def _clock(clock: Clock, length: int, like: Tensor, slots: Slots) -> Tensor:
             return torch.arange(length, dtype=like.dtype, device=like.device)
 
 
-def reference_bias(encoding: Encoding, slots: Slots, query_length: int, keys: Tensor) -> Tensor:
-    """Return the logit bias [B or 1, H, T_q, T_k] of `encoding` (GRAPE 4.2), for `keys` [B, H, T_k, D].
+def reference_bias(
+    encoding: Encoding, slots: Slots, query_length: int, keys: Tensor, rows: Sequence[int] | None = None
+) -> Tensor:
+    """Return the logit bias, broadcastable to [B, H, T_q, T_k], of `encoding` for `keys` [B, H, T_k, D].
 
-    b[t, j] = slope * (clock_j - clock_t), or minus slope times the distance; the queries are the last T_q
-    keys.
+    Signed, b[t, j] = slope * gate[t, j] * (clock_j - clock_t), or minus slope times the distance (GRAPE 4.2,
+    4.6); along a path, the sum of its edges (GRAPE 5.1). Biases of a composition add up. The queries are the
+    last T_q keys; `rows` picks some of them.
     """
-    if isinstance(encoding, Compose):
-        total = keys.new_zeros(())
-        for part in encoding.parts:
-            total = total + reference_bias(part, slots, query_length, keys)
-        return total
-    if not isinstance(encoding, Bias):
-        return keys.new_zeros(())
-    slopes = _slopes(encoding.slopes, keys, slots)[..., None, None]
-    length = keys.shape[-2]
-    clock = _clock(encoding.clock, length, keys, slots)
-    if clock.dim() == 1:
-        clock = clock.unsqueeze(0)
-    if isinstance(encoding.clock, Steps):
-        rows = torch.arange(length - query_length, length, dtype=keys.dtype, device=keys.device)[None]
+    everyone = torch.arange(query_length, device=keys.device)
+    chosen = everyone if rows is None else everyone[list(rows)]
+    match encoding:
+        case Compose(parts):
+            total = keys.new_zeros(())
+            for part in parts:
+                total = total + reference_bias(part, slots, query_length, keys, rows)
+            return total
+        case PathBias():
+            return _path(encoding, slots, chosen + keys.shape[-2] - query_length, chosen, keys)
+        case Bias():
+            return _additive(encoding, slots, chosen + keys.shape[-2] - query_length, chosen, keys)
+        case _:
+            return keys.new_zeros(())
+
+
+def _additive(bias: Bias, slots: Slots, at: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+    """Queries number `queries` stand at key numbers `at`."""
+    times = _clock(bias.clock, keys.shape[-2], keys, slots)
+    axes = times.shape[:1] if isinstance(bias.distance, Euclidean) and times.dim() >= 3 else ()
+    # [axes, B or 1, H or 1, T_k]; two axes are batch and keys.
+    times = times.reshape(*axes, *_four(times.shape[len(axes) :]))
+    rows = at.to(times.dtype) if isinstance(bias.clock, Steps) else times[..., at]
+    apart = times[..., None, :] - rows[..., :, None]
+    if isinstance(bias.distance, Signed):
+        pass
+    elif axes:
+        apart = -cast(Tensor, torch.linalg.vector_norm(apart, dim=0))
     else:
-        rows = clock[..., length - query_length :]
-    # [B or 1, 1, T_q, T_k], with the axes in front where the distance is Euclidean and has several.
-    apart = clock[..., None, None, :] - rows[..., None, :, None]
-    if isinstance(encoding.distance, Signed):
-        return slopes * apart
-    if isinstance(encoding.distance, Absolute) or apart.dim() == 4:
-        return -slopes * apart.abs()
-    return -slopes * cast(Tensor, torch.linalg.vector_norm(apart, dim=0))
+        apart = -apart.abs()
+    gate = keys.new_ones(())
+    if bias.gate is not None:
+        found = []
+        if bias.gate.query is not None:
+            found.append(slots[bias.gate.query].to(keys.dtype)[..., queries, None])
+        if bias.gate.key is not None:
+            found.append(slots[bias.gate.key].to(keys.dtype)[..., None, :])
+        gate = cast(Tensor, sum(found))
+    return _slopes(bias.slopes, keys, slots)[..., None, None] * gate * apart
+
+
+def _four(shape: Sequence[int]) -> tuple[int, ...]:
+    """[T], [B, T] or [B, H, T] as three axes."""
+    return (1, 1, *shape) if len(shape) < 2 else (shape[0], 1, shape[1]) if len(shape) == 2 else tuple(shape)
+
+
+def _path(bias: PathBias, slots: Slots, at: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+    query, edge = slots[bias.query].to(keys.dtype), slots[bias.key].to(keys.dtype)
+    if bias.normalised == "both":
+        query = _by_size(query)
+    if bias.normalised != "none":
+        edge = _by_size(edge)
+    if bias.turn is not None:
+        edge = _rotated(edge, bias.turn, slots)
+    product = query[..., queries, :] @ edge.mT / bias.dim
+    edges = _LINKS[type(bias.link)](product)
+    later = torch.arange(keys.shape[-2], device=keys.device) > at[:, None]
+    edges = edges.masked_fill(later, 0.0)
+    # The sum over l > j: all edges from j on, without the one at j.
+    sums = edges.flip(-1).cumsum(-1).flip(-1) - edges
+    return _slopes(bias.slopes, keys, slots)[..., None, None] * sums
+
+
+_LINKS: Final[Mapping[type[Link], Callable[[Tensor], Tensor]]] = {
+    LogSigmoid: torch.nn.functional.logsigmoid,
+    NegativeExp: lambda product: -product.exp(),
+    Identity: lambda product: product,
+}
+
+
+def _by_size(tensor: Tensor) -> Tensor:
+    """Divided by its root mean square (plus 1e-6 below the root)."""
+    mean: Tensor = tensor.square().mean(-1, keepdim=True)
+    return tensor * (mean + 1e-6).rsqrt()
 
 
 def _slopes(slopes: Slopes, like: Tensor, slots: Slots) -> Tensor:
     if isinstance(slopes, Learned | Table):
         return slots[slopes.slot].to(like.dtype)
+    if isinstance(slopes, Uniform):
+        return torch.full((1,), slopes.slope, dtype=like.dtype, device=like.device)
     return torch.tensor(slopes.values(), dtype=like.dtype, device=like.device)
 
 

@@ -126,7 +126,7 @@ def test_refused(build: Callable[[], object], works: str) -> None:
         ("(" * 500 + ")" * 500, "no expression", "call syntax"),
         ("rotatoin(half(4), geometric(1e4), steps)", "does not have", "rotation"),
         ("rope", "does not have", "nope"),
-        ("half(4)", "a part of an encoding", "bias, compose, nope, rotation"),
+        ("half(4)", "a part of an encoding", "bias, compose, nope, path_bias, rotation"),
         ("none", "a part of an encoding", "rotation"),
         ("rotation(half(4))", "(half(4))", "rotation(planes, spectrum, clock, orientation=..."),
         ("rotation(half(4), geometric(1e4), steps, turn=1)", "turn=1", "orientation=..."),
