@@ -52,6 +52,7 @@ SUMS = {"aten::add", "aten::sub", "aten::neg", "aten::sum", "aten::rsub", "aten:
 PRODUCTS = {"aten::mul", "aten::div", "aten::multiply", "aten::divide", "aten::true_divide"}
 PICKS = {"aten::index_select"}
 SCATTERS = {"aten::slice_scatter", "aten::select_scatter"}
+PADS = {"aten::pad", "aten::constant_pad_nd"}
 _MASKED = {"aten::masked_fill", "aten::where"}
 _DETACHES = {"aten::detach", "aten::detach_"}
 _SUM_LIMIT = 8
@@ -176,6 +177,8 @@ class Reader:
             return back(operand_of(node, 0), self._picked(node, index), rows)
         if name in SCATTERS:
             return self._scatter(node, name, index, rows, back)
+        if name in PADS:
+            return self._padded(node, name, index, rows, back)
         outer = self._outer(node, name)
         if outer is not None:
             left, right = outer(index)
@@ -196,6 +199,23 @@ class Reader:
         axes, dim = list(index), ints(node.args[1])[0]
         axes[dim] = self.replay.tensor(places)[axes[dim]]
         return tuple(axes)
+
+    def _padded(self, node: fx.Node, name: str, index: Index, rows: Tensor, back: Back) -> list[Term]:
+        """Elements inside come from the operand, the others are zero: no term at all."""
+        operand, rest = operand_of(node, 0), [*node.args[2:], *node.kwargs.values()]
+        raise_if(any(value not in (None, 0, 0.0, "constant") for value in rest), "padding by more than zeros")
+        amounts = node.args[1]
+        raise_if(
+            not isinstance(amounts, list | tuple) or any(map(is_symbolic, amounts)),
+            "padding of symbolic width",
+        )
+        shape, axes, inside = self.shape(operand), list(index), torch.ones_like(rows, dtype=torch.bool)
+        for number, before in enumerate(ints(amounts)[::2]):
+            dim = len(shape) - 1 - number
+            axes[dim] = axes[dim] - before
+            inside = inside & (axes[dim] >= 0) & (axes[dim] < shape[dim])
+        keep = inside.nonzero().flatten()
+        return back(operand, tuple(axis[keep] for axis in axes), rows[keep]) if keep.numel() else []
 
     def _scatter(self, node: fx.Node, name: str, index: Index, rows: Tensor, back: Back) -> list[Term]:
         """Elements inside of the slice come from what was written, the others from the tensor written to."""

@@ -1,0 +1,285 @@
+"""Name what is added to the scores: which biases of the algebra a polynomial of addends is the sum of.
+
+What softmax ignores is ignored here too: an addend without the key is a constant of its row. The others are
+
+    slope_h * clock_j                                            a bias by a clock (GRAPE 4.2, App. C, 5)
+    slope_h * gate_t * clock_j                                   the same under a gate of the query (GRAPE 4.6)
+    slope_h * gate_j * clock_j  -  slope_h * gate_j * clock_t    the same under a gate of the key
+    -slope_h * |clock_j - clock_t|, with or without gates        a mirrored bias
+
+and anything else is no bias of the algebra. A clock counts keys, is given, or is a running sum; a gate is an activation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import fx
+
+from grape_compile.encoding import Absolute, Distance, Signed
+from grape_compile.passes.addends import Addend, AddendReader
+from grape_compile.passes.clocks import counted_by, counts, is_given
+from grape_compile.passes.graph import Role, Taint, Unreadable, op_name
+from grape_compile.passes.movement import operand_of
+from grape_compile.passes.operands import Operand
+from grape_compile.passes.plans import Miss
+from grape_compile.passes.running_sums import RunningSums
+from grape_compile.passes.scores import BATCH, HEAD, KEY, QUERY, Scores, as_key
+from grape_compile.passes.terms import Index
+
+
+@dataclass(frozen=True)
+class BiasPart:
+    """number * prod(slopes) * gate * distance(clock_j, clock_t).
+
+    `clock` sees the keys; None counts them. Where `inclusive` is not None it is the rate of a running sum. `given` marks
+    positions the model is given.
+    """
+
+    number: float
+    slopes: tuple[Operand, ...]
+    clock: Operand | None = None
+    inclusive: bool | None = None
+    gate_query: Operand | None = None
+    gate_key: Operand | None = None
+    distance: Distance = field(default_factory=Signed)
+    given: bool = False
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        """Everything this is made of."""
+        views = (*self.slopes, self.clock, self.gate_query, self.gate_key)
+        return tuple(view for view in views if view is not None)
+
+
+@dataclass(frozen=True)
+class Clock:
+    """A clock by itself: `number` times the count of the keys (`view` None), given positions or a running sum."""
+
+    number: float
+    view: Operand | None
+    inclusive: bool | None = None
+    given: bool = False
+
+
+class Namer:
+    """Names the addends of one layer. `alive` are the entries its masks leave."""
+
+    def __init__(self, scores: Scores, reader: AddendReader, lead: Index, alive: torch.Tensor) -> None:
+        self.scores, self.reader, self.lead, self.alive = scores, reader, lead, alive
+        self.program = scores.program
+        self.sums = RunningSums(self.program, reader.reader, lead, scores.shape, KEY)
+
+    def parts(self, addends: list[Addend]) -> list[BiasPart] | Miss:
+        """The biases whose sum the addends are, up to a constant per row."""
+        rest = [addend for addend in addends if addend.keys or addend.pairs]
+        self.rows = [addend for addend in addends if not addend.keys and not addend.pairs]
+        parts: list[BiasPart] = []
+        while rest:
+            found = self._mirrored(rest) or self._key_gate(rest) or self._plain(rest)
+            if found is None:
+                return self._miss(rest)
+            part, used = found
+            parts.append(part)
+            rest = [addend for addend in rest if addend not in used]
+        return _merged(parts)
+
+    # -- one part at a time --------------------------------------------------------------------------------------------
+
+    def _plain(self, rest: list[Addend]) -> tuple[BiasPart, list[Addend]] | None:
+        """slope * clock_j, or slope * gate_t * clock_j."""
+        for addend in rest:
+            if addend.pairs or len(addend.keys) != 1 or len(addend.queries) > 1:
+                continue
+            clock = self.clock(addend.keys[0], addend)
+            if clock is None:
+                continue
+            gate = addend.queries[0] if addend.queries else None
+            if gate is not None and (not self._is_gate(gate) or not self.scores.is_square):
+                continue
+            return self._part(addend, clock, gate_query=gate), [addend]
+        return None
+
+    def _key_gate(self, rest: list[Addend]) -> tuple[BiasPart, list[Addend]] | None:
+        """slope * gate_j * clock_j and its counterpart with the clock of the query."""
+        for addend in rest:
+            if addend.pairs or len(addend.keys) != 2 or addend.queries or not self.scores.is_square:
+                continue
+            for view, gate in (addend.keys, addend.keys[::-1]):
+                partner = next((each for each in rest if self._is_partner(addend, each, view, gate)), None)
+                clock = self.clock(view, None) if partner is not None and self._is_gate(gate) else None
+                if clock is not None and partner is not None:
+                    return self._part(addend, clock, gate_key=gate), [addend, partner]
+        return None
+
+    def _is_partner(self, addend: Addend, other: Addend, clock: Operand, gate: Operand) -> bool:
+        return (
+            other.number == -addend.number
+            and other.heads == addend.heads
+            and other.keys == (gate,)
+            and not other.pairs
+            and len(other.queries) == 1
+            and as_key(other.queries[0]) == clock
+        )
+
+    def _mirrored(self, rest: list[Addend]) -> tuple[BiasPart, list[Addend]] | None:
+        """-slope * |clock_j - clock_t|, times a gate."""
+        for addend in rest:
+            if len(addend.pairs) != 1 or op_name(addend.pairs[0].node) != "aten::abs":
+                continue
+            if len(addend.queries) + len(addend.keys) > 1 or not self.scores.is_square:
+                continue
+            gates = (*addend.queries, *addend.keys)
+            clock = self._apart(addend.pairs[0])
+            if clock is None or not all(map(self._is_gate, gates)):
+                continue
+            part = self._part(
+                addend,
+                replace(clock, number=-abs(clock.number)),
+                gate_query=addend.queries[0] if addend.queries else None,
+                gate_key=addend.keys[0] if addend.keys else None,
+            )
+            return replace(part, distance=Absolute()), [addend]
+        return None
+
+    def _apart(self, pair: Operand) -> Clock | None:
+        """The clock of |clock_j - clock_t|."""
+        try:
+            inside = self.reader.operand(pair, self.lead, operand_of(pair.node, 0))
+        except Unreadable:
+            return None
+        keys = [addend for addend in inside if len(addend.keys) == 1 and not addend.queries]
+        queries = [addend for addend in inside if len(addend.queries) == 1 and not addend.keys]
+        if len(inside) != 2 or len(keys) != 1 or len(queries) != 1:
+            return None
+        (key,), (query,) = keys, queries
+        if key.heads or query.heads or key.number != -query.number or as_key(query.queries[0]) != key.keys[0]:
+            return None
+        clock = self.clock(key.keys[0], None)
+        return None if clock is None else replace(clock, number=clock.number * key.number)
+
+    def _part(self, addend: Addend, clock: Clock, **gates: Operand | None) -> BiasPart:
+        return BiasPart(
+            addend.number * clock.number,
+            addend.heads,
+            clock.view,
+            clock.inclusive,
+            gates.get("gate_query"),
+            gates.get("gate_key"),
+            given=clock.given,
+        )
+
+    # -- what plays the part of clock and gate -------------------------------------------------------------------------
+
+    def clock(self, view: Operand, addend: Addend | None) -> Clock | None:
+        """A value along the keys as a clock; `addend` is what it is part of, where its counterpart is a row constant."""
+        if view.part != "value":
+            return None
+        alone = view.token_axes == (KEY,)
+        stride = next(axis.stride for axis in view.axes if axis.role == KEY)
+        steps = counted_by(view.node) if alone and stride == 1 else None
+        if steps is not None:
+            return Clock(float(steps), None)
+        if is_given(view.node) or self._is_coordinate(view, addend):
+            return Clock(1.0, view, given=True) if HEAD not in view.token_axes else None
+        total = self.sums.read(view)
+        if total is not None:
+            return Clock(total.number, total.rates, total.inclusive)
+        if HEAD not in view.token_axes and self._counts(view):
+            return Clock(1.0, view)
+        return None
+
+    def _is_coordinate(self, view: Operand, addend: Addend | None) -> bool:
+        """Real positions given to the model: used as a difference, so that it is no mask that is added."""
+        if view.node.op != "placeholder" or self.program.roles.get(view.node) is not Role.INPUT:
+            return False
+        if addend is None:
+            return True
+        return any(
+            row.number == -addend.number
+            and row.heads == addend.heads
+            and len(row.queries) == 1 + len(addend.queries)
+            and any(as_key(query) == view for query in row.queries)
+            for row in self.rows
+        )
+
+    def _counts(self, view: Operand) -> bool:
+        """A computed clock that counts whatever it is given, and moves by one step from live key to live key."""
+        if self.program.taints[view.node] >= Taint.PARAMETER or QUERY in view.token_axes:
+            return False
+        if not self.program.is_constant(view.node) and not counts(self.program, view):
+            return False
+        if set(view.token_axes) - {BATCH, KEY}:
+            return False
+        value = self.scores.aligned(view)
+        rises = value[..., 1:] - value[..., :-1]
+        alive = self.alive
+        both = alive[..., 1:] & alive[..., :-1] if alive.shape[-1] > 1 else alive
+        shape = torch.broadcast_shapes(rises.shape, both.shape)
+        return bool((rises.abs().expand(shape)[both.expand(shape)] == 1).all())
+
+    def _is_gate(self, view: Operand) -> bool:
+        return self.program.taints[view.node] is Taint.DATA and view.part == "value"
+
+    # -- why not -------------------------------------------------------------------------------------------------------
+
+    def _miss(self, rest: list[Addend]) -> Miss:
+        """The sentence for addends that are no bias; depth 0 where nothing about them speaks of positions."""
+        nodes = [view.node for addend in rest for view in (*addend.queries, *addend.keys, *addend.pairs)]
+        near = any(map(self._is_positional, nodes))
+        names = ", ".join(sorted({_said(node) for node in nodes}))
+        return Miss(
+            "terms",
+            f"what is added to the scores is not a slope per head times a clock, with or without gates: it holds {names}",
+            3 if near else 0,
+            "a bias by steps, by given positions or by a running sum",
+        )
+
+    def _is_positional(self, node: fx.Node) -> bool:
+        """Whether a value is made of positions or of a running sum."""
+        seen, stack = {node}, [(node, 0)]
+        while stack:
+            step, depth = stack.pop()
+            if op_name(step) in ("aten::cumsum", "aten::arange") or is_given(step):
+                return True
+            if depth < _LOOK:
+                new = [each for each in step.all_input_nodes if each not in seen]
+                seen.update(new)
+                stack += [(each, depth + 1) for each in new]
+        return False
+
+
+_LOOK = 8
+"""Operations to look back for positions, for the sake of a sentence."""
+
+
+def _said(node: fx.Node) -> str:
+    return op_name(node).removeprefix("aten::") or f"the input {node.name}"
+
+
+def _merged(parts: list[BiasPart]) -> list[BiasPart]:
+    """The two halves of a gate of query and key as one part."""
+    merged: list[BiasPart] = []
+    for part in parts:
+        for place, held in enumerate(merged):
+            both = _both(held, part) or _both(part, held)
+            if both is not None:
+                merged[place] = both
+                break
+        else:
+            merged.append(part)
+    return merged
+
+
+def _both(one: BiasPart, other: BiasPart) -> BiasPart | None:
+    """One part gated by the query, the other by the key, and nothing else between them."""
+    if (
+        one.gate_query is None
+        or one.gate_key is not None
+        or other.gate_key is None
+        or other.gate_query is not None
+    ):
+        return None
+    joined = replace(one, gate_key=other.gate_key)
+    return joined if joined == replace(other, gate_query=one.gate_query) else None
