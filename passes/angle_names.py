@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from grape_compile.encoding import (
+    Accumulated,
     Clock,
     Learned,
     Positions,
@@ -24,6 +25,7 @@ from grape_compile.passes.coefficients import Coefficients, element_values
 from grape_compile.passes.graph import Taint, Unreadable, require_fake
 from grape_compile.passes.operands import Operand, fit
 from grape_compile.passes.plans import Miss
+from grape_compile.passes.running_sums import RunningSums
 from grape_compile.passes.terms import Factor
 
 _TABLE_TOLERANCE = 1e-5
@@ -72,41 +74,68 @@ class _Namer:
             for cos, sin in zip(ends[:half], ends[half:], strict=True)
         ):
             return None
-        angles = [self.coefficients.angle(end.leaf) for end in ends[:half]]
-        number, leaves = angles[0] or (0.0, ())
-        if any(angle is None or angle[0] != number or len(angle[1]) != 2 for angle in angles):
+        leaves = [end.leaf for end in ends[:half]]
+        boundary = self.coefficients.entry(cosines[0]).factors[0].node
+        for read in (self.reading.reader.position, self.reading.reader.product):
+            named = self._product([self.coefficients.angle(leaf, read) for leaf in leaves], boundary, scale)
+            if named is not None:
+                return named
+        return None
+
+    def _product(
+        self, angles: list[tuple[float, tuple[Factor, ...]] | None], boundary: fx.Node, scale: float
+    ) -> Named | None:
+        """Angles that are a number times a clock, and times a frequency where the planes differ."""
+        found = [angle for angle in angles if angle is not None]
+        number, leaves = found[0] if found else (0.0, ())
+        if len(found) != len(angles) or any((angle[0], len(angle[1])) != (number, len(leaves)) for angle in found):
             return None
-        views = [
-            self._view([angle[1][which] for angle in angles if angle is not None])
-            for which in range(len(leaves))
-        ]
-        if (
-            len(views) != 2
-            or views[0] is None
-            or views[1] is None
-            or views[0].has_planes == views[1].has_planes
-        ):
+        views = [self._view([angle[1][which] for angle in found]) for which in range(len(leaves))]
+        seen = [view for view in views if view is not None]
+        clocks = [view for view in seen if not view.has_planes]
+        if len(seen) != len(views) or len(clocks) != 1 or len(views) > 2:
             return None
-        spectrum, clock = (views[0], views[1]) if views[0].has_planes else (views[1], views[0])
-        if not is_unit_clock(self.program, self.reading.replay, clock):
+        clock = clocks[0]
+        told = self._clock(clock)
+        if told is None:
             return None
-        boundary = self.coefficients.entry(cosines[0]).factors[0]
+        clock = replace(clock, detach=self._without_gradient(boundary, clock.node))
+        if len(views) == 1:
+            return self._without_frequencies(clock, told, len(found), number, scale)
+        spectrum = next(view for view in seen if view.has_planes)
         spectrum = replace(
-            spectrum, planes=True, scale=number, detach=self._without_gradient(boundary.node, spectrum.node)
+            spectrum, planes=True, scale=number, detach=self._without_gradient(boundary, spectrum.node)
         )
-        clock = replace(clock, detach=self._without_gradient(boundary.node, clock.node))
-        described = self._spectrum(spectrum, [angle[1] for angle in angles if angle is not None], number)
-        steps = (
-            Steps()
-            if is_steps(self.program, self.reading.replay, clock, self.reading.shape)
-            else Positions("positions")
-        )
+        described = self._spectrum(spectrum, [angle[1] for angle in found], number)
         learned = self.program.taints[spectrum.node] is Taint.PARAMETER
         called = Learned("inv_freq") if learned else Table("inv_freq")
         operator = Rotation(planes_of([(0, 1)], 2), called, Positions("positions"))
         by_slot = {"inv_freq": spectrum, "positions": clock}
         operands = tuple(by_slot[slot] for slot in operator.slots)
-        return Named(operands, described, steps, called, Positions("positions"), scale, "proved")
+        return Named(operands, described, told, called, Positions("positions"), scale, "proved")
+
+    def _without_frequencies(
+        self, clock: Operand, told: Clock, planes: int, number: float, scale: float
+    ) -> Named | None:
+        """Every plane turns alike, by a number written in the code times the clock."""
+        spectrum = describe_frequencies([number] * planes, planes, _FREQUENCY_TOLERANCE)
+        if spectrum is None:
+            return None
+        return Named((clock,), spectrum, told, spectrum, Positions("positions"), scale, "proved")
+
+    def _clock(self, clock: Operand) -> Clock | None:
+        """What a clock is: the tokens' numbers, given positions, or a running sum of rates; None for anything else."""
+        if is_unit_clock(self.program, self.reading.replay, clock):
+            steps = is_steps(self.program, self.reading.replay, clock, self.reading.shape)
+            return Steps() if steps else Positions("positions")
+        for token in clock.token_axes:
+            sums = RunningSums(
+                self.program, self.reading.reader, self.reading.lead, self.reading.shape[:-1], token
+            )
+            total = sums.read(clock)
+            if total is not None and total.number == 1.0:
+                return Accumulated("rates", total.inclusive)
+        return None
 
     def _view(self, factors: list[Factor]) -> Operand | None:
         """One value, seen from every plane, as an operand."""
@@ -146,21 +175,22 @@ class _Namer:
 
     def _without_gradient(self, table: fx.Node, leaf: fx.Node) -> bool:
         """Whether the model cuts the gradient between the frequencies and the table made of them."""
-        cut, seen, stack = self.program.no_grad, {table}, [(table, False)]
+        cut, seen, stack, order = self.program.no_grad, {table}, [(table, False)], self.program.order
+        leaf = self.program.representative(leaf)
         while stack:
             node, blocked = stack.pop()
             blocked = blocked or node in cut or str(node.target).startswith("aten.detach")
-            if self.program.representative(node) is self.program.representative(leaf):
+            if self.program.representative(node) is leaf:
                 return blocked
             for operand in node.all_input_nodes:
-                if operand not in seen and self.program.taints[operand] < Taint.DATA:
+                if operand not in seen and order[operand] >= order[leaf]:
                     seen.add(operand)
                     stack.append((operand, blocked))
         return False
 
     def tables(self, cosines: list[tuple[int, int]], sines: list[tuple[int, int]], sign: int) -> Named | Miss:
         """The tables themselves as operands: the use of them is a rotation whatever they hold."""
-        miss = self._table_values(cosines, sines)
+        miss = None if self._of_one_angle(cosines, sines) else self._table_values(cosines, sines)
         if miss is not None:
             return miss
         operands = []
@@ -176,6 +206,17 @@ class _Namer:
         if not any(self._by_token(operand) for operand in operands):
             return Miss("position", "the map is the same for every token", 0)
         return Named(tuple(operands), None, Tables(), None, Tables(), 1.0, "tables")
+
+    def _of_one_angle(self, cosines: list[tuple[int, int]], sines: list[tuple[int, int]]) -> bool:
+        """Cosine and sine of the same angle in every plane, times the same number: no values need be seen."""
+        resolve = self.coefficients.resolve
+        pairs = [(resolve(*one), resolve(*other)) for one, other in zip(cosines, sines, strict=True)]
+        return all(
+            (cos.kind, sin.kind) == ("cos", "sin")
+            and abs(cos.number) == abs(sin.number) == abs(pairs[0][0].number)
+            and self.coefficients.same_angle(cos.leaf, sin.leaf)
+            for cos, sin in pairs
+        )
 
     def _by_token(self, operand: Operand) -> bool:
         """A table with an axis of tokens, be it of one token, and not merely one number per channel."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from grape_compile.passes.graph import Taint, Unreadable, op_name, require_fake
 from grape_compile.passes.movement import is_symbolic, operand_of
 from grape_compile.passes.plans import Entry, Reading
 from grape_compile.passes.replay import Replay
-from grape_compile.passes.terms import Factor, multiply, unit
+from grape_compile.passes.terms import Factor, Index, Term, multiply, unit
+
+Read = Callable[[fx.Node, Index, Tensor], list[Term]]
 
 _EQUAL = 1e-9
 _LOOKUPS = {"aten::embedding": 0, "aten::index_select": 0, "aten::index": 0}
@@ -82,26 +85,30 @@ class Coefficients:
     def same_element(self, one: Factor | None, other: Factor | None) -> bool:
         if one is None or other is None:
             return False
+        if one.part != other.part:
+            return False
+        return self._same_place(one, other) or (one.part in ("cos", "sin") and self.same_angle(one, other))
+
+    def _same_place(self, one: Factor, other: Factor) -> bool:
+        """The same elements of the same value."""
         numbers = self.program.value_numbers
-        if one.part != other.part or numbers[one.node] != numbers[other.node]:
-            return False
-        if all(torch.equal(a, b) for a, b in zip(one.index, other.index, strict=True)):
-            return True
-        if one.part not in ("cos", "sin"):
-            return False
-        return self.same_angle(one, other)
+        return numbers[one.node] == numbers[other.node] and all(
+            torch.equal(a, b) for a, b in zip(one.index, other.index, strict=True)
+        )
 
     def same_angle(self, one: Factor | None, other: Factor | None) -> bool:
+        if one is not None and other is not None and self._same_place(one, other):
+            return True
         first, second = self.angle(one), self.angle(other)
         if first is None or second is None or first[0] != second[0] or len(first[1]) != len(second[1]):
             return False
         return all(self.same_element(a, b) for a, b in zip(first[1], second[1], strict=True))
 
-    def angle(self, factor: Factor | None) -> tuple[float, tuple[Factor, ...]] | None:
-        """The angle as number times a product of elements, or None when it is a sum."""
+    def angle(self, factor: Factor | None, read: Read | None = None) -> tuple[float, tuple[Factor, ...]] | None:
+        """The angle as number times a product of elements, or None when it is a sum; `read` goes back to the leaves."""
         if factor is None:
             return None
-        terms = self.reading.reader.position(factor.node, factor.index, self.samples)
+        terms = (read or self.reading.reader.position)(factor.node, factor.index, self.samples)
         if (
             len(terms) != 1
             or len(terms[0].rows) != len(self.samples)

@@ -131,7 +131,7 @@ class Reader:
     def _goes_on(self, node: fx.Node, name: str) -> bool:
         """Whether reading a position-side value goes on behind this operator."""
         if name in _DETACHES:
-            return True
+            return self.program.taints[node] <= Taint.PARAMETER
         if name in _MASKED:
             return self.alive and self._kept(node, name) is not None
         if name in IDENTITIES:
