@@ -189,7 +189,7 @@ def _run_passes(program: Program) -> Report:
     refusals: list[Refusal] = []
     for step in (FunctionalAssignments(), RewriteRotations(), RewriteBiases()):
         outcome = step(program)
-        sites += outcome.sites
+        sites = [site for site in sites if not any(site is part for part in outcome.absorbed)] + outcome.sites
         refusals += outcome.refusals
     return Report(tuple(sites), tuple(refusals))
 

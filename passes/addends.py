@@ -18,13 +18,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from grape_compile.passes.elements import PRODUCTS, Reader
+from grape_compile.passes.contractions import contraction, renamed
+from grape_compile.passes.elements import PADS, PRODUCTS, Reader
 from grape_compile.passes.graph import Taint, Unreadable, fake, op_name
 from grape_compile.passes.movement import SINGLE, is_frozen, keeps_numbers, move, operand_of
 from grape_compile.passes.operands import Operand
 from grape_compile.passes.score_terms import ScoreTerm
 from grape_compile.passes.scores import KEY, QUERY, Scores
-from grape_compile.passes.terms import Factor, Index, Term, unit
+from grape_compile.passes.terms import Factor, Index, Term, multiply, unit
+
+_LONGEST_SUM = 8
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,11 @@ class AddendReader:
 
     def operand(self, view: Operand, lead: Index, node: fx.Node) -> list[Addend]:
         """The polynomial of another value seen as `view` sees its own node (the operand of an elementwise operation)."""
-        return self._read(node, self.scores.along(view, lead), torch.arange(lead[0].numel()), lead)
+        return self.elements(node, self.scores.along(view, lead), lead)
+
+    def elements(self, node: fx.Node, index: Index, lead: Index) -> list[Addend]:
+        """The polynomial of chosen elements of a value."""
+        return self._read(node, index, torch.arange(lead[0].numel()), lead)
 
     def _read(self, node: fx.Node, index: Index, rows: Tensor, lead: Index) -> list[Addend]:
         def back(operand: fx.Node, at: Index, who: Tensor) -> list[Term]:
@@ -75,14 +82,37 @@ class AddendReader:
         leaf = None if view is None else [unit(rows, Factor(node, index))]
         if leaf is not None and view is not None and not self._opens(node, view):
             return leaf
+        if leaf is not None and op_name(node) in PADS:
+            return leaf
         try:
-            return self.reader._pull(
-                node, index, rows, lambda operand, at, who: self._back(operand, at, who, lead)
-            )
+            return self._pull(node, index, rows, lead)
         except Unreadable:
             if leaf is None:
                 raise
             return leaf
+
+    def _pull(self, node: fx.Node, index: Index, rows: Tensor, lead: Index) -> list[Term]:
+        """One step back; products of tensors over a few elements are sums of products."""
+
+        def back(operand: fx.Node, at: Index, who: Tensor) -> list[Term]:
+            return self._back(operand, at, who, lead)
+
+        moved = renamed(node, index)
+        if moved is not None:
+            return back(*moved, rows)
+        product = contraction(node, self.scores.sizes)
+        if product is None or not 1 < product.size <= _LONGEST_SUM or self._data(node) > 1:
+            return self.reader.pull(node, index, rows, back)
+        terms: list[Term] = []
+        for place in range(product.size):
+            at = torch.full_like(rows, place)
+            left = back(product.left, product.left_at(index, at), rows)
+            terms += multiply(left, back(product.right, product.right_at(index, at), rows))
+        return terms
+
+    def _data(self, node: fx.Node) -> int:
+        """How many activations a node takes."""
+        return sum(self.program.taints[each] is Taint.DATA for each in node.all_input_nodes)
 
     def _opens(self, node: fx.Node, view: Operand) -> bool:
         """Whether reading goes on behind a value: where it mixes query and key, or multiplies slope and clock."""
@@ -106,12 +136,7 @@ class AddendReader:
             return True
         if op_name(node) not in PRODUCTS:
             return False
-        return (
-            sum(
-                self.program.taints[each] is Taint.DATA for each in node.args[:2] if isinstance(each, fx.Node)
-            )
-            < 2
-        )
+        return self._data(node) < 2 and node.args[0] is not node.args[1]
 
     def _addend(self, term: Term, samples: int, lead: Index) -> Addend:
         number = term.constant()
@@ -128,31 +153,46 @@ class AddendReader:
                 "pairs" if len(roles) == 2 else "queries" if QUERY in roles else "keys" if roles else "heads"
             )
             kinds[kind].append(view)
-        order = self.program.order
+        return Addend(number, *(self._sorted(views) for views in kinds.values()))
+
+    def product(self, one: Addend, other: Addend) -> Addend:
+        """The product of two addends."""
         return Addend(
-            number,
-            *(
-                tuple(sorted(views, key=lambda view: (order.get(view.node, -1), str(view.axes), view.part)))
-                for views in kinds.values()
-            ),
+            one.number * other.number,
+            self._sorted(one.heads + other.heads),
+            self._sorted(one.queries + other.queries),
+            self._sorted(one.keys + other.keys),
+            self._sorted(one.pairs + other.pairs),
         )
 
-    def stripped(self, view: Operand, lead: Index) -> Operand:
+    def _sorted(self, views: Sequence[Operand]) -> tuple[Operand, ...]:
+        order = self.program.order
+        return tuple(sorted(views, key=lambda view: (order.get(view.node, -1), str(view.axes), view.part)))
+
+    def stripped(self, view: Operand, lead: Index, plane: Tensor | None = None, planes: int = 1) -> Operand:
         """The same elements seen in the earliest value that holds them and nothing beside them: what it is known by."""
         while True:
-            node, name = view.node, op_name(view.node)
-            if name not in SINGLE or is_frozen(node, name) or not keeps_numbers(node):
+            moved = self._moved(view.node, self.scores.along(view, lead, plane))
+            if moved is None:
                 return view
-            try:
-                operand, index = move(node, name, self.scores.along(view, lead), self.scores.sizes)
-            except Unreadable:
-                return view
-            if fake(operand) is None:
-                return view
-            earlier = self.scores.view(Factor(operand, index, view.part), lead)
-            if earlier is None or not self.scores.is_full(earlier):
+            operand, index = moved
+            earlier = self.scores.view(Factor(operand, index, view.part), lead, plane, planes)
+            if earlier is None or not self.scores.is_full(earlier, planes):
                 return view
             view = earlier
+
+    def _moved(self, node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
+        """One movement back, at any size."""
+        name = op_name(node)
+        if name not in SINGLE:
+            return renamed(node, index)
+        if is_frozen(node, name) or not keeps_numbers(node):
+            return None
+        try:
+            operand, moved = move(node, name, index, self.scores.sizes)
+        except Unreadable:
+            return None
+        return None if fake(operand) is None else (operand, moved)
 
 
 def cumsum_dim(node: fx.Node) -> int | None:

@@ -88,7 +88,9 @@ class _Namer:
         """Angles that are a number times a clock, and times a frequency where the planes differ."""
         found = [angle for angle in angles if angle is not None]
         number, leaves = found[0] if found else (0.0, ())
-        if len(found) != len(angles) or any((angle[0], len(angle[1])) != (number, len(leaves)) for angle in found):
+        if len(found) != len(angles) or any(
+            (angle[0], len(angle[1])) != (number, len(leaves)) for angle in found
+        ):
             return None
         views = [self._view([angle[1][which] for angle in found]) for which in range(len(leaves))]
         seen = [view for view in views if view is not None]

@@ -12,6 +12,7 @@ and anything else is no bias of the algebra. A clock counts keys, is given, or i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,12 +20,15 @@ from torch import fx
 
 from grape_compile.encoding import Absolute, Distance, Signed
 from grape_compile.passes.addends import Addend, AddendReader
+from grape_compile.passes.causal import CausalMasks, same_count
 from grape_compile.passes.clocks import counted_by, counts, is_given
 from grape_compile.passes.graph import Role, Taint, Unreadable, op_name
 from grape_compile.passes.movement import operand_of
 from grape_compile.passes.operands import Operand
+from grape_compile.passes.paths import PathPart, Paths
 from grape_compile.passes.plans import Miss
 from grape_compile.passes.running_sums import RunningSums
+from grape_compile.passes.score_terms import ScoreTerm
 from grape_compile.passes.scores import BATCH, HEAD, KEY, QUERY, Scores, as_key
 from grape_compile.passes.terms import Index
 
@@ -66,18 +70,28 @@ class Clock:
 class Namer:
     """Names the addends of one layer. `alive` are the entries its masks leave."""
 
-    def __init__(self, scores: Scores, reader: AddendReader, lead: Index, alive: torch.Tensor) -> None:
-        self.scores, self.reader, self.lead, self.alive = scores, reader, lead, alive
-        self.program = scores.program
+    def __init__(
+        self,
+        scores: Scores,
+        reader: AddendReader,
+        lead: Index,
+        alive: torch.Tensor,
+        masks: Sequence[ScoreTerm],
+    ) -> None:
+        self.scores, self.reader, self.lead, self.alive, self.masks = scores, reader, lead, alive, masks
+        self.program, self.causal = scores.program, CausalMasks(scores, reader)
+        self.paths = Paths(scores, reader, lead, masks, self.causal)
         self.sums = RunningSums(self.program, reader.reader, lead, scores.shape, KEY)
 
-    def parts(self, addends: list[Addend]) -> list[BiasPart] | Miss:
+    def parts(self, addends: list[Addend]) -> list[BiasPart | PathPart] | Miss:
         """The biases whose sum the addends are, up to a constant per row."""
         rest = [addend for addend in addends if addend.keys or addend.pairs]
         self.rows = [addend for addend in addends if not addend.keys and not addend.pairs]
-        parts: list[BiasPart] = []
+        parts: list[BiasPart | PathPart] = []
         while rest:
-            found = self._mirrored(rest) or self._key_gate(rest) or self._plain(rest)
+            found: tuple[BiasPart | PathPart, list[Addend]] | None = (
+                self._mirrored(rest) or self._key_gate(rest) or self._plain(rest) or self.paths.find(rest)
+            )
             if found is None:
                 return self._miss(rest)
             part, used = found
@@ -124,40 +138,53 @@ class Namer:
         )
 
     def _mirrored(self, rest: list[Addend]) -> tuple[BiasPart, list[Addend]] | None:
-        """-slope * |clock_j - clock_t|, times a gate."""
+        """-slope * |clock_j - clock_t|, times a gate; or the part of it a causal mask leaves."""
         for addend in rest:
-            if len(addend.pairs) != 1 or op_name(addend.pairs[0].node) != "aten::abs":
-                continue
-            if len(addend.queries) + len(addend.keys) > 1 or not self.scores.is_square:
+            if (
+                len(addend.pairs) != 1
+                or len(addend.queries) + len(addend.keys) > 1
+                or not self.scores.is_square
+            ):
                 continue
             gates = (*addend.queries, *addend.keys)
-            clock = self._apart(addend.pairs[0])
-            if clock is None or not all(map(self._is_gate, gates)):
+            found = self._apart(addend.pairs[0])
+            if found is None or not all(map(self._is_gate, gates)):
                 continue
+            clock, distance = found
             part = self._part(
                 addend,
-                replace(clock, number=-abs(clock.number)),
+                clock,
                 gate_query=addend.queries[0] if addend.queries else None,
                 gate_key=addend.keys[0] if addend.keys else None,
             )
-            return replace(part, distance=Absolute()), [addend]
+            return replace(part, distance=distance), [addend]
         return None
 
-    def _apart(self, pair: Operand) -> Clock | None:
-        """The clock of |clock_j - clock_t|."""
+    def _apart(self, pair: Operand) -> tuple[Clock, Distance] | None:
+        """The clock of |clock_j - clock_t|, or of a difference cut off at zero that is whole for every key seen."""
+        name = op_name(pair.node)
         try:
-            inside = self.reader.operand(pair, self.lead, operand_of(pair.node, 0))
+            cut = name == "aten::abs" or _cut_off(pair.node)
+            inside = self.reader.operand(pair, self.lead, operand_of(pair.node, 0)) if cut else []
         except Unreadable:
             return None
         keys = [addend for addend in inside if len(addend.keys) == 1 and not addend.queries]
         queries = [addend for addend in inside if len(addend.queries) == 1 and not addend.keys]
-        if len(inside) != 2 or len(keys) != 1 or len(queries) != 1:
+        if len(inside) != 2 or len(keys) != 1 or len(queries) != 1 or keys[0].number != -queries[0].number:
             return None
         (key,), (query,) = keys, queries
-        if key.heads or query.heads or key.number != -query.number or as_key(query.queries[0]) != key.keys[0]:
-            return None
         clock = self.clock(key.keys[0], None)
-        return None if clock is None else replace(clock, number=clock.number * key.number)
+        if clock is None or key.heads or query.heads or key.pairs or query.pairs:
+            return None
+        same = as_key(query.queries[0]) == key.keys[0]
+        if not same and not (clock.view is None and same_count(query.queries[0].node, key.keys[0].node)):
+            return None
+        number = clock.number * key.number
+        if name == "aten::abs":
+            return replace(clock, number=-abs(number)), Absolute()
+        if clock.view is None and number < 0 and self.causal.hide_the_future(self.masks):
+            return replace(clock, number=number), Signed()
+        return None
 
     def _part(self, addend: Addend, clock: Clock, **gates: Operand | None) -> BiasPart:
         return BiasPart(
@@ -188,15 +215,20 @@ class Namer:
             return Clock(total.number, total.rates, total.inclusive)
         if HEAD not in view.token_axes and self._counts(view):
             return Clock(1.0, view)
+        placed = self.program.taints[view.node] <= Taint.POSITION and addend is not None
+        if placed and HEAD not in view.token_axes and self._has_counterpart(view, addend):
+            return Clock(1.0, view, given=True)
         return None
 
     def _is_coordinate(self, view: Operand, addend: Addend | None) -> bool:
         """Real positions given to the model: used as a difference, so that it is no mask that is added."""
         if view.node.op != "placeholder" or self.program.roles.get(view.node) is not Role.INPUT:
             return False
-        if addend is None:
-            return True
-        return any(
+        return addend is None or self._has_counterpart(view, addend)
+
+    def _has_counterpart(self, view: Operand, addend: Addend | None) -> bool:
+        """Whether the same value is taken off at the query: a difference of places."""
+        return addend is not None and any(
             row.number == -addend.number
             and row.heads == addend.heads
             and len(row.queries) == 1 + len(addend.queries)
@@ -220,7 +252,9 @@ class Namer:
         return bool((rises.abs().expand(shape)[both.expand(shape)] == 1).all())
 
     def _is_gate(self, view: Operand) -> bool:
-        return self.program.taints[view.node] is Taint.DATA and view.part == "value"
+        if self.program.taints[view.node] is not Taint.DATA or view.part != "value":
+            return False
+        return self.sums.read(as_key(view)) is None
 
     # -- why not -------------------------------------------------------------------------------------------------------
 
@@ -254,13 +288,24 @@ _LOOK = 8
 """Operations to look back for positions, for the sake of a sentence."""
 
 
+def _cut_off(node: fx.Node) -> bool:
+    """max(x, 0): what it is for x above zero."""
+    name, args = op_name(node), node.args[1:]
+    if name == "aten::relu":
+        return True
+    if name == "aten::clamp_min":
+        return list(args) == [0]
+    given = dict(zip(("min", "max"), args, strict=False)) | node.kwargs
+    return name == "aten::clamp" and given.get("min") == 0 and given.get("max") is None
+
+
 def _said(node: fx.Node) -> str:
     return op_name(node).removeprefix("aten::") or f"the input {node.name}"
 
 
-def _merged(parts: list[BiasPart]) -> list[BiasPart]:
+def _merged(parts: list[BiasPart | PathPart]) -> list[BiasPart | PathPart]:
     """The two halves of a gate of query and key as one part."""
-    merged: list[BiasPart] = []
+    merged: list[BiasPart | PathPart] = []
     for part in parts:
         for place, held in enumerate(merged):
             both = _both(held, part) or _both(part, held)
@@ -272,8 +317,10 @@ def _merged(parts: list[BiasPart]) -> list[BiasPart]:
     return merged
 
 
-def _both(one: BiasPart, other: BiasPart) -> BiasPart | None:
+def _both(one: BiasPart | PathPart, other: BiasPart | PathPart) -> BiasPart | None:
     """One part gated by the query, the other by the key, and nothing else between them."""
+    if not isinstance(one, BiasPart) or not isinstance(other, BiasPart):
+        return None
     if (
         one.gate_query is None
         or one.gate_key is not None

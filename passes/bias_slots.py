@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,9 @@ from grape_compile.encoding import (
     Encoding,
     Gate,
     Learned,
+    PathBias,
     Positions,
+    Rotation,
     Signed,
     Slopes,
     Steps,
@@ -25,11 +27,13 @@ from grape_compile.encoding import (
     Uniform,
     describe_slopes,
 )
+from grape_compile.passes.absorbed import Turn, turn_of
 from grape_compile.passes.bias_parts import BiasPart
 from grape_compile.passes.biases import BiasPlan
 from grape_compile.passes.evaluated_biases import TablePart
 from grape_compile.passes.graph import Taint, Unreadable, require_fake
 from grape_compile.passes.operands import Emitter, Operand
+from grape_compile.passes.paths import PathPart
 from grape_compile.passes.replay import Replay
 from grape_compile.passes.scores import BATCH, HEAD, KEY, QUERY
 
@@ -39,11 +43,12 @@ _SLOPE_TOLERANCE = 1e-6
 
 @dataclass(frozen=True)
 class Emitted:
-    """The encoding as called and as described, and the tensor of every slot."""
+    """The encoding as called and as described, the tensor of every slot, and the rotations taken in."""
 
     operator: Encoding
     described: Encoding
     slots: dict[str, fx.Node]
+    turns: tuple[Turn, ...] = ()
 
     @property
     def operands(self) -> list[fx.Node]:
@@ -59,16 +64,23 @@ class BiasSlots:
         self.program = emitter.program
         self.counts: dict[str | int, Any] = dict(enumerate(plan.scores.symbolic))
         self.slots: dict[str, fx.Node] = {}
+        self.turns: list[Turn] = []
 
     def emit(self) -> Emitted:
         """All parts, each with names of its own."""
         pairs = []
         for part in self.plan.parts:
-            pairs.append(self._table(part) if isinstance(part, TablePart) else self._part(part))
+            pairs.append(self._pair(part))
         operators, described = zip(*pairs, strict=True)
         if len(pairs) == 1:
-            return Emitted(operators[0], described[0], self.slots)
-        return Emitted(Compose(operators), Compose(described), self.slots)
+            return Emitted(operators[0], described[0], self.slots, tuple(self.turns))
+        return Emitted(Compose(operators), Compose(described), self.slots, tuple(self.turns))
+
+    def _pair(self, part: BiasPart | PathPart | TablePart) -> tuple[Encoding, Encoding]:
+        """A part as called and as described."""
+        if isinstance(part, PathPart):
+            return self._path(part)
+        return self._table(part) if isinstance(part, TablePart) else self._part(part)
 
     def _part(self, part: BiasPart) -> tuple[Encoding, Encoding]:
         called, told = self._slopes(part)
@@ -83,7 +95,7 @@ class BiasSlots:
         distance = part.distance if mirrored or not isinstance(part.distance, Absolute) else Signed()
         return Bias(called, clock, gate, distance), Bias(told, seen, gate, distance)
 
-    def _slopes(self, part: BiasPart) -> tuple[Slopes, Slopes]:
+    def _slopes(self, part: BiasPart | PathPart) -> tuple[Slopes, Slopes]:
         if not part.slopes:
             return Uniform(part.number), Uniform(part.number)
         node = self.emitter.operand(part.slopes[0], [BATCH, HEAD], self.counts)
@@ -127,6 +139,34 @@ class BiasSlots:
             return None
         return self._fill(name, self.emitter.operand(view, [BATCH, HEAD, role], self.counts))
 
+    def _path(self, part: PathPart) -> tuple[Encoding, Encoding]:
+        """A path integral; a rotation of its keys by steps goes into it."""
+        called, told = self._slopes(part)
+        turn = turn_of(self.program, self.plan.scores, part)
+        operator = described = None
+        if turn is not None:
+            self.turns.append(turn)
+            operator = _renamed(
+                turn.operator, {slot: self._fill(slot, node) for slot, node in turn.slots.items()}
+            )
+            described = _renamed(turn.described, {"inv_freq": name for name in operator.slots})
+        query = self._fill("path_query", self._vectors(part.query, QUERY, part.dim))
+        key = self._fill("path_key", self._vectors(part.key if turn is None else turn.key, KEY, part.dim))
+        return (
+            PathBias(part.link, called, part.dim, "none", operator, query, key),
+            PathBias(part.link, told, part.dim, "none", described, query, key),
+        )
+
+    def _vectors(self, view: Operand, role: int, dim: int) -> fx.Node:
+        """[B, H, T, dim], whatever axes the model's own vectors are shared along."""
+        counts: dict[str | int, Any] = {**self.counts, "plane": dim}
+        node = self.emitter.operand(view, [BATCH, HEAD, role, "plane"], counts)
+        axes = [axis for axis, size in enumerate(require_fake(node).shape) if size == 1]
+        heads = self.counts[HEAD]
+        if require_fake(node).dim() == 4 and axes and isinstance(heads, int) and axes[0] == 1:
+            node = self.emitter.call(node, aten.expand.default, (node, [-1, heads, -1, -1]))
+        return node
+
     def _table(self, part: TablePart) -> tuple[Encoding, Encoding]:
         """The slope as the mean rise over the last row of a finished table, by steps."""
         keys = self.counts[KEY]
@@ -153,3 +193,11 @@ class BiasSlots:
 
     def _scaled(self, node: fx.Node, number: float) -> fx.Node:
         return node if number == 1.0 else self.emitter.call(node, aten.mul.Tensor, (node, number))
+
+
+def _renamed(rotation: Rotation, names: dict[str, str]) -> Rotation:
+    """The rotation with its spectrum in a slot of another name."""
+    spectrum = rotation.spectrum
+    if not isinstance(spectrum, Learned | Table) or spectrum.slot not in names:
+        return rotation
+    return replace(rotation, spectrum=replace(spectrum, slot=names[spectrum.slot]))

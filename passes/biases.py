@@ -20,6 +20,7 @@ from grape_compile.passes.attention import Attention, find_attention
 from grape_compile.passes.bias_parts import BiasPart, Namer
 from grape_compile.passes.evaluated_biases import TablePart, evaluated
 from grape_compile.passes.graph import Program, Taint, Unreadable, require_fake
+from grape_compile.passes.paths import PathPart
 from grape_compile.passes.plans import Miss
 from grape_compile.passes.replay import Replay
 from grape_compile.passes.score_terms import ScoreTerm
@@ -36,7 +37,7 @@ class BiasPlan:
     layer: Attention
     scores: Scores
     masks: tuple[ScoreTerm, ...]
-    parts: tuple[BiasPart | TablePart, ...]
+    parts: tuple[BiasPart | PathPart | TablePart, ...]
     is_causal: bool
     window: int | None
 
@@ -69,9 +70,11 @@ def _plan(scores: Scores) -> BiasPlan | Miss | None:
     if layer.obstacle and not contextual:
         return _obstacle(layer)
     alive = scores.alive(masks)
-    parts = _parts(scores, biases, alive)
+    parts: list[BiasPart | PathPart | TablePart] | Miss
+    parts = _parts(scores, biases, alive, masks)
     if isinstance(parts, Miss) and not contextual:
-        parts = evaluated(scores, biases, alive)
+        values = evaluated(scores, biases, alive)
+        parts = values if isinstance(values, Miss) else [*values]
     if isinstance(parts, Miss):
         return parts
     if layer.obstacle:
@@ -84,7 +87,9 @@ def _obstacle(layer: Attention) -> Miss:
     return Miss("attention", f"the layer adds a position bias, but {layer.obstacle}", 3)
 
 
-def _parts(scores: Scores, biases: list[ScoreTerm], alive: Tensor) -> list[BiasPart] | Miss:
+def _parts(
+    scores: Scores, biases: list[ScoreTerm], alive: Tensor, masks: list[ScoreTerm]
+) -> list[BiasPart | PathPart | TablePart] | Miss:
     """The biases as sums of products, read and named."""
     reader = AddendReader(scores)
     try:
@@ -92,7 +97,8 @@ def _parts(scores: Scores, biases: list[ScoreTerm], alive: Tensor) -> list[BiasP
     except Unreadable as reason:
         return Miss("readable", f"what is added to the scores cannot be read: {reason}", 0)
     lead, _, _ = scores.samples(biases[0])
-    return Namer(scores, reader, lead, alive).parts(addends)
+    parts = Namer(scores, reader, lead, alive, masks).parts(addends)
+    return parts if isinstance(parts, Miss) else [*parts]
 
 
 def _causal(scores: Scores, alive: Tensor, masks: list[ScoreTerm]) -> tuple[bool, int | None]:

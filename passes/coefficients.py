@@ -104,7 +104,9 @@ class Coefficients:
             return False
         return all(self.same_element(a, b) for a, b in zip(first[1], second[1], strict=True))
 
-    def angle(self, factor: Factor | None, read: Read | None = None) -> tuple[float, tuple[Factor, ...]] | None:
+    def angle(
+        self, factor: Factor | None, read: Read | None = None
+    ) -> tuple[float, tuple[Factor, ...]] | None:
         """The angle as number times a product of elements, or None when it is a sum; `read` goes back to the leaves."""
         if factor is None:
             return None

@@ -79,7 +79,7 @@ class Reader:
             return [unit(rows, source=(node, index))]
         if self.program.taints[node] <= Taint.POSITION:
             return [unit(rows, Factor(node, index))]
-        return self._pull(node, index, rows, lambda operand, at, who: self.linear(operand, stop, at, who))
+        return self.pull(node, index, rows, lambda operand, at, who: self.linear(operand, stop, at, who))
 
     def position(self, node: fx.Node, index: Index, rows: Tensor) -> list[Term]:
         """Elements of a position-side value as products of elements of the leaves it is made of."""
@@ -94,7 +94,7 @@ class Reader:
             return [unit(rows)]
         if not self._goes_on(node, name):
             return [self._leaf(node, index, rows)]
-        return self._pull(node, index, rows, self.position)
+        return self.pull(node, index, rows, self.position)
 
     def product(self, node: fx.Node, index: Index, rows: Tensor) -> list[Term]:
         """Elements of a position-side value as products of elements of the two values the model multiplies last."""
@@ -102,7 +102,7 @@ class Reader:
         if not self._goes_on(node, name):
             return [unit(rows, Factor(node, index))]
         further = name in MOVEMENTS or name in _MASKED or name == "aten::neg" or name in _DETACHES
-        return self._pull(
+        return self.pull(
             node,
             index,
             rows,
@@ -151,7 +151,7 @@ class Reader:
 
     # -- one step back -----------------------------------------------------------------------------------------------
 
-    def _pull(self, node: fx.Node, index: Index, rows: Tensor, back: Back) -> list[Term]:
+    def pull(self, node: fx.Node, index: Index, rows: Tensor, back: Back) -> list[Term]:
         name = op_name(node)
         if name in _DETACHES and self.program.taints[node] <= Taint.PARAMETER:
             return back(operand_of(node, 0), index, rows)

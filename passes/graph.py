@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from grape_compile.passes.site import Site
+
 
 class Role(enum.Enum):
     """What an input of the graph is to the model."""
@@ -51,6 +53,7 @@ class Program:
     values: Mapping[fx.Node, Any]
     no_grad: frozenset[fx.Node] = frozenset()
     renamed: dict[str, str] = field(default_factory=dict)
+    rotated: dict[fx.Node, Site] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:

@@ -42,9 +42,11 @@ class RewriteBiases(Pass):
         emitter = Emitter(program, Sizes())
         replay = Replay(program)
         outputs = []
+        turned: list[fx.Node] = []
         for plan in plans:
+            layer = _Layer(program, plan, emitter, replay)
             try:
-                site = _Layer(program, plan, emitter, replay).replace()
+                site = layer.replace()
             except Unreadable as reason:
                 outcome.refusals.append(
                     refusal(
@@ -55,7 +57,9 @@ class RewriteBiases(Pass):
                 continue
             outcome.sites.append(site)
             outputs.append(plan.layer.output)
+            turned += layer.turned
         remove_unused(program.graph, [*outputs, *reversed(list(emitter.ranks))])
+        outcome.absorbed = [program.rotated[node] for node in dict.fromkeys(turned) if node._erased]
         return outcome
 
 
@@ -63,6 +67,7 @@ class _Layer:
     def __init__(self, program: Program, plan: BiasPlan, emitter: Emitter, replay: Replay) -> None:
         self.program, self.plan, self.layer = program, plan, plan.layer
         self.emitter, self.replay = emitter, replay
+        self.turned: list[fx.Node] = []
         self.folded = require_fake(self.layer.query).dim() == 3
 
     def replace(self) -> Site:
@@ -96,6 +101,7 @@ class _Layer:
             if name in layer.output.meta:
                 call.meta[name] = result.meta[name] = layer.output.meta[name]
         layer.output.replace_all_uses_with(result)
+        self.turned = [turn.value for turn in emitted.turns]
         self.program.renamed[layer.output.name] = result.name
         evidence = "tables" if any(isinstance(part, TablePart) for part in plan.parts) else "proved"
         return Site(

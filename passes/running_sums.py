@@ -110,7 +110,7 @@ class RunningSums:
         if cumsum_dim(node) is not None or op_name(node).startswith("aten::detach"):
             return leaf
         try:
-            return self.reader._pull(node, index, rows, self._back)
+            return self.reader.pull(node, index, rows, self._back)
         except Unreadable:
             return leaf
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from grape_compile.passes.attention import Attention
 from grape_compile.passes.graph import Program, Sizes, Taint, require_fake
+from grape_compile.passes.movement import is_symbolic
 from grape_compile.passes.operands import Axis, Operand, fit
 from grape_compile.passes.replay import Replay
 from grape_compile.passes.score_terms import ScoreTerm
@@ -55,15 +56,13 @@ class Scores:
         """The graph runs at no other number of queries and keys."""
         return all(isinstance(self.symbolic[axis], int) for axis in (QUERY, KEY))
 
-    def is_full(self, view: Operand) -> bool:
+    def is_full(self, view: Operand, planes: int = 1) -> bool:
         """A view that takes every element of its axes, at any size."""
+        sizes: dict[str | int, Any] = {**dict(enumerate(self.symbolic)), "plane": planes}
         shape = require_fake(view.node).shape
         return all(
             axis.role == "fixed"
-            or (
-                (axis.offset, axis.stride) == (0, 1)
-                and (not isinstance(axis.role, int) or str(size) == str(self.symbolic[axis.role]))
-            )
+            or ((axis.offset, axis.stride) == (0, 1) and str(size) == str(sizes[axis.role]))
             for axis, size in zip(view.axes, shape, strict=True)
         )
 
@@ -134,17 +133,21 @@ class Scores:
 
     # -- elements ------------------------------------------------------------------------------------------------------
 
-    def samples(self, term: ScoreTerm) -> tuple[Index, Index, Tensor]:
-        """Sampled (batch, head, query, key), and the element of the term each of them sees."""
+    def places(self) -> Index:
+        """Sampled batch, head, query and key numbers, all combinations."""
         choices = [
             torch.tensor(sorted({0, 1, size // 2, size - 1} & set(range(size)))) for size in self.shape
         ]
         grid = torch.cartesian_prod(*choices).reshape(-1, 4)
-        lead = tuple(grid[:, axis] for axis in range(4))
+        return tuple(grid[:, axis] for axis in range(4))
+
+    def samples(self, term: ScoreTerm) -> tuple[Index, Index, Tensor]:
+        """Sampled (batch, head, query, key), and the element of the term each of them sees."""
+        lead = self.places()
         full: Index = lead
         if self.layer.is_folded(term):
             full = (lead[0] * self.shape[HEAD] + lead[1], lead[2], lead[3])
-        return lead, broadcast(full, self.sizes.shape(term.node)), torch.arange(len(grid))
+        return lead, broadcast(full, self.sizes.shape(term.node)), torch.arange(lead[0].numel())
 
     def view(
         self, factor: Factor, lead: Index, plane: Tensor | None = None, planes: int = 1
@@ -155,11 +158,19 @@ class Scores:
         node = self.program.representative(factor.node)
         plane = torch.zeros_like(lead[0]) if plane is None else plane
         axes = fit(self.program, node, factor.index, lead, plane, self.sizes, (*self.shape, planes))
-        return None if axes is None else Operand(node, axes, factor.part)
+        if axes is None or any(
+            axis.role == "fixed" and axis.offset and is_symbolic(size)
+            for axis, size in zip(axes, require_fake(node).shape, strict=True)
+        ):
+            return None  # a place counted from an end that moves
+        return Operand(node, axes, factor.part)
 
     def along(self, view: Operand, lead: Index, plane: Tensor | None = None) -> Index:
         """The elements of a value that a view reads for some places."""
-        where = {**dict(enumerate(lead)), "plane": torch.zeros_like(lead[0]) if plane is None else plane}
+        where: dict[str | int, Tensor] = {
+            **dict(enumerate(lead)),
+            "plane": torch.zeros_like(lead[0]) if plane is None else plane,
+        }
         return tuple(
             torch.full_like(lead[0], axis.offset)
             if axis.role == "fixed"

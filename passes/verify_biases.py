@@ -41,9 +41,7 @@ class _Check:
     def _bound(self, replay: Replay) -> Replay:
         """Random numbers in place of the activations, each value by itself, and of the weights that are slopes."""
         taints, generator = replay.program.taints, torch.Generator().manual_seed(0)
-        leaves = [
-            view.node for part in self.plan.parts if not isinstance(part, TablePart) for view in part.operands
-        ]
+        leaves = self._leaves()
         nodes = [node for node in leaves if taints[node] >= Taint.PARAMETER]
         weights = any(taints[node] is Taint.PARAMETER for node in nodes)
         nodes = [self.layer.query, self.layer.key, self.layer.value, *nodes]
@@ -52,6 +50,14 @@ class _Check:
             for node in dict.fromkeys(nodes)
         }
         return Replay(replay.program, self.sizes, bound) if weights else replay.branch(bound)
+
+    def _leaves(self) -> list[fx.Node]:
+        """Everything the bias is made of; behind a rotation that is taken in, what it turns."""
+        views = [
+            view for part in self.plan.parts if not isinstance(part, TablePart) for view in part.operands
+        ]
+        turned = {turn.value: turn.key.node for turn in self.emitted.turns}
+        return [turned.get(view.node, view.node) for view in views]
 
     def error(self, tensors: Sequence[fx.Node]) -> float:
         layer, plan = self.layer, self.plan
