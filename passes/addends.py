@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from grape_compile.passes.contractions import contraction, renamed
 from grape_compile.passes.elements import PADS, PRODUCTS, Reader
 from grape_compile.passes.graph import Taint, Unreadable, fake, op_name
-from grape_compile.passes.movement import SINGLE, is_frozen, keeps_numbers, move, operand_of
+from grape_compile.passes.movement import SINGLE, SPLITS, is_frozen, keeps_numbers, move, operand_of
 from grape_compile.passes.operands import Operand
 from grape_compile.passes.score_terms import ScoreTerm
 from grape_compile.passes.scores import KEY, QUERY, Scores
@@ -186,9 +186,11 @@ class AddendReader:
         name = op_name(node)
         if name not in SINGLE:
             return renamed(node, index)
-        if is_frozen(node, name) or not keeps_numbers(node):
+        if name == "getitem" and op_name(node.all_input_nodes[0]) not in SPLITS:
             return None
         try:
+            if is_frozen(node, name) or not keeps_numbers(node):
+                return None
             operand, moved = move(node, name, index, self.scores.sizes)
         except Unreadable:
             return None

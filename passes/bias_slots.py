@@ -146,10 +146,8 @@ class BiasSlots:
         operator = described = None
         if turn is not None:
             self.turns.append(turn)
-            operator = _renamed(
-                turn.operator, {slot: self._fill(slot, node) for slot, node in turn.slots.items()}
-            )
-            described = _renamed(turn.described, {"inv_freq": name for name in operator.slots})
+            names = {slot: self._fill(slot, node) for slot, node in turn.slots.items()}
+            operator, described = _renamed(turn.operator, names), _renamed(turn.described, names)
         query = self._fill("path_query", self._vectors(part.query, QUERY, part.dim))
         key = self._fill("path_key", self._vectors(part.key if turn is None else turn.key, KEY, part.dim))
         return (
