@@ -152,7 +152,19 @@ def is_pure(node: fx.Node) -> bool:
         node.target is torch.ops.aten.detach_.default
     ):  # `torch.tensor(...)` in a forward: writes nothing anyone reads
         return True
-    return not node.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in node.target.tags
+    if node.target._schema.is_mutable:
+        return False
+    return torch.Tag.nondeterministic_seeded not in node.target.tags or _never_draws(node)
+
+
+def _never_draws(node: fx.Node) -> bool:
+    """A dropout that is switched off, and attention without one."""
+    name = op_name(node)
+    if name == "aten::dropout":
+        return node.args[1] == 0 or node.args[2] is False
+    if name != "aten::scaled_dot_product_attention":
+        return False
+    return node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0) == 0
 
 
 def _writes(node: fx.Node) -> bool:
