@@ -18,10 +18,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx
 
-from grape_compile.encoding import Absolute, Distance, Signed
+from grape_compile.encoding import Absolute, Distance, Euclidean, Signed
 from grape_compile.passes.addends import Addend, AddendReader
 from grape_compile.passes.causal import CausalMasks, same_count
 from grape_compile.passes.clocks import counted_by, counts, is_given
+from grape_compile.passes.distances import places_of
 from grape_compile.passes.graph import Role, Taint, Unreadable, op_name
 from grape_compile.passes.movement import operand_of
 from grape_compile.passes.operands import Operand
@@ -38,7 +39,7 @@ class BiasPart:
     """number * prod(slopes) * gate * distance(clock_j, clock_t).
 
     `clock` sees the keys; None counts them. Where `inclusive` is not None it is the rate of a running sum. `given` marks
-    positions the model is given.
+    positions the model is given. `places` are positions on several axes, for a distance between them.
     """
 
     number: float
@@ -49,11 +50,12 @@ class BiasPart:
     gate_key: Operand | None = None
     distance: Distance = field(default_factory=Signed)
     given: bool = False
+    places: tuple[Operand, ...] = ()
 
     @property
     def operands(self) -> tuple[Operand, ...]:
         """Everything this is made of."""
-        views = (*self.slopes, self.clock, self.gate_query, self.gate_key)
+        views = (*self.slopes, self.clock, self.gate_query, self.gate_key, *self.places)
         return tuple(view for view in views if view is not None)
 
 
@@ -90,7 +92,11 @@ class Namer:
         parts: list[BiasPart | PathPart] = []
         while rest:
             found: tuple[BiasPart | PathPart, list[Addend]] | None = (
-                self._mirrored(rest) or self._key_gate(rest) or self._plain(rest) or self.paths.find(rest)
+                self._mirrored(rest)
+                or self._apart_in_space(rest)
+                or self._key_gate(rest)
+                or self._plain(rest)
+                or self.paths.find(rest)
             )
             if found is None:
                 return self._miss(rest)
@@ -185,6 +191,25 @@ class Namer:
         if clock.view is None and number < 0 and self.causal.hide_the_future(self.masks):
             return replace(clock, number=number), Signed()
         return None
+
+    def _apart_in_space(self, rest: list[Addend]) -> tuple[BiasPart, list[Addend]] | None:
+        """-slope * |place_j - place_t|, on several axes."""
+        for addend in rest:
+            if len(addend.pairs) != 1 or addend.queries or addend.keys or not self.scores.is_square:
+                continue
+            try:
+                places = places_of(self.reader, addend.pairs[0], self.lead)
+            except Unreadable:
+                continue
+            if places and all(map(self._is_place, places)) and len({view.token_axes for view in places}) == 1:
+                part = BiasPart(-addend.number, addend.heads, distance=Euclidean(), given=True, places=places)
+                return part, [addend]
+        return None
+
+    def _is_place(self, view: Operand) -> bool:
+        if view.part != "value" or HEAD in view.token_axes:
+            return False
+        return self.program.taints[view.node] <= Taint.POSITION or self._is_coordinate(view, None)
 
     def _part(self, addend: Addend, clock: Clock, **gates: Operand | None) -> BiasPart:
         return BiasPart(

@@ -118,6 +118,9 @@ class BiasSlots:
 
     def _clock(self, part: BiasPart) -> tuple[Clock, Clock]:
         view = part.clock
+        if part.places:
+            name = self._fill("positions", self._places(part.places))
+            return Positions(name), Positions(name)
         if view is None:
             return Steps(), Steps()
         wanted = [BATCH, HEAD, KEY] if HEAD in view.token_axes else [BATCH, KEY]
@@ -127,6 +130,15 @@ class BiasSlots:
             return Accumulated(name, part.inclusive), Accumulated(name, part.inclusive)
         name = self._fill("positions", node)
         return Positions(name), Steps() if self._is_steps(view, node) else Positions(name)
+
+    def _places(self, views: tuple[Operand, ...]) -> fx.Node:
+        """[axes, B or 1, Tk]."""
+        nodes = [self.emitter.operand(view, [BATCH, KEY], self.counts) for view in views]
+        place = max(nodes, key=self.emitter.position)
+        stacked = self.emitter.call(place, aten.stack.default, (nodes,))
+        if require_fake(stacked).dim() == 2:
+            stacked = self.emitter.call(stacked, aten.unsqueeze.default, (stacked, 1))
+        return stacked
 
     def _is_steps(self, view: Operand, node: fx.Node) -> bool:
         if self.program.taints[view.node] > Taint.STRUCTURE:

@@ -1,0 +1,81 @@
+"""Read a Euclidean distance between query and key: the places on every axis it is made of (GRAPE App. G)."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from grape_compile.passes.addends import Addend, AddendReader
+from grape_compile.passes.graph import fake, op_name
+from grape_compile.passes.movement import ints, operand_of
+from grape_compile.passes.operands import Operand
+from grape_compile.passes.scores import as_key
+from grape_compile.passes.terms import Index
+
+_MOST_AXES = 8
+
+
+def places_of(reader: AddendReader, pair: Operand, lead: Index) -> tuple[Operand, ...]:
+    """The views r_a along the keys with pair = |r_j - r_t| over all axes a; empty for anything else."""
+    node = pair.node
+    if op_name(node) in ("aten::linalg_vector_norm", "aten::norm"):
+        apart = _along_last_axis(reader, node, pair, lead)
+    elif op_name(node) == "aten::sqrt":
+        apart = _of_squares(reader, pair, lead)
+    else:
+        return ()
+    places = [_place(addends) for addends in apart]
+    return tuple(view for view in places if view is not None) if None not in places else ()
+
+
+def _along_last_axis(reader: AddendReader, node: fx.Node, pair: Operand, lead: Index) -> list[list[Addend]]:
+    """The differences on every axis of a norm over the last one."""
+    inner = operand_of(node, 0)
+    value = fake(inner)
+    dims = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
+    order = node.args[1] if len(node.args) > 1 else 2
+    if (
+        value is None
+        or dims is None
+        or order != 2
+        or [dim % value.dim() for dim in ints(dims)] != [value.dim() - 1]
+    ):
+        return []
+    at, count = reader.scores.along(pair, lead), value.shape[-1]
+    if (len(node.args) > 3 and node.args[3]) or node.kwargs.get("keepdim"):
+        at = at[:-1]
+    if not isinstance(count, int) or count > _MOST_AXES:
+        return []
+    rows = lead[0]
+    return [reader.elements(inner, (*at, torch.full_like(rows, axis)), lead) for axis in range(count)]
+
+
+def _of_squares(reader: AddendReader, pair: Operand, lead: Index) -> list[list[Addend]]:
+    """The differences whose squares add up below a root."""
+    found = []
+    for addend in reader.operand(pair, lead, operand_of(pair.node, 0)):
+        if addend.number != 1.0 or len(addend.pairs) != 1 or addend.heads or addend.queries or addend.keys:
+            return []
+        square = addend.pairs[0]
+        if not _is_square(square.node):
+            return []
+        found.append(reader.operand(square, lead, operand_of(square.node, 0)))
+    return found
+
+
+def _is_square(node: fx.Node) -> bool:
+    name = op_name(node)
+    if name == "aten::mul":
+        return node.args[0] is node.args[1]
+    return name == "aten::square" or (name == "aten::pow" and node.args[1] == 2)
+
+
+def _place(apart: list[Addend]) -> Operand | None:
+    """The place that is taken at the key and at the query, and subtracted."""
+    keys = [addend for addend in apart if len(addend.keys) == 1 and not addend.queries]
+    queries = [addend for addend in apart if len(addend.queries) == 1 and not addend.keys]
+    if len(apart) != 2 or len(keys) != 1 or len(queries) != 1 or abs(keys[0].number) != 1.0:
+        return None
+    (key,), (query,) = keys, queries
+    same = key.number == -query.number and as_key(query.queries[0]) == key.keys[0]
+    return key.keys[0] if same and not any((key.heads, key.pairs, query.heads, query.pairs)) else None
