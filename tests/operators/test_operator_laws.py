@@ -10,10 +10,13 @@ import torch
 from operator_laws import (
     ATTEND,
     ATTEND_LAWS,
+    FALLING,
+    PATH_LAWS,
     ROTATE,
     ROTATE_LAWS,
     Attend,
     Rotate,
+    falls_with_the_distance,
     generator,
     ignores_the_future,
     same,
@@ -25,13 +28,15 @@ from grape_compile.encoding import (
     Clock,
     Distance,
     Encoding,
+    Gate,
+    Link,
     Planes,
     Rule,
     Slopes,
     Spectrum,
     Term,
 )
-from grape_compile.operators.samples import BIASES, COMPOSITIONS, ROTATIONS, Sample
+from grape_compile.operators.samples import BIASES, COMPOSITIONS, PATHS, ROTATIONS, Sample
 
 
 def names(value: object) -> str:
@@ -50,6 +55,20 @@ def test_rotation_law(provider: str, sample: Sample, law: Callable[[Rotate, Samp
 @pytest.mark.parametrize("provider", ATTEND)
 def test_bias_law(provider: str, sample: Sample, law: Callable[[Attend, Sample], None]) -> None:
     law(ATTEND[provider], sample)
+
+
+@pytest.mark.parametrize("law", PATH_LAWS, ids=names)
+@pytest.mark.parametrize("sample", PATHS, ids=names)
+@pytest.mark.parametrize("provider", ATTEND)
+def test_path_law(provider: str, sample: Sample, law: Callable[[Attend, Sample], None]) -> None:
+    law(ATTEND[provider], sample)
+
+
+@pytest.mark.parametrize("name", FALLING)
+@pytest.mark.parametrize("provider", ATTEND)
+def test_bias_falls_with_the_distance(provider: str, name: str) -> None:
+    (sample,) = (each for each in (*BIASES, *PATHS) if each.name == name)
+    falls_with_the_distance(ATTEND[provider], sample)
 
 
 @pytest.mark.parametrize("sample", COMPOSITIONS, ids=names)
@@ -86,8 +105,10 @@ def terms(value: object) -> set[str]:
     return {type(value).__name__}.union(*(terms(getattr(value, field.name)) for field in fields(value)))
 
 
-@pytest.mark.parametrize("base", [Encoding, Clock, Planes, Spectrum, Rule, Slopes, Distance], ids=names)
+@pytest.mark.parametrize(
+    "base", [Encoding, Clock, Planes, Spectrum, Rule, Slopes, Distance, Gate, Link], ids=names
+)
 def test_every_part_of_the_algebra_has_a_sample(base: type[Term]) -> None:
     """A new value of the algebra needs its row of samples."""
-    seen = set().union(*(terms(sample.encoding) for sample in (*ROTATIONS, *BIASES, *COMPOSITIONS)))
+    seen = set().union(*(terms(sample.encoding) for sample in (*ROTATIONS, *BIASES, *PATHS, *COMPOSITIONS)))
     assert kinds(base) <= seen
