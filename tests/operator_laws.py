@@ -17,6 +17,7 @@ from torch import Tensor
 from grape_compile.encoding import (
     Accumulated,
     Bias,
+    Clock,
     Compose,
     Encoding,
     Euclidean,
@@ -411,15 +412,25 @@ def streams_keys(function: Attend, sample: Sample) -> None:
 def _so_far(encoding: Encoding, name: str, slot: Tensor, length: int) -> Tensor:
     if name in query_axes(encoding):
         return slot.narrow(query_axes(encoding)[name], length - 1, 1)
+    axes = sequence_axes(encoding)
+    return slot.narrow(axes[name], 0, length) if name in axes else slot
+
+
+def sequence_axes(encoding: Encoding) -> dict[str, int]:
+    """The slots that have one entry for each token, and their axis of tokens."""
+    axes = query_axes(encoding)
     for part in _leaves(encoding):
         turn = part.turn if isinstance(part, PathBias) else part
-        if isinstance(turn, Bias | Rotation) and name in turn.clock.slots:
-            return slot[..., :length]
-        if isinstance(part, Bias) and part.gate is not None and name == part.gate.key:
-            return slot[..., :length]
-        if isinstance(part, PathBias) and name == part.key:
-            return slot[..., :length, :]
-    return slot
+        clock = getattr(turn, "clock", None)
+        if isinstance(clock, Tables):
+            axes |= {clock.cos: -2, clock.sin: -2}
+        elif isinstance(clock, Clock):
+            axes |= dict.fromkeys(clock.slots, -1)
+        if isinstance(part, Bias) and part.gate is not None and part.gate.key is not None:
+            axes[part.gate.key] = -1
+        if isinstance(part, PathBias):
+            axes[part.key] = -2
+    return axes
 
 
 def _leaves(encoding: Encoding) -> list[Encoding]:
