@@ -313,7 +313,7 @@ def _row(
     refused: bool = True,
     never: tuple[str, ...] = (),
 ) -> NearMiss:
-    return NearMiss(scores.__name__, lambda: LanguageModel(lambda: Scored(scores)), refused, never)
+    return NearMiss(scores.__name__, lambda: LanguageModel(lambda: Scored(scores), layers=1), refused, never)
 
 
 NEAR_MISSES: tuple[NearMiss, ...] = (
@@ -341,7 +341,7 @@ NEAR_MISSES: tuple[NearMiss, ...] = (
     _row(path_the_other_way, refused=False, never=("path_bias(log_sigmoid, alibi_slopes",)),
     _row(phase_of_the_neighbouring_head, refused=False, never=("accumulated(",)),
     NearMiss("of_another_layer", lambda: HandsOn(OfAnotherLayer, given=True), refused=False),
-    NearMiss("dropping", lambda: LanguageModel(Dropping), refused=False),
+    NearMiss("dropping", lambda: LanguageModel(Dropping, layers=1), refused=False),
     NearMiss("returns_weights", lambda: HandsOn(Watched), refused=False),
-    NearMiss("kept_bias", lambda: LanguageModel(TakesBias, KeptBias()), refused=False),
+    NearMiss("kept_bias", lambda: LanguageModel(TakesBias, KeptBias(), layers=1), refused=False),
 )

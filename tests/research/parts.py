@@ -83,11 +83,13 @@ class LanguageModel(nn.Module):
     `shared` makes once per forward pass what all layers use: the bias of ALiBi, cosines and sines.
     """
 
-    def __init__(self, attention: Callable[[], nn.Module], shared: nn.Module | None = None) -> None:
+    def __init__(
+        self, attention: Callable[[], nn.Module], shared: nn.Module | None = None, layers: int = LAYERS
+    ) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, HIDDEN)
         self.shared = shared
-        self.blocks = nn.ModuleList(Block(attention()) for _ in range(LAYERS))
+        self.blocks = nn.ModuleList(Block(attention()) for _ in range(layers))
         self.norm = nn.LayerNorm(HIDDEN)
         self.head = nn.Linear(HIDDEN, VOCABULARY, bias=False)
 
