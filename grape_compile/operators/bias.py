@@ -107,14 +107,15 @@ class Additive(Leaves):
     def block(self, rows: slice, keys: slice, offset: int) -> Tensor:
         """Return the bias [1 or B, 1 or H, rows, keys]; query t stands at key number t + `offset`."""
         apart = self.apart(slice(rows.start + offset, rows.stop + offset), keys)
-        slope = self.slopes[..., None, None]
-        gate = None
+        steep = self.slopes[..., None, None]
+        sides: list[Tensor] = []
         if self.gate_query is not None:
-            gate = self.gate_query[..., rows, None]
+            sides.append(steep * self.gate_query[..., rows, None])
         if self.gate_key is not None:
-            by_key = self.gate_key[..., None, keys]
-            gate = by_key if gate is None else gate + by_key
-        return (slope if gate is None else slope * gate) * spread(self.distance, apart)
+            sides.append(steep * self.gate_key[..., None, keys])
+        if sides:
+            steep = sides[0] if len(sides) == 1 else sides[0] + sides[1]
+        return steep * spread(self.distance, apart)
 
     def factors(self, rows: slice, keys: slice, offset: int) -> Factors:
         """Return the signed bias as factors; times count from the first query, which keeps their products small.

@@ -26,7 +26,8 @@ HIDDEN: Final = -1e30
 class Part:
     """One call of the kernel: some heads, some keys, the mask it reads, whether it is causal by itself.
 
-    `factors` count as coordinates; the mask holds the rest of the biases. The kernel's logits are those of the
+    Where `counted`, the `factors` act as coordinates and the mask holds the rest of the biases; otherwise the mask
+    holds all of them, and the factors are there for their gradients. The kernel's logits are those of the
     definition plus `shift` [1 or B, 1 or H, rows] (None: zero), a constant of each row. `gone` is True for rows
     that see none of these keys (the kernel gives them a logsumexp of 0); None: no such row.
     """
@@ -36,6 +37,7 @@ class Part:
     mask: Tensor | None
     causal: bool = False
     factors: tuple[Factor, ...] = ()
+    counted: bool = True
     shift: Tensor | None = None
     gone: Tensor | None = None
 
@@ -78,7 +80,10 @@ def _causal_blocks(call: AttendCall) -> Iterator[Block]:
         return
     if first:
         yield Block(slice(0, min(first, queries)), ())
-    everyone, has_products = slice(0, heads), product_count(call) > 0
+    everyone = slice(0, heads)
+    same_everywhere = all(
+        bias.clock is None and not bias.product_count for bias in call.biases if isinstance(bias, Additive)
+    )
     square: Tensor | None = None
     reach = _Reach(call)
     for start in range(first, queries, size):
@@ -88,15 +93,12 @@ def _causal_blocks(call: AttendCall) -> Iterator[Block]:
             before = [Part(everyone, slice(0, at.start), None)] if at.start else []
             yield Block(rows, (Part(everyone, at, None, causal=True), *before))
             continue
-        if has_products:
-            diagonal = replace(_factored(call, rows, at), causal=True)
-        else:
-            if square is None or any(
-                bias.clock is not None for bias in call.biases if isinstance(bias, Additive)
-            ):
-                square = call.bias_block(rows, at)
-            length = at.stop - at.start
-            diagonal = Part(everyone, at, square[..., :length, :length], causal=True)
+        if square is None or not same_everywhere:
+            square = call.bias_block(rows, at)
+        length = at.stop - at.start
+        diagonal = Part(
+            everyone, at, square[..., :length, :length], True, _products(call, rows, at), counted=False
+        )
         past = _factored(call, rows, slice(0, at.start)) if at.start else None
         parts = [] if past is None else [_narrowed(past, *run) for run in reach.runs(rows, past)]
         yield Block(rows, (diagonal, *parts))
@@ -120,6 +122,19 @@ def _factored(call: AttendCall, rows: slice, keys: slice, mask: Tensor | None = 
     if by_key is not None:
         mask = by_key.unsqueeze(2) if mask is None else by_key.unsqueeze(2) + mask
     return Part(slice(0, call.query.shape[1]), keys, mask, factors=tuple(products), shift=shift, gone=gone)
+
+
+def _products(call: AttendCall, rows: slice, keys: slice) -> tuple[Factor, ...]:
+    """Return the factors that need a number of the query, where their gradients are wanted."""
+    if not call.wants_bias_gradients:
+        return ()
+    return tuple(
+        factor
+        for bias in call.biases
+        if isinstance(bias, Additive)
+        for factor in bias.factors(rows, keys, call.offset).parts
+        if factor.by_query is not None
+    )
 
 
 def _narrowed(part: Part, heads: slice, begin: int) -> Part:
@@ -245,13 +260,18 @@ def _trimmed(mask: Tensor, keys: slice) -> tuple[Tensor, slice]:
 
 def _matrix_part(call: AttendCall, rows: slice, keys: slice, mask: Tensor | None) -> Part:
     """Return a part that reads biases + mask as a matrix [1 or B, 1 or H, rows, keys]."""
-    if call.is_signed and product_count(call):
-        return _factored(call, rows, keys, mask)
     matrix = mask
     if call.biases:
         bias = call.bias_block(rows, keys)
         matrix = bias if mask is None else bias + mask
-    return Part(slice(0, call.query.shape[1]), keys, matrix, gone=_gone(mask))
+    return Part(
+        slice(0, call.query.shape[1]),
+        keys,
+        matrix,
+        factors=_products(call, rows, keys),
+        counted=False,
+        gone=_gone(mask),
+    )
 
 
 def _gone(mask: Tensor | None) -> Tensor | None:

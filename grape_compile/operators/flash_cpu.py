@@ -19,7 +19,7 @@ attention does; the kernel returns the gradients of the coordinates, and those a
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from grape_compile.operators import chunked
 from grape_compile.operators.bias import Additive
 from grape_compile.operators.blocks import Block, Part, blocks, of_heads, product_count
 from grape_compile.operators.call import AttendCall, Gradients
+
+#: Heads with added coordinates have a multiple of this size: the kernel's products are slow on odd sizes.
+ROUND: Final = 4
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -79,9 +82,11 @@ def backward(call: AttendCall, gradient: Tensor, output: Tensor, logsumexp: Tens
 class Operands:
     """The tensors as the kernel wants them: one head size, repeated key heads, contiguous heads.
 
-    Behind the coordinates of the heads come those of the factors f g: f / scale in the query and g in the key, whose
-    product is added to the logit. A backward call has one more, 1 / scale in the query and zero in the key, which adds
-    nothing: the gradient of that zero is each key's sum of logit gradients.
+    Behind the coordinates of the heads come those of the factors f g. Where they count, query and key hold
+    f / scale and g, whose product is added to the logit. A backward call has more of them: where the mask holds
+    the bias already, f / scale meets zero in the key and g / scale meets zero in the query, which adds nothing
+    and has their gradients all the same; and 1 / scale meets zero, whose gradient is each key's sum of logit
+    gradients.
     """
 
     def __init__(
@@ -89,8 +94,10 @@ class Operands:
     ) -> None:
         self.call, self.head = call, call.query.shape[3]
         self.products = product_count(call)
-        self.extra = self.products + call.wants_bias_gradients
+        self.extra = 2 * self.products + 1 if call.wants_bias_gradients else self.products
         size = max(self.head + self.extra, call.value.shape[3])
+        if self.extra:
+            size += -size % ROUND
         wide = call.dtype if self.extra else call.query.dtype
         self.query, self.key, self.value = (
             _padded(part.to(wide), size) for part in (call.query, call.keys, call.values)
@@ -98,14 +105,24 @@ class Operands:
         self.gradient = None if gradient is None else _padded(gradient.to(wide), size)
         self.output = None if output is None else _padded(output.to(wide), size)
         if call.wants_bias_gradients:
-            self.query[..., self.head + self.products] = 1.0 / call.scale
+            self.query[..., self.head + 2 * self.products] = 1.0 / call.scale
 
     def place(self, rows: slice, part: Part) -> None:
-        """Write the coordinates of a part's factors for its queries and keys."""
+        """Write the coordinates of the factors for the queries and keys of a part."""
+        if not self.products:
+            return
+        query, key = self.query[:, part.heads, rows], self.key[:, part.heads, part.keys]
+        end = self.head + 2 * self.products if self.call.wants_bias_gradients else self.head + self.products
+        query[..., self.head : end] = 0.0
+        key[..., self.head : end] = 0.0
         for at, factor in enumerate(part.factors, self.head):
             assert factor.by_query is not None, "a factor of the key alone is part of the mask"
-            self.query[:, part.heads, rows, at] = of_heads(factor.by_query, part.heads) / self.call.scale
-            self.key[:, part.heads, part.keys, at] = of_heads(factor.by_key, part.heads)
+            query[..., at] = of_heads(factor.by_query, part.heads) / self.call.scale
+            by_key = of_heads(factor.by_key, part.heads)
+            if part.counted:
+                key[..., at] = by_key
+            else:
+                key[..., at + self.products] = by_key / self.call.scale
 
 
 def _merged(operands: Operands, block: Block) -> tuple[Tensor, Tensor]:
@@ -195,14 +212,14 @@ class _Gathered:
 
     def pull(self, sums: chunked.Sums) -> None:
         """Add the gradients of the biases: those of their factors, pulled back."""
-        at = 0
+        at, products = 0, product_count(self.call)
         for number, bias in enumerate(self.call.biases):
             assert isinstance(bias, Additive), "only sums of factors come here"
             cotangents: list[Tensor] = []
             for factor in bias.factors(self.rows, self.keys, self.call.offset).parts:
                 column = -1
                 if factor.by_query is not None:
-                    by_query = self.by_query[..., at] / self.call.scale
+                    by_query = self.by_query[..., at] / self.call.scale + self.by_query[..., at + products]
                     cotangents.append(by_query.sum_to_size(factor.by_query.shape))
                     column, at = at, at + 1
                 cotangents.append(self.by_key[..., column].sum_to_size(factor.by_key.shape))
