@@ -17,8 +17,10 @@ from operator_laws import (
     Attend,
     Rotate,
     falls_with_the_distance,
+    future,
     generator,
     ignores_the_future,
+    operands,
     same,
     streams_keys,
 )
@@ -26,17 +28,36 @@ from operator_laws import (
 from grape_compile.encoding import (
     AlibiSlopes,
     Clock,
+    Compose,
     Distance,
     Encoding,
     Gate,
+    Geometric,
     Link,
+    LogSigmoid,
+    PathBias,
     Planes,
     Rule,
     Slopes,
     Spectrum,
     Term,
+    alibi,
+    fox,
+    gated_alibi,
+    rope,
 )
-from grape_compile.operators.samples import BIASES, COMPOSITIONS, PATHS, ROTATIONS, Sample
+from grape_compile.operators.samples import (
+    BATCH,
+    BIASES,
+    COMPOSITIONS,
+    HEAD_DIM,
+    HEADS,
+    LENGTH,
+    PATHS,
+    ROTATIONS,
+    Sample,
+    tensor,
+)
 
 
 def names(value: object) -> str:
@@ -88,6 +109,48 @@ def test_lift_is_unipotent() -> None:
     spread = slope * (1 + slope**2 / 4).sqrt()
     same(found[:, 0], (1 + slope**2 / 2 + spread).sqrt())
     same(found[:, -1], (1 + slope**2 / 2 - spread).sqrt())
+
+
+@pytest.mark.parametrize("provider", ATTEND)
+def test_composition_is_one_generator(provider: str) -> None:
+    """RoPE with ALiBi is exp((j - t) X) of one X in gl(d + 2), blockdiag(L, -beta E21) (App. E)."""
+    query, key, value = operands()
+    turn, bias = rope(HEAD_DIM), alibi(HEADS)
+    joint = generator(torch.tensor(AlibiSlopes(HEADS).values(), dtype=torch.float64))
+    for (first, second), theta in zip(turn.planes.pairs(), Geometric(10000.0).frequencies(4), strict=True):
+        joint[..., second, first], joint[..., first, second] = theta, -theta
+    steps = torch.arange(LENGTH)[None, :] - torch.arange(LENGTH)[:, None]
+    acted = torch.linalg.matrix_exp(steps[..., None, None] * joint[:, None, None]).inverse().mT
+    one, zero, scale = torch.ones_like(query[..., :1]), torch.zeros_like(query[..., :1]), HEAD_DIM**-0.5
+    lifted = [torch.cat([query, one / scale, zero], -1), torch.cat([key, zero, one], -1)]
+    logits = scale * torch.einsum("bhtd,htjde,bhje->bhtj", lifted[0], acted, lifted[1])
+    found = ATTEND[provider](query, key, value, Compose((turn, bias)), {}, is_causal=True)
+    same(found, logits.masked_fill(future(), -torch.inf).softmax(-1) @ value, 1e-11)
+
+
+@pytest.mark.parametrize("provider", ATTEND)
+def test_constant_gates_are_alibi(provider: str) -> None:
+    """FoX whose gates are all alike, and gated slopes with gates of one, are ALiBi (App. C, 4.6)."""
+    slopes = torch.tensor(AlibiSlopes(HEADS).values(), dtype=torch.float64)
+    forget = (-slopes[:, None]).expand(BATCH, HEADS, LENGTH)
+    ones = torch.ones(BATCH, HEADS, LENGTH, dtype=torch.float64)
+    wanted = ATTEND["reference"](*operands(), alibi(HEADS), {}, is_causal=True)
+    function = ATTEND[provider]
+    same(function(*operands(), fox(), {"log_forget": forget}, is_causal=True), wanted)
+    half = {"gate_query": 0.5 * ones, "gate_key": 0.5 * ones}
+    same(function(*operands(), gated_alibi(HEADS), half, is_causal=True), wanted)
+
+
+@pytest.mark.parametrize("provider", ATTEND)
+def test_edges_without_an_end_are_forget_gates(provider: str) -> None:
+    """GRAPE-AP whose edges do not depend on the query is FoX with log f_l = alpha g(<p, r_l> / dim) (5.2)."""
+    path = PathBias(LogSigmoid(), AlibiSlopes(HEADS), 4)
+    start, ends = tensor(1, HEADS, 1, 4, seed=1), tensor(BATCH, HEADS, LENGTH, 4, seed=2)
+    slopes = torch.tensor(AlibiSlopes(HEADS).values(), dtype=torch.float64)[:, None]
+    forget = slopes * torch.nn.functional.logsigmoid((start * ends).sum(-1) / 4)
+    edges = {"path_query": start.expand(BATCH, HEADS, LENGTH, 4), "path_key": ends}
+    wanted = ATTEND["reference"](*operands(), fox(), {"log_forget": forget}, is_causal=True)
+    same(ATTEND[provider](*operands(), path, edges, is_causal=True), wanted)
 
 
 def kinds(base: type[Term]) -> set[str]:
