@@ -42,6 +42,9 @@ from grape_compile.encoding import (
     Tables,
     Yarn,
     alibi,
+    axial_rope,
+    grape_m,
+    mrope,
     rope,
     yarn_norm_factor,
 )
@@ -103,9 +106,9 @@ def _sines(random: Random) -> Tensor:
     return _between(0.0, 6.0, BATCH, 1, LENGTH, HEAD_DIM // 2)(random).sin()
 
 
-def _orthogonal(random: Random) -> Tensor:
-    basis: Tensor = torch.linalg.qr(_normal(HEAD_DIM, HEAD_DIM)(random)).Q
-    return basis
+def orthonormal(*shape: int) -> Fill:
+    """Return orthonormal columns [..., size, count]."""
+    return lambda random: torch.linalg.qr(_normal(*shape)(random)).Q
 
 
 _ROPE: Final = Geometric(100.0)
@@ -188,8 +191,23 @@ ROTATIONS: Final = (
     Sample(
         "basis",
         Rotation(Half(HEAD_DIM), Learned("theta"), Positions("positions"), basis="basis", scale=0.5),
-        (("theta", _between(0.0, 1.0, HEAD_DIM // 2)), _PER_TOKEN, ("basis", _orthogonal)),
+        (
+            ("theta", _between(0.0, 1.0, HEAD_DIM // 2)),
+            _PER_TOKEN,
+            ("basis", orthonormal(HEAD_DIM, HEAD_DIM)),
+        ),
     ),
+    Sample(
+        "basis_per_head",
+        grape_m(HEAD_DIM, basis="basis", rates="rates"),
+        (
+            ("theta", _between(0.0, 1.0, HEADS, 1, HEAD_DIM // 2)),
+            ("rates", _between(0.0, 1.0, BATCH, HEADS, LENGTH)),
+            ("basis", orthonormal(HEADS, HEAD_DIM, HEAD_DIM)),
+        ),
+    ),
+    Sample("axial", axial_rope(HEAD_DIM), (("positions", _whole(50, 2, BATCH, 1, LENGTH)),)),
+    Sample("mrope", mrope(HEAD_DIM, (2, 1, 1)), (("positions", _whole(50, 3, BATCH, 1, LENGTH)),)),
 )
 
 BIASES: Final = (
