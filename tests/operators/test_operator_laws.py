@@ -11,7 +11,6 @@ from operator_laws import (
     ATTEND,
     ATTEND_LAWS,
     ROTATE,
-    ROTATE_LAWS,
     Attend,
     Rotate,
     generator,
@@ -19,6 +18,7 @@ from operator_laws import (
     same,
     streams_keys,
 )
+from rotation_laws import ROTATE_LAWS
 
 from grape_compile.encoding import (
     AlibiSlopes,
@@ -31,6 +31,7 @@ from grape_compile.encoding import (
     Spectrum,
     Term,
 )
+from grape_compile.operators.generator_samples import GENERATORS
 from grape_compile.operators.samples import BIASES, COMPOSITIONS, ROTATIONS, Sample
 
 
@@ -39,7 +40,7 @@ def names(value: object) -> str:
 
 
 @pytest.mark.parametrize("law", ROTATE_LAWS, ids=names)
-@pytest.mark.parametrize("sample", ROTATIONS, ids=names)
+@pytest.mark.parametrize("sample", [*ROTATIONS, *GENERATORS], ids=names)
 @pytest.mark.parametrize("provider", ROTATE)
 def test_rotation_law(provider: str, sample: Sample, law: Callable[[Rotate, Sample], None]) -> None:
     law(ROTATE[provider], sample)
@@ -89,5 +90,7 @@ def terms(value: object) -> set[str]:
 @pytest.mark.parametrize("base", [Encoding, Clock, Planes, Spectrum, Rule, Slopes, Distance], ids=names)
 def test_every_part_of_the_algebra_has_a_sample(base: type[Term]) -> None:
     """A new value of the algebra needs its row of samples."""
-    seen = set().union(*(terms(sample.encoding) for sample in (*ROTATIONS, *BIASES, *COMPOSITIONS)))
+    seen = set().union(
+        *(terms(sample.encoding) for sample in (*ROTATIONS, *GENERATORS, *BIASES, *COMPOSITIONS))
+    )
     assert kinds(base) <= seen

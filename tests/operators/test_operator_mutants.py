@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from operator_laws import ATTEND_LAWS, ROTATE_LAWS, Attend, Rotate, Slots
+from operator_laws import ATTEND_LAWS, Attend, Rotate, Slots
+from rotation_laws import ROTATE_LAWS
 from torch import Tensor
 
 from grape_compile.encoding import Bias, Constant, Learned, Pairs, Positions, Rotation, Steps, Table, Tables

@@ -14,6 +14,7 @@ from torch import Tensor
 from grape_compile.encoding import Bias, Learned, Rotation, Steps, alibi, nope, rope
 from grape_compile.operators import attend, reference_attend, reference_bias, reference_rotate, rotate
 from grape_compile.operators.flash_cpu import BLOCK
+from grape_compile.operators.generator_samples import GENERATORS
 from grape_compile.operators.samples import (
     BATCH,
     BIASES,
@@ -50,7 +51,7 @@ def largest_difference(found: Tensor, wanted: Tensor) -> float:
 LARGEST_ANGLE = 60.0
 
 
-@pytest.mark.parametrize("sample", ROTATIONS, ids=lambda sample: sample.name)
+@pytest.mark.parametrize("sample", [*ROTATIONS, *GENERATORS], ids=lambda sample: sample.name)
 def test_rotation_in_float64(sample: Sample) -> None:
     slots = sample.slots()
     heads = leaves(*(tensor(BATCH, HEADS, LENGTH, HEAD_DIM, seed=seed) for seed in (1, 2)))
