@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from operator_laws import Rotate, same
@@ -52,9 +52,9 @@ class Clocked:
             a, b = (self.filled[name].reshape(-1, 1, HEAD_DIM) for name in (self.encoding.a, self.encoding.b))
             w = self.frequencies(self.encoding.spectrum, 1)
             plane = a.mT @ b - b.mT @ a
-            return self.encoding.orientation * w.reshape(-1, 1, 1) * plane
+            return cast(Tensor, self.encoding.orientation * w.reshape(-1, 1, 1) * plane)
         basis, inner = (self.filled[name] for name in (self.encoding.basis, self.encoding.generator))
-        return self.encoding.orientation * basis @ (inner - inner.mT) / 2 @ basis.mT
+        return cast(Tensor, self.encoding.orientation * basis @ (inner - inner.mT) / 2 @ basis.mT)
 
     def exponent(self, times: Tensor) -> Tensor:
         """n X for every token, [..., T, D, D]."""
@@ -80,12 +80,10 @@ class Clocked:
 
     def after(self) -> Turning:
         """The encoding that may follow: no basis, no scale."""
-        encoding: Turning = self.encoding
-        return encoding
+        return cast(Turning, self.encoding)
 
     def undo(self) -> Turning:
-        inverse: Turning = self.encoding.inverse()
-        return inverse
+        return cast(Turning, self.encoding.inverse())
 
     def timed(self, encoding: Turning, times: Tensor) -> tuple[Turning, dict[str, Tensor]]:
         """The encoding by these times, and what fills it."""
@@ -144,13 +142,13 @@ class Planar(Clocked):
 
     def after(self) -> Rotation:
         """Planes where this one left them."""
-        back = replace(self.encoding, basis=None, scale=1.0).inverse()
-        return replace(
-            back, out=None if back.out is None else back.planes, orientation=self.encoding.orientation
-        )
+        plain: Rotation = replace(self.encoding, basis=None, scale=1.0)
+        back = plain.inverse()
+        return replace(back, out=None if back.out is None else back.planes, orientation=plain.orientation)
 
     def undo(self) -> Rotation:
-        return replace(self.encoding, basis=None).inverse()
+        plain: Rotation = replace(self.encoding, basis=None)
+        return plain.inverse()
 
     def timed(self, encoding: Turning, times: Tensor) -> tuple[Turning, dict[str, Tensor]]:
         if isinstance(encoding.clock, Tables):
@@ -172,7 +170,8 @@ def _heads(seed: int = 1) -> Tensor:
 
 
 def _acted(exponent: Tensor, heads: Tensor) -> Tensor:
-    return (torch.linalg.matrix_exp(exponent) @ heads.unsqueeze(-1)).squeeze(-1)
+    turned: Tensor = torch.linalg.matrix_exp(exponent) @ heads.unsqueeze(-1)
+    return turned.squeeze(-1)
 
 
 def turns_like_the_exponential(function: Rotate, sample: Sample) -> None:

@@ -58,12 +58,21 @@ class LowRank(Action):
 
 
 def check_matrix(
-    name: str, matrix: Tensor, tensor: Tensor, sizes: Sequence[int | None], meaning: str
+    name: str,
+    matrix: Tensor,
+    tensor: Tensor,
+    sizes: Sequence[int | None],
+    meaning: str,
+    *,
+    may_be_vector: bool = False,
 ) -> None:
-    """Raise OperandError unless `matrix` is [..., *sizes] (None: any size) and leads like [*tensor.shape[:-2]]."""
+    """Raise OperandError unless `matrix` is [..., *sizes] (None: any size) and leads like [*tensor.shape[:-2]].
+
+    `may_be_vector` takes one axis as that of a single row.
+    """
     check_floating(name, matrix)
     check_device(name, matrix, tensor)
-    found = matrix.shape[-2:]
-    if matrix.dim() < 2 or any(want not in (None, have) for want, have in zip(sizes, found, strict=True)):
+    shape = (1, *matrix.shape) if may_be_vector and matrix.dim() == 1 else tuple(matrix.shape)
+    if len(shape) < 2 or any(want not in (None, have) for want, have in zip(sizes, shape[-2:], strict=True)):
         raise OperandError(f"{name} as {meaning}", f"{name} has shape {tuple(matrix.shape)}", meaning)
-    check_broadcast(name, matrix.shape[:-2], tensor.shape[:-2], "tensor.shape[:-2]")
+    check_broadcast(name, shape[:-2], tensor.shape[:-2], "tensor.shape[:-2]")

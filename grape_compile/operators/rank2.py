@@ -36,7 +36,7 @@ class Plane(LowRank):
             meaning = (
                 f"a vector [{size}], or [..., 1, {size}] that broadcasts to [*tensor.shape[:-2], 1, {size}]"
             )
-            check_matrix(name, _row(slots[name]), tensor, (1, size), meaning)
+            check_matrix(name, slots[name], tensor, (1, size), meaning, may_be_vector=True)
 
     def prepare(self, slots: Slots, tensor: Tensor) -> Update:
         """Return f1 L + f2 L^2 in the frame (a, b), its entries rounded from float64.
