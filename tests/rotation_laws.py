@@ -52,7 +52,7 @@ class Clocked:
             a, b = (self.filled[name].reshape(-1, 1, HEAD_DIM) for name in (self.encoding.a, self.encoding.b))
             w = self.frequencies(self.encoding.spectrum, 1)
             plane = a.mT @ b - b.mT @ a
-            return cast(Tensor, self.encoding.orientation * w.reshape(-1, 1, 1) * plane)
+            return int(self.encoding.orientation) * w.reshape(-1, 1, 1) * plane
         basis, inner = (self.filled[name] for name in (self.encoding.basis, self.encoding.generator))
         return cast(Tensor, self.encoding.orientation * basis @ (inner - inner.mT) / 2 @ basis.mT)
 

@@ -78,7 +78,7 @@ def _compiled(tensors: Sequence[Tensor], slots: Sequence[Tensor], encoding: str)
 
 
 def _body(tensors: Sequence[Tensor], slots: Sequence[Tensor], encoding: str) -> list[Tensor]:
-    action = action_of(parse_encoding(encoding))
+    action = action_of(encoding)
     named = slot_mapping(action.encoding, slots)
     results: list[Tensor] = []
     latest: tuple[Tensor, Any] | None = None
@@ -92,9 +92,10 @@ def _body(tensors: Sequence[Tensor], slots: Sequence[Tensor], encoding: str) -> 
 
 
 @lru_cache(maxsize=1024)
-def action_of(encoding: Encoding) -> Action:
-    """Return how an encoding acts; OperandError for one that does not act on queries and keys."""
-    return ACTIONS[type(_multiplicative(encoding))](encoding)
+def action_of(text: str) -> Action:
+    """Return how the encoding of this text acts; OperandError for one that does not act on queries and keys."""
+    encoding = _multiplicative(parse_encoding(text))
+    return ACTIONS[type(encoding)](encoding)
 
 
 def _multiplicative(encoding: Encoding) -> Multiplicative:
@@ -125,7 +126,7 @@ def _setup_context(ctx: Any, inputs: tuple[list[Tensor], list[Tensor], str], out
 
 
 def _backward(ctx: Any, cotangents: list[Tensor]) -> tuple[list[Tensor | None], list[Tensor | None], None]:
-    action = action_of(parse_encoding(ctx.encoding))
+    action = action_of(ctx.encoding)
     names = slot_names(action.encoding)
     saved = ctx.saved_tensors
     named = dict(zip(names, saved[: len(names)], strict=True))
@@ -149,7 +150,7 @@ def _vmap(
 ) -> tuple[list[Tensor], list[int]]:
     tensors, slots, encoding = operands
     tensor_dims, slot_dims, _ = in_dims
-    action = action_of(parse_encoding(encoding))
+    action = action_of(encoding)
     names = slot_names(action.encoding)
     results = []
     for tensor, dim in zip(tensors, tensor_dims, strict=True):
