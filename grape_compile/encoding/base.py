@@ -55,12 +55,14 @@ class Encoding(Term, ABC):
         """Return the value that stands for all of the same meaning; `slots` may change their order."""
 
 
-@dataclass(frozen=True, slots=True)
 class Multiplicative(Encoding, ABC):
     """Turns queries and keys by an orthogonal G(n) = exp(n X), X skew (GRAPE 2-3), up to a norm factor.
 
     Its logits depend on the offset of the clock alone.
     """
+
+    # No dataclass: one with slots is made twice, and the first would count as a kind of encoding.
+    __slots__ = ()
 
     @property
     @abstractmethod

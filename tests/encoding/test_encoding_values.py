@@ -17,15 +17,19 @@ from grape_compile.encoding import (
     Constant,
     Encoding,
     Euclidean,
+    Gate,
     Geometric,
     Half,
+    Identity,
     Interleaved,
     Learned,
     Linear,
+    NegativeExp,
     NonCommuting,
     Nope,
     Pairs,
     Partial,
+    PathBias,
     Planes,
     Positions,
     Rank2,
@@ -36,9 +40,13 @@ from grape_compile.encoding import (
     Table,
     Tables,
     Tiled,
+    Uniform,
     Yarn,
     alibi,
     axial_rope,
+    fox,
+    gated_alibi,
+    grape_ap,
     grape_m,
     mrope,
     nope,
@@ -104,6 +112,16 @@ TEXTS = {
     'rotation(interleaved(4), learned("theta"), accumulated("rates", false), basis="basis")': grape_m(
         4, basis="basis", rates="rates"
     ),
+    'bias(uniform(-1.0), accumulated("log_forget", true))': fox(),
+    'bias(alibi_slopes(2), steps, gate=gate(query="gate_query", key="gate_key"))': gated_alibi(2),
+    'bias(learned("w"), steps, gate=gate(key="u"))': Bias(Learned("w"), Steps(), Gate(key="u")),
+    'path_bias(log_sigmoid, alibi_slopes(2), 4, normalised="keys", '
+    "turn=rotation(interleaved(4), geometric(1.0), steps))": grape_ap(2, 4),
+    'path_bias(negative_exp, learned("w"), 3, query="p", key="r")': PathBias(
+        NegativeExp(), Learned("w"), 3, query="p", key="r"
+    ),
+    'compose((bias(uniform(-1.0), accumulated("log_forget", true)), '
+    "path_bias(identity, uniform(0.5), 2)))": Compose((fox(), PathBias(Identity(), Uniform(0.5), 2))),
 }
 
 

@@ -10,9 +10,12 @@ import torch
 from operator_laws import (
     ATTEND,
     ATTEND_LAWS,
+    FALLING,
+    PATH_LAWS,
     ROTATE,
     Attend,
     Rotate,
+    falls_with_the_distance,
     generator,
     ignores_the_future,
     same,
@@ -25,6 +28,8 @@ from grape_compile.encoding import (
     Clock,
     Distance,
     Encoding,
+    Gate,
+    Link,
     Planes,
     Rule,
     Slopes,
@@ -32,7 +37,7 @@ from grape_compile.encoding import (
     Term,
 )
 from grape_compile.operators.generator_samples import GENERATORS
-from grape_compile.operators.samples import BIASES, COMPOSITIONS, ROTATIONS, Sample
+from grape_compile.operators.samples import BIASES, COMPOSITIONS, PATHS, ROTATIONS, Sample
 
 
 def names(value: object) -> str:
@@ -51,6 +56,20 @@ def test_rotation_law(provider: str, sample: Sample, law: Callable[[Rotate, Samp
 @pytest.mark.parametrize("provider", ATTEND)
 def test_bias_law(provider: str, sample: Sample, law: Callable[[Attend, Sample], None]) -> None:
     law(ATTEND[provider], sample)
+
+
+@pytest.mark.parametrize("law", PATH_LAWS, ids=names)
+@pytest.mark.parametrize("sample", PATHS, ids=names)
+@pytest.mark.parametrize("provider", ATTEND)
+def test_path_law(provider: str, sample: Sample, law: Callable[[Attend, Sample], None]) -> None:
+    law(ATTEND[provider], sample)
+
+
+@pytest.mark.parametrize("name", FALLING)
+@pytest.mark.parametrize("provider", ATTEND)
+def test_bias_falls_with_the_distance(provider: str, name: str) -> None:
+    (sample,) = (each for each in (*BIASES, *PATHS) if each.name == name)
+    falls_with_the_distance(ATTEND[provider], sample)
 
 
 @pytest.mark.parametrize("sample", COMPOSITIONS, ids=names)
@@ -87,10 +106,11 @@ def terms(value: object) -> set[str]:
     return {type(value).__name__}.union(*(terms(getattr(value, field.name)) for field in fields(value)))
 
 
-@pytest.mark.parametrize("base", [Encoding, Clock, Planes, Spectrum, Rule, Slopes, Distance], ids=names)
+@pytest.mark.parametrize(
+    "base", [Encoding, Clock, Planes, Spectrum, Rule, Slopes, Distance, Gate, Link], ids=names
+)
 def test_every_part_of_the_algebra_has_a_sample(base: type[Term]) -> None:
     """A new value of the algebra needs its row of samples."""
-    seen = set().union(
-        *(terms(sample.encoding) for sample in (*ROTATIONS, *GENERATORS, *BIASES, *COMPOSITIONS))
-    )
+    samples = (*ROTATIONS, *GENERATORS, *BIASES, *PATHS, *COMPOSITIONS)
+    seen = set().union(*(terms(sample.encoding) for sample in samples))
     assert kinds(base) <= seen
