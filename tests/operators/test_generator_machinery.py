@@ -20,8 +20,7 @@ from grape_compile.encoding import (
 )
 from grape_compile.errors import OperandError
 from grape_compile.operators import decompositions, reference_rotate, rotate
-from grape_compile.operators.generator_samples import GENERATORS
-from grape_compile.operators.samples import BATCH, HEAD_DIM, HEADS, LENGTH, Sample, tensor
+from grape_compile.operators.samples import BATCH, GENERATORS, HEAD_DIM, HEADS, LENGTH, Sample, tensor
 
 TIMED2 = Rank2(HEAD_DIM, Learned("w"), Positions("n"))
 MIXED = NonCommuting(HEAD_DIM, Positions("n"))

@@ -27,11 +27,19 @@ from grape_compile.encoding import (
     rope,
 )
 from grape_compile.operators import reference_rotate, rotate
-from grape_compile.operators.generator_samples import GENERATORS, generator_tolerance
 from grape_compile.operators.non_commuting import schur_planes, spectral_form
 from grape_compile.operators.rank2 import sine_cosine_quotients
 from grape_compile.operators.rotation import ACTIONS
-from grape_compile.operators.samples import BATCH, HEAD_DIM, HEADS, LENGTH, Sample, tensor
+from grape_compile.operators.samples import (
+    BATCH,
+    GENERATORS,
+    HEAD_DIM,
+    HEADS,
+    LENGTH,
+    Sample,
+    generator_tolerance,
+    tensor,
+)
 
 TIMED2 = Rank2(HEAD_DIM, Learned("w"), Positions("n"))
 MIXED = NonCommuting(HEAD_DIM, Positions("n"))

@@ -36,8 +36,7 @@ from grape_compile.encoding import (
     Spectrum,
     Term,
 )
-from grape_compile.operators.generator_samples import GENERATORS
-from grape_compile.operators.samples import BIASES, COMPOSITIONS, PATHS, ROTATIONS, Sample
+from grape_compile.operators.samples import BIASES, COMPOSITIONS, GENERATORS, PATHS, ROTATIONS, Sample
 
 
 def names(value: object) -> str:

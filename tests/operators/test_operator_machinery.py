@@ -13,11 +13,11 @@ from torch import Tensor
 
 from grape_compile.encoding import Bias, Compose, Learned, Positions, Rotation, Steps, alibi, nope, rope
 from grape_compile.operators import attend, decompositions, rotate
-from grape_compile.operators.generator_samples import GENERATORS
 from grape_compile.operators.samples import (
     BATCH,
     BIASES,
     COMPOSITIONS,
+    GENERATORS,
     HEAD_DIM,
     HEADS,
     LENGTH,

@@ -14,11 +14,11 @@ from torch import Tensor
 from grape_compile.encoding import Bias, Learned, Rotation, Steps, alibi, nope, rope
 from grape_compile.operators import attend, reference_attend, reference_bias, reference_rotate, rotate
 from grape_compile.operators.blocks import BLOCK
-from grape_compile.operators.generator_samples import GENERATORS
 from grape_compile.operators.samples import (
     BATCH,
     BIASES,
     COMPOSITIONS,
+    GENERATORS,
     HEAD_DIM,
     HEADS,
     LENGTH,
