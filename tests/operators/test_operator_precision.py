@@ -33,6 +33,7 @@ from grape_compile.operators.samples import (
     BATCH,
     BIASES,
     COMPOSITIONS,
+    GENERATORS,
     HEAD_DIM,
     HEADS,
     LENGTH,
@@ -66,7 +67,7 @@ def largest_difference(found: Tensor, wanted: Tensor) -> float:
 LARGEST_ANGLE = 60.0
 
 
-@pytest.mark.parametrize("sample", ROTATIONS, ids=lambda sample: sample.name)
+@pytest.mark.parametrize("sample", [*ROTATIONS, *GENERATORS], ids=lambda sample: sample.name)
 def test_rotation_in_float64(sample: Sample) -> None:
     slots = sample.slots()
     heads = leaves(*(tensor(BATCH, HEADS, LENGTH, HEAD_DIM, seed=seed) for seed in (1, 2)))
