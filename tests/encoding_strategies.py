@@ -17,18 +17,25 @@ from grape_compile.encoding import (
     Distance,
     Encoding,
     Euclidean,
+    Gate,
     Geometric,
     Half,
+    Identity,
     Interleaved,
     Learned,
     Linear,
     Llama3,
+    LogSigmoid,
+    NegativeExp,
+    NonCommuting,
     Nope,
     Ntk,
     Pairs,
     Partial,
+    PathBias,
     Planes,
     Positions,
+    Rank2,
     Rotation,
     Rule,
     Scaled,
@@ -38,6 +45,8 @@ from grape_compile.encoding import (
     Steps,
     Table,
     Tables,
+    Tiled,
+    Uniform,
     Yarn,
 )
 
@@ -59,8 +68,9 @@ def rules() -> SearchStrategy[Rule]:
 def spectra() -> SearchStrategy[Spectrum]:
     geometric = st.builds(Geometric, st.sampled_from((10000.0, 500000.0)) | st.floats(1.5, 1e7))
     scaled = st.recursive(geometric, lambda of: st.builds(Scaled, rules(), of), max_leaves=3)
+    tiled = st.builds(Tiled, scaled, st.just(1))
     return st.one_of(
-        scaled, st.builds(Learned, st.just("theta")), st.builds(Table, st.just("layers.0.inv_freq"))
+        scaled, tiled, st.builds(Learned, st.just("theta")), st.builds(Table, st.just("layers.0.inv_freq"))
     )
 
 
@@ -97,12 +107,32 @@ def rotations(draw: st.DrawFn, size: int | None = None, basis: bool = True) -> R
     )
 
 
+def generators(size: int | None = None) -> SearchStrategy[Encoding]:
+    """Generators by the matrix exponential; one frequency, which YaRN's ramp cannot be placed on."""
+    head = st.integers(2, 6) if size is None else st.just(size)
+    clocks = st.sampled_from((Steps(), Positions("n"), Accumulated("phase", True)))
+    signs = st.sampled_from((1, -1))
+    numbers = st.floats(1.5, 1e7)
+    factors = st.sampled_from((1.0, 1.5, 40.0))
+    spectrum = st.one_of(
+        st.builds(Geometric, numbers),
+        st.builds(Scaled, st.builds(Linear, factors), st.builds(Geometric, numbers)),
+        st.builds(Learned, st.just("w")),
+        st.builds(Tiled, st.builds(Geometric, numbers), st.just(1)),
+    )
+    return st.one_of(
+        st.builds(Rank2, head, spectrum, clocks, signs),
+        st.builds(NonCommuting, head, clocks, signs, basis=st.just("frame")),
+    )
+
+
 def slopes() -> SearchStrategy[Slopes]:
     number = st.floats(-4.0, 4.0)
     return st.one_of(
         st.builds(AlibiSlopes, st.integers(1, 3)),
         st.builds(Constant, st.lists(number, min_size=1, max_size=3)),
         st.just(Constant((0.0625, 0.00390625))),
+        st.builds(Uniform, number),
         st.builds(Learned, st.just("beta")),
         st.builds(Table, st.just("slopes")),
     )
@@ -112,14 +142,26 @@ def distances() -> SearchStrategy[Distance]:
     return st.sampled_from((Signed(), Absolute(), Euclidean()))
 
 
+def gates() -> SearchStrategy[Gate | None]:
+    return st.sampled_from((None, Gate("lam_q"), Gate(key="lam_k"), Gate("lam_q", "lam_k")))
+
+
 def biases() -> SearchStrategy[Bias]:
     clocks = st.sampled_from((Steps(), Positions("n"), Accumulated("phase", False)))
-    return st.builds(Bias, slopes(), clocks, distance=distances())
+    return st.builds(Bias, slopes(), clocks, gates(), distances())
 
 
-def closed_biases() -> SearchStrategy[Bias]:
+@st.composite
+def paths(draw: st.DrawFn) -> PathBias:
+    dim = draw(st.integers(4, 6))
+    turn = draw(st.none() | rotations(dim, basis=False))
+    link = draw(st.sampled_from((LogSigmoid(), NegativeExp(), Identity())))
+    return PathBias(link, draw(slopes()), dim, draw(st.sampled_from(("none", "keys", "both"))), turn)
+
+
+def closed_biases() -> SearchStrategy[Bias | PathBias]:
     """Biases whose slopes are numbers, so that their inverse exists."""
-    return biases().filter(lambda bias: not isinstance(bias.slopes, Learned | Table))
+    return st.one_of(biases(), paths()).filter(lambda bias: not isinstance(bias.slopes, Learned | Table))
 
 
 def compositions(leaf: SearchStrategy[Encoding]) -> SearchStrategy[Encoding]:
@@ -130,10 +172,10 @@ def compositions(leaf: SearchStrategy[Encoding]) -> SearchStrategy[Encoding]:
 
 def encodings() -> SearchStrategy[Encoding]:
     """Every encoding; rotations in one composition share a head of six coordinates."""
-    leaf = st.one_of(st.just(Nope()), rotations(6, basis=False), biases())
-    return st.one_of(rotations(), compositions(leaf))
+    leaf = st.one_of(st.just(Nope()), rotations(6, basis=False), generators(6), biases())
+    return st.one_of(rotations(), generators(), paths(), compositions(leaf))
 
 
 def invertible() -> SearchStrategy[Encoding]:
-    leaf = st.one_of(st.just(Nope()), rotations(6, basis=False), closed_biases())
-    return st.one_of(rotations(basis=False), compositions(leaf))
+    leaf = st.one_of(st.just(Nope()), rotations(6, basis=False), generators(6), closed_biases())
+    return st.one_of(rotations(basis=False), generators(), compositions(leaf))

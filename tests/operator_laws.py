@@ -1,4 +1,4 @@
-"""The laws of an encoding (GRAPE, arXiv 2512.07805), each for any function that claims to compute it.
+"""The laws of a bias (GRAPE, arXiv 2512.07805), each for any function that claims to compute it.
 
 A law takes the function and one row of samples and raises AssertionError where the function breaks it.
 Everything is float64; the tolerance is 1e-12 of numbers of size one.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,19 +16,25 @@ from torch import Tensor
 from grape_compile.encoding import (
     Accumulated,
     Bias,
+    Clock,
     Compose,
     Encoding,
+    Euclidean,
+    Identity,
     Learned,
+    LogSigmoid,
+    NegativeExp,
     Nope,
+    PathBias,
     Positions,
     Rotation,
     Signed,
-    Steps,
     Table,
     Tables,
+    Uniform,
 )
 from grape_compile.operators import attend, providers, reference_attend, reference_rotate, rotate
-from grape_compile.operators.samples import BATCH, HEAD_DIM, HEADS, LENGTH, Sample, tensor
+from grape_compile.operators.samples import BATCH, HEAD_DIM, HEADS, LENGTH, Sample, query_axes, tensor
 
 Slots = Mapping[str, Tensor]
 Rotate = Callable[[Sequence[Tensor], Encoding, Slots], tuple[Tensor, ...]]
@@ -64,185 +69,6 @@ def same(found: Tensor, wanted: Tensor, tolerance: float = 1e-12) -> None:
     torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
 
 
-# Rotations
-
-
-class Clocked:
-    """A rotation sample whose clock the law sets: times [axes, T] in place of the sample's own."""
-
-    def __init__(self, function: Rotate, sample: Sample) -> None:
-        assert isinstance(sample.encoding, Rotation)
-        self.function, self.encoding, self.filled = function, sample.encoding, sample.slots()
-        self.axes = self.encoding.planes.axis_count
-        self.theta = self._frequencies()
-
-    def _frequencies(self) -> Tensor:
-        spectrum, count = self.encoding.spectrum, self.encoding.planes.count
-        if spectrum is None:
-            return torch.linspace(0.1, 1.0, count, dtype=torch.float64)
-        if isinstance(spectrum, Learned | Table):
-            return self.filled[spectrum.slot]
-        return torch.tensor(spectrum.frequencies(count), dtype=torch.float64)
-
-    def angles(self, times: Tensor) -> Tensor:
-        """The angle of every token and plane before orientation, [..., T, planes]."""
-        return torch.stack([times[axis] for axis in self.encoding.planes.axes()], -1) * self.theta
-
-    def __call__(self, tensor: Tensor, times: Tensor, encoding: Rotation | None = None) -> Tensor:
-        rotation = self.encoding if encoding is None else encoding
-        slots = dict(self.filled)
-        if isinstance(rotation.clock, Tables):
-            slots |= {"cos": self.angles(times).cos(), "sin": self.angles(times).sin()}
-        else:
-            rotation = replace(rotation, clock=Positions("times"))
-            slots["times"] = times if self.axes > 1 else times[0]
-        (turned,) = self.function([tensor], rotation, {name: slots[name] for name in rotation.slots})
-        return turned
-
-    def plane_parts(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
-        """Output coordinates inside of planes, and outside."""
-        inside = [coordinate for pair in self.encoding.output.pairs() for coordinate in pair]
-        return tensor[..., inside], tensor[..., [c for c in range(HEAD_DIM) if c not in inside]]
-
-    def after(self) -> Rotation:
-        """The rotation that may follow: planes where this one left them, no basis, no scale."""
-        back = replace(self.encoding, basis=None, scale=1.0).inverse()
-        return replace(
-            back, out=None if back.out is None else back.planes, orientation=self.encoding.orientation
-        )
-
-    def in_basis(self, tensor: Tensor) -> Tensor:
-        return tensor if self.encoding.basis is None else tensor @ self.filled[self.encoding.basis]
-
-
-def _times(clocked: Clocked, seed: int) -> Tensor:
-    return tensor(clocked.axes, LENGTH, seed=seed) * 5
-
-
-def _heads(seed: int = 1) -> Tensor:
-    return tensor(BATCH, HEADS, LENGTH, HEAD_DIM, seed=seed)
-
-
-def turns_like_the_exponential(function: Rotate, sample: Sample) -> None:
-    """G(n) = expm(orientation sum_j n theta_j L_j), then planes go to `out`, scaled (3.1)."""
-    clocked = Clocked(function, sample)
-    times, heads = _times(clocked, 2), _heads()
-    rotation = clocked.encoding
-    angles = rotation.orientation * clocked.angles(times)
-    angles = angles.expand(HEADS, LENGTH, -1) if angles.dim() < 3 else angles
-    generator = torch.zeros(HEADS, LENGTH, HEAD_DIM, HEAD_DIM, dtype=torch.float64)
-    for j, (first, second) in enumerate(rotation.planes.pairs()):
-        generator[..., second, first] += angles[..., j]
-        generator[..., first, second] -= angles[..., j]
-    turned = (torch.linalg.matrix_exp(generator) @ clocked.in_basis(heads).unsqueeze(-1)).squeeze(-1)
-    wanted = torch.empty_like(turned)
-    sources = [c for pair in rotation.planes.pairs() for c in pair]
-    targets = [c for pair in rotation.output.pairs() for c in pair]
-    wanted[..., targets] = rotation.scale * turned[..., sources]
-    rest = [c for c in range(HEAD_DIM) if c not in sources]
-    wanted[..., [c for c in range(HEAD_DIM) if c not in targets]] = turned[..., rest]
-    same(clocked(heads, times), wanted)
-
-
-def rests_at_zero(function: Rotate, sample: Sample) -> None:
-    """G(0) = I: what is left are basis, places and scale."""
-    clocked = Clocked(function, sample)
-    heads, rotation = _heads(), clocked.encoding
-    found = clocked(heads, torch.zeros(clocked.axes, LENGTH, dtype=torch.float64))
-    inside, _ = clocked.plane_parts(found)
-    sources = [c for pair in rotation.planes.pairs() for c in pair]
-    same(inside, rotation.scale * clocked.in_basis(heads)[..., sources])
-
-
-def composes(function: Rotate, sample: Sample) -> None:
-    """G(m) G(n) = G(m + n)."""
-    clocked = Clocked(function, sample)
-    first, second, heads = _times(clocked, 2), _times(clocked, 3), _heads()
-    same(clocked(clocked(heads, first), second, clocked.after()), clocked(heads, first + second))
-
-
-def inverts(function: Rotate, sample: Sample) -> None:
-    """G(n)^-1 G(n) = I, with the inverse of the algebra."""
-    clocked = Clocked(function, sample)
-    times, heads = _times(clocked, 2), _heads()
-    inverse = replace(clocked.encoding, basis=None).inverse()
-    same(clocked(clocked(heads, times), times, inverse), clocked.in_basis(heads))
-
-
-def keeps_norms(function: Rotate, sample: Sample) -> None:
-    """|G x| = |x|: in the planes times the scale, elsewhere as it was."""
-    clocked = Clocked(function, sample)
-    heads = _heads()
-    inside, outside = clocked.plane_parts(clocked(heads, _times(clocked, 2)))
-    sizes = inside.square().sum(-1) / clocked.encoding.scale**2 + outside.square().sum(-1)
-    same(sizes, heads.square().sum(-1))
-
-
-def has_no_origin(function: Rotate, sample: Sample) -> None:
-    """(G_t q) . (G_j k) depends on the offset alone: the same for t + c and j + c."""
-    clocked = Clocked(function, sample)
-    times, query, key = _times(clocked, 2), _heads(1), _heads(4)
-    moved = times + tensor(clocked.axes, 1, seed=5) * 5
-    logits = [clocked(query, at) @ clocked(key, at).mT for at in (times, moved)]
-    same(logits[0], logits[1], 1e-11)
-
-
-def streams(function: Rotate, sample: Sample) -> None:
-    """One token at a time equals the whole sequence."""
-    clocked = Clocked(function, sample)
-    times, heads = _times(clocked, 2), _heads()
-    tokens = [clocked(heads[:, :, t : t + 1], times[:, t : t + 1]) for t in range(LENGTH)]
-    same(torch.cat(tokens, 2), clocked(heads, times))
-
-
-def keeps_time(function: Rotate, sample: Sample) -> None:
-    """Steps count 0, 1, 2, ...; accumulated rates are running sums, inclusive or exclusive."""
-    rotation, slots = sample.encoding, sample.slots()
-    assert isinstance(rotation, Rotation)
-    if isinstance(rotation.clock, Steps):
-        times = torch.arange(LENGTH, dtype=torch.float64)
-    elif isinstance(rotation.clock, Accumulated):
-        rates = slots.pop(rotation.clock.slot)
-        zero = torch.zeros_like(rates[..., :1])
-        sums = [zero]
-        for rate in rates.unbind(-1):
-            sums.append(sums[-1] + rate.unsqueeze(-1))
-        times = torch.cat(sums[1:] if rotation.clock.inclusive else sums[:-1], -1)
-    else:
-        return
-    explicit = replace(rotation, clock=Positions("times"))
-    heads = _heads()
-    (found,) = function([heads], rotation, sample.slots())
-    (wanted,) = function([heads], explicit, {**slots, "times": times})
-    same(found, wanted)
-
-
-def differentiates_to_the_transpose(function: Rotate, sample: Sample) -> None:
-    """<G x, g> = <x, G^T g>, with G^T g the gradient."""
-    slots, heads, cotangent = sample.slots(), _heads().requires_grad_(), _heads(6)
-    (turned,) = function([heads], sample.encoding, slots)
-    (gradient,) = torch.autograd.grad(turned, heads, cotangent)
-    probe = _heads(7)
-    (moved,) = function([probe], sample.encoding, slots)
-    same((moved * cotangent).sum(), (probe * gradient).sum(), 1e-11)
-
-
-ROTATE_LAWS: tuple[Callable[[Rotate, Sample], None], ...] = (
-    turns_like_the_exponential,
-    rests_at_zero,
-    composes,
-    inverts,
-    keeps_norms,
-    has_no_origin,
-    streams,
-    keeps_time,
-    differentiates_to_the_transpose,
-)
-
-
-# Biases
-
-
 def operands(queries: int = LENGTH, keys: int = LENGTH) -> tuple[Tensor, Tensor, Tensor]:
     return (
         tensor(BATCH, HEADS, queries, HEAD_DIM, seed=11),
@@ -258,36 +84,104 @@ def generator(slope: Tensor) -> Tensor:
     return lifted
 
 
-def slopes_of(bias: Bias, slots: Slots) -> Tensor:
+def slopes_of(bias: Bias | PathBias, slots: Slots) -> Tensor:
     """Slopes [B, H]."""
     if isinstance(bias.slopes, Learned | Table):
         return slots[bias.slopes.slot].expand(BATCH, HEADS)
+    if isinstance(bias.slopes, Uniform):
+        return torch.full((BATCH, HEADS), bias.slopes.slope, dtype=torch.float64)
     return torch.tensor(bias.slopes.values(), dtype=torch.float64).expand(BATCH, HEADS)
 
 
 def times_of(bias: Bias, slots: Slots) -> Tensor:
-    """Times of the keys, [axes, B, T]."""
+    """Times of the keys, [axes, B, H, T]."""
     if isinstance(bias.clock, Positions | Accumulated):
         times = slots[bias.clock.slot].double()
-        times = times.cumsum(-1) if isinstance(bias.clock, Accumulated) else times
-        return times.expand(BATCH, LENGTH)[None] if times.dim() < 3 else times
-    return torch.arange(LENGTH, dtype=torch.float64).expand(1, BATCH, LENGTH)
+        if isinstance(bias.clock, Accumulated):
+            times = times.cumsum(-1) - (0 if bias.clock.inclusive else times)
+        if isinstance(bias.distance, Euclidean) and times.dim() == 3:
+            return times[:, :, None].expand(-1, BATCH, HEADS, LENGTH)
+        times = times[:, None] if times.dim() == 2 else times
+        return times.expand(BATCH, HEADS, LENGTH)[None]
+    return torch.arange(LENGTH, dtype=torch.float64).expand(1, BATCH, HEADS, LENGTH)
+
+
+def gate_of(bias: Bias, slots: Slots) -> Tensor:
+    """What multiplies the slope, broadcastable to [B, H, T, T]."""
+    if bias.gate is None:
+        return torch.ones((), dtype=torch.float64)
+    gate = torch.zeros((), dtype=torch.float64)
+    if bias.gate.query is not None:
+        gate = gate + slots[bias.gate.query][..., :, None]
+    return gate if bias.gate.key is None else gate + slots[bias.gate.key][..., None, :]
 
 
 def lifted_logits(query: Tensor, key: Tensor, bias: Bias, slots: Slots, scale: float) -> Tensor:
     """Scaled logits q^^T G(j - t)^{-T} k^ of the lift to d + 2 coordinates (4.2-4.7).
 
-    A distance that is not signed takes the place of j - t (App. G).
+    A distance that is not signed takes the place of j - t (App. G); a gate multiplies the slope (4.6).
     """
     times = times_of(bias, slots)
     apart = times[..., None, :] - times[..., :, None]
     steps = apart[0] if isinstance(bias.distance, Signed) else -apart.square().sum(0).sqrt()
-    powers = steps[:, None, :, :, None, None] * generator(slopes_of(bias, slots))[:, :, None, None]
+    steps = steps * gate_of(bias, slots)
+    powers = steps[..., None, None] * generator(slopes_of(bias, slots))[:, :, None, None]
     acted = torch.linalg.matrix_exp(-powers.mT)
     one, zero = torch.ones_like(query[..., :1]), torch.zeros_like(query[..., :1])
     lifted_query = torch.cat([query, one / scale, zero], -1)
     lifted_key = torch.cat([key, zero, one], -1)
     return scale * torch.einsum("bhtd,bhtjde,bhje->bhtj", lifted_query, acted, lifted_key)
+
+
+def path_bias(bias: PathBias, slots: Slots) -> Tensor:
+    """b[t, j], edge by edge: the unipotent steps from j to t multiply, so their exponents add up (5.1)."""
+
+    def size_one(tensor: Tensor) -> Tensor:
+        return tensor / (tensor.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+    shape = (BATCH, HEADS, LENGTH, bias.dim)
+    query, key = slots[bias.query].expand(shape), slots[bias.key].expand(shape)
+    query = size_one(query) if bias.normalised == "both" else query
+    key = key if bias.normalised == "none" else size_one(key)
+    if bias.turn is not None:
+        (key,) = reference_rotate([key], bias.turn, slots)
+    links: dict[type, Callable[[Tensor], Tensor]] = {
+        LogSigmoid: lambda x: -(1 + (-x).exp()).log(), NegativeExp: lambda x: -x.exp(), Identity: lambda x: x
+    }  # fmt: skip
+    total = torch.zeros(BATCH, HEADS, LENGTH, LENGTH, dtype=torch.float64)
+    for t in range(LENGTH):
+        for j in range(t - 1, -1, -1):
+            edge = links[type(bias.link)]((query[:, :, t] * key[:, :, j + 1]).sum(-1) / bias.dim)
+            total[:, :, t, j] = total[:, :, t, j + 1] + slopes_of(bias, slots) * edge
+    return total
+
+
+def walks_its_paths(function: Attend, sample: Sample) -> None:
+    """softmax of the logits with every edge added by hand, causal; rotations and other biases beside it."""
+    query, key, value = operands()
+    slots = sample.slots()
+    logits: Tensor | None = None
+    for part in _leaves(sample.encoding):
+        if isinstance(part, Rotation):
+            query, key = reference_rotate([query, key], part, slots)
+    logits = HEAD_DIM**-0.5 * query @ key.mT
+    for part in _leaves(sample.encoding):
+        if isinstance(part, PathBias):
+            logits = logits + path_bias(part, slots)
+        elif isinstance(part, Bias):
+            logits = logits + lifted_logits(torch.zeros_like(query), key, part, slots, 1.0)
+    found = function(*operands(), sample.encoding, slots, is_causal=True)
+    same(found, logits.masked_fill(future(), -torch.inf).softmax(-1) @ value)
+
+
+def falls_with_the_distance(function: Attend, sample: Sample) -> None:
+    """Where slopes, gates and rates have one sign, a key further back has no larger weight for equal products."""
+    slots = sample.slots()
+    query, key, _ = (torch.zeros_like(part) for part in operands())
+    value = torch.eye(LENGTH, dtype=torch.float64).expand(BATCH, HEADS, LENGTH, LENGTH)
+    weights = function(query, key, value, sample.encoding, slots, is_causal=True)
+    for t in range(LENGTH):
+        assert bool((weights[:, :, t, 1 : t + 1] - weights[:, :, t, :t] >= -1e-15).all())
 
 
 def future() -> Tensor:
@@ -335,8 +229,27 @@ def streams_keys(function: Attend, sample: Sample) -> None:
 
 
 def _so_far(encoding: Encoding, name: str, slot: Tensor, length: int) -> Tensor:
-    clocks = [part.clock.slots for part in _leaves(encoding) if isinstance(part, Bias | Rotation)]
-    return slot[..., :length] if any(name in slots for slots in clocks) else slot
+    if name in query_axes(encoding):
+        return slot.narrow(query_axes(encoding)[name], length - 1, 1)
+    axes = sequence_axes(encoding)
+    return slot.narrow(axes[name], 0, length) if name in axes else slot
+
+
+def sequence_axes(encoding: Encoding) -> dict[str, int]:
+    """The slots that have one entry for each token, and their axis of tokens."""
+    axes = query_axes(encoding)
+    for part in _leaves(encoding):
+        turn = part.turn if isinstance(part, PathBias) else part
+        clock = getattr(turn, "clock", None)
+        if isinstance(clock, Tables):
+            axes |= {clock.cos: -2, clock.sin: -2}
+        elif isinstance(clock, Clock):
+            axes |= dict.fromkeys(clock.slots, -1)
+        if isinstance(part, Bias) and part.gate is not None and part.gate.key is not None:
+            axes[part.gate.key] = -1
+        if isinstance(part, PathBias):
+            axes[part.key] = -2
+    return axes
 
 
 def _leaves(encoding: Encoding) -> list[Encoding]:
@@ -363,3 +276,11 @@ ATTEND_LAWS: tuple[Callable[[Attend, Sample], None], ...] = (
     streams_keys,
     has_no_first_key,
 )
+
+PATH_LAWS: tuple[Callable[[Attend, Sample], None], ...] = (walks_its_paths, ignores_the_future, streams_keys)
+
+#: Samples whose bias never rises with the distance: one sign of slopes and rates, no gate of the key (GRAPE 4.6).
+FALLING = (
+    "alibi", "table_slopes", "learned_slopes", "forgetting", "absolute", "fox", "fox_exclusive", "phase_modulated",
+    "gated_query", "grape_ap", "grape_ap_both", "path_learned",
+)  # fmt: skip

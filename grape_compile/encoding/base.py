@@ -55,6 +55,21 @@ class Encoding(Term, ABC):
         """Return the value that stands for all of the same meaning; `slots` may change their order."""
 
 
+class Multiplicative(Encoding, ABC):
+    """Turns queries and keys by an orthogonal G(n) = exp(n X), X skew (GRAPE 2-3), up to a norm factor.
+
+    Its logits depend on the offset of the clock alone.
+    """
+
+    # No dataclass: one with slots is made twice, and the first would count as a kind of encoding.
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def head_dim(self) -> int:
+        """Number of coordinates of the head."""
+
+
 def slot_roles(value: object) -> Iterator[tuple[str, str]]:
     """Yield (tensor name, role) of every slot below `value`; the role is `class.field`."""
     if isinstance(value, tuple):

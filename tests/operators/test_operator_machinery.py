@@ -16,9 +16,12 @@ from grape_compile.operators import attend, decompositions, rotate
 from grape_compile.operators.samples import (
     BATCH,
     BIASES,
+    COMPOSITIONS,
+    GENERATORS,
     HEAD_DIM,
     HEADS,
     LENGTH,
+    PATHS,
     ROTATIONS,
     Sample,
     tensor,
@@ -39,7 +42,10 @@ def heads(count: int, length: int = LENGTH, number: int = 3) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     "sample",
-    named(ROTATIONS, "half", "moved", "irregular", "per_head", "tables", "axes_accumulated", "basis"),
+    [
+        *named(ROTATIONS, "half", "moved", "irregular", "per_head", "tables", "axes_accumulated", "basis"),
+        *named(GENERATORS, "rank2", "rank2_contextual", "non_commuting_per_head", "non_commuting_repeated"),
+    ],
     ids=lambda sample: sample.name,
 )
 def test_opcheck_of_rotate(sample: Sample) -> None:
@@ -49,7 +55,13 @@ def test_opcheck_of_rotate(sample: Sample) -> None:
 
 
 @pytest.mark.parametrize(
-    "sample", named(BIASES, "nope", "alibi", "learned_clock", "euclidean"), ids=lambda sample: sample.name
+    "sample",
+    [
+        *named(BIASES, "nope", "alibi", "learned_clock", "euclidean", "fox", "gated_both"),
+        *named(PATHS, "grape_ap"),
+        *named(COMPOSITIONS, "contextual_fox", "dictionary"),
+    ],
+    ids=lambda sample: sample.name,
 )
 @pytest.mark.parametrize("masked", [False, True], ids=["causal", "masked"])
 def test_opcheck_of_attend(sample: Sample, masked: bool) -> None:
@@ -62,7 +74,7 @@ def test_opcheck_of_attend(sample: Sample, masked: bool) -> None:
     )
 
 
-@pytest.mark.parametrize("sample", ROTATIONS, ids=lambda sample: sample.name)
+@pytest.mark.parametrize("sample", [*ROTATIONS, *GENERATORS], ids=lambda sample: sample.name)
 def test_gradcheck_of_rotate(sample: Sample) -> None:
     slots = sample.slots()
     parts = inputs(tensor(BATCH, HEADS, LENGTH, HEAD_DIM), *slots.values())
@@ -84,6 +96,11 @@ def test_gradcheck_of_attend(sample: Sample, options: dict[str, Any]) -> None:
         return attend(query, key, value, sample.encoding, dict(zip(slots, filled, strict=True)), **options)
 
     assert torch.autograd.gradcheck(function, parts, fast_mode=True)
+
+
+@pytest.mark.parametrize("sample", [*PATHS, *COMPOSITIONS], ids=lambda sample: sample.name)
+def test_gradcheck_of_paths_and_compositions(sample: Sample) -> None:
+    test_gradcheck_of_attend(sample, {"is_causal": True})
 
 
 def loop(function: Callable[..., Any], in_dims: tuple[int | None, ...], *operands: Tensor) -> Tensor:
@@ -110,14 +127,20 @@ ROTATE_VMAPS = {
     "axes": ("axes", (0, 2)),
     "running_sums": ("accumulated", (0, 0)),
     "basis": ("basis", (0, None, None, 0)),
+    "basis_of_heads": ("basis_per_head", (1, 0, None, 2)),
     "nothing_but_the_tensor": ("half", (1,)),
+    "vectors": ("rank2", (0, None, 1)),
+    "vectors_of_heads": ("rank2_per_head", (None, 1, 0, 2, None)),
+    "phases": ("rank2_contextual", (0, 0, 2, None, 0)),
+    "generator": ("non_commuting", (0, None, 2)),
+    "generators_of_heads": ("non_commuting_per_head", (0, 1, 0, 3)),
 }
 
 
 @pytest.mark.parametrize("case", ROTATE_VMAPS)
 def test_vmap_of_rotate(case: str) -> None:
     name, dims = ROTATE_VMAPS[case]
-    (sample,) = named(ROTATIONS, name)
+    (sample,) = named((*ROTATIONS, *GENERATORS), name)
     slots = sample.slots()
     parts = [tensor(BATCH, HEADS, LENGTH, HEAD_DIM), *slots.values()]
     mapped = [
@@ -140,6 +163,9 @@ ATTEND_VMAPS = {
     "clock": ("learned_clock", (None, 0, 0, None, 1)),
     "shared_clock": ("counted", (0, 0, 0, None)),
     "axes": ("euclidean", (0, None, None, 1)),
+    "forgetting": ("fox", (0, 0, 0, 0)),
+    "gates": ("gated_both", (0, None, 0, None, 0, 1)),
+    "edges": ("grape_ap", (0, 0, 0, 0, None)),
 }
 
 
@@ -147,7 +173,7 @@ ATTEND_VMAPS = {
 @pytest.mark.parametrize("case", ATTEND_VMAPS)
 def test_vmap_of_attend_and_its_gradients(case: str, mask: tuple[int, ...] | None) -> None:
     name, dims = ATTEND_VMAPS[case]
-    (sample,) = named(BIASES, name)
+    (sample,) = named((*BIASES, *PATHS), name)
     slots = sample.slots()
     parts = [*heads(HEADS), *slots.values()]
     mapped = [
@@ -160,17 +186,17 @@ def test_vmap_of_attend_and_its_gradients(case: str, mask: tuple[int, ...] | Non
     def function(*operands: Tensor) -> Tensor:
         query, key, value, *filled = operands
         named_slots = dict(zip(slots, filled, strict=True))
-        return attend(query, key, value, sample.encoding, named_slots, mask=added, is_causal=mask is None)
+        return attend(query, key, value, sample.encoding, named_slots, mask=added, is_causal=True)
 
     found = torch.vmap(function, in_dims=dims)(*mapped)
     torch.testing.assert_close(found, loop(function, dims, *mapped), rtol=1e-12, atol=1e-12)
 
-    biased = isinstance(sample.encoding, Bias)
+    biased = bool(sample.encoding.slots)
 
     def gradient(*operands: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of query, key, value, slopes, clock and mask, as the operator returns them."""
+        """Gradients of query, key, value, floating slots and mask, as the operator returns them."""
         query, key, value, *filled = operands
-        options = (added, mask is None, None, None)
+        options = (added, True, None, None)
         text = str(sample.encoding)
         output, logsumexp = torch.ops.grape.attend(query, key, value, filled, text, *options)
         parts = (cotangent, query, key, value, output, logsumexp)
@@ -232,7 +258,7 @@ def test_decompositions_leave_plain_aten() -> None:
     torch.testing.assert_close(program.module()(*shorter), Layer()(*shorter))
 
 
-@pytest.mark.parametrize("sample", ROTATIONS, ids=lambda sample: sample.name)
+@pytest.mark.parametrize("sample", [*ROTATIONS, *GENERATORS], ids=lambda sample: sample.name)
 def test_decomposition_is_the_operator(sample: Sample) -> None:
     decomposed = decompositions()[torch.ops.grape.rotate.default]
     slots = [sample.slots()[name] for name in sample.encoding.slots]
