@@ -56,6 +56,8 @@ def turn_of(program: Program, scores: Scores, part: PathPart) -> Turn | None:
     ):
         return None
     turned = tensors[int(value.args[1])]  # type: ignore[arg-type] # the index of a getitem
+    if not isinstance(turned, fx.Node):
+        return None
     return Turn(value, replace(rotation, clock=Steps()), described, given, replace(part.key, node=turned))
 
 

@@ -1,12 +1,13 @@
 """Read what is added to the scores as a sum of products of values that see one of query and key each.
 
-An added value b[b, h, t, j] is followed back through sums, products and movement until every part depends on the query
-or on the key alone, or cannot be followed further. What results is a polynomial
+An added value b[b, h, t, j] is followed back through sums, products and movement until every part depends on the
+query or on the key alone, or cannot be followed further. What results is a polynomial
 
     sum of number * product of atoms,
 
-an atom being a value seen through the axes batch, head and one of query and key (or both, where reading stopped). ALiBi,
-gated slopes, forgetting and sums of them are different shapes of this one reading. Indices are read, never data, so
+an atom being a value seen through the axes batch, head and one of query and key (or both, where reading stopped).
+ALiBi, gated slopes, forgetting and sums of them are different shapes of this one reading.
+Indices are read, never data, so
 what is found holds for activations as for constants, and at every length.
 """
 
@@ -64,7 +65,7 @@ class AddendReader:
         ]
 
     def operand(self, view: Operand, lead: Index, node: fx.Node) -> list[Addend]:
-        """The polynomial of another value seen as `view` sees its own node (the operand of an elementwise operation)."""
+        """The polynomial of another value, seen as `view` sees its own (the operand of an elementwise operation)."""
         return self.elements(node, self.scores.along(view, lead), lead)
 
     def elements(self, node: fx.Node, index: Index, lead: Index) -> list[Addend]:

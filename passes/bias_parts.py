@@ -7,13 +7,17 @@ What softmax ignores is ignored here too: an addend without the key is a constan
     slope_h * gate_j * clock_j  -  slope_h * gate_j * clock_t    the same under a gate of the key
     -slope_h * |clock_j - clock_t|, with or without gates        a mirrored bias
 
-and anything else is no bias of the algebra. A clock counts keys, is given, or is a running sum; a gate is an activation.
+    -slope_h * |place_j - place_t| on several axes               a distance (GRAPE App. G)
+
+path integrals (paths.py) apart, anything else is no bias of the algebra. A clock counts keys, is given, or is a running
+sum; a gate is an activation, and no running sum.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -38,8 +42,8 @@ from grape_compile.passes.terms import Index
 class BiasPart:
     """number * prod(slopes) * gate * distance(clock_j, clock_t).
 
-    `clock` sees the keys; None counts them. Where `inclusive` is not None it is the rate of a running sum. `given` marks
-    positions the model is given. `places` are positions on several axes, for a distance between them.
+    `clock` sees the keys; None counts them. Where `inclusive` is not None it is the rate of a running sum. `given`
+    marks positions the model is given. `places` are positions on several axes, for a distance between them.
     """
 
     number: float
@@ -225,7 +229,7 @@ class Namer:
     # -- what plays the part of clock and gate -------------------------------------------------------------------------
 
     def clock(self, view: Operand, addend: Addend | None) -> Clock | None:
-        """A value along the keys as a clock; `addend` is what it is part of, where its counterpart is a row constant."""
+        """A value along the keys as a clock; `addend` is what holds it, where its counterpart is a row constant."""
         if view.part != "value":
             return None
         alone = view.token_axes == (KEY,)
@@ -290,7 +294,8 @@ class Namer:
         names = ", ".join(sorted({_said(node) for node in nodes}))
         return Miss(
             "terms",
-            f"what is added to the scores is not a slope per head times a clock, with or without gates: it holds {names}",
+            "what is added to the scores is not a slope per head times a clock, with or without gates: "
+            f"it holds {names}",
             3 if near else 0,
             "a bias by steps, by given positions or by a running sum",
         )
@@ -319,9 +324,13 @@ def _cut_off(node: fx.Node) -> bool:
     if name == "aten::relu":
         return True
     if name == "aten::clamp_min":
-        return list(args) == [0]
+        return len(args) == 1 and _is_zero(args[0])
     given = dict(zip(("min", "max"), args, strict=False)) | node.kwargs
-    return name == "aten::clamp" and given.get("min") == 0 and given.get("max") is None
+    return name == "aten::clamp" and _is_zero(given.get("min")) and given.get("max") is None
+
+
+def _is_zero(value: Any) -> bool:
+    return isinstance(value, int | float) and value == 0
 
 
 def _said(node: fx.Node) -> str:

@@ -1,9 +1,9 @@
 """Find additive position biases by what softmax can see.
 
-What: attention layers whose scores carry biases of the algebra off the mask, up to a constant per row (GRAPE 4, 5, App. C):
-    softmax ignores the constant, so `slope * j` and `slope * (j - t)` are one bias.
+What: attention layers whose scores carry biases of the algebra off the mask, up to a constant per row (GRAPE 4, 5,
+    App. C): softmax ignores the constant, so `slope * j` and `slope * (j - t)` are one bias.
 How: everything added to the scores is read as one sum of products (addends.py) and named (bias_parts.py, paths.py).
-    Biases that no product shows (finished tables, counts of a mask) are evaluated at the captured size, every row of them.
+    Biases that no product shows (finished tables, counts of a mask) are evaluated at the captured size, every row.
 Leaves alone: buckets, saturating tables, slopes that differ per key, anything behind a non-linear operation.
 Cost: one reading per layer; one evaluation per distinct term that holds no activation.
 """

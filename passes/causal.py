@@ -154,4 +154,4 @@ def counts_from_zero(node: fx.Node) -> bool:
     if op_name(node) != "aten::arange":
         return False
     bounds = [each for each in node.args if not isinstance(each, bool)]
-    return len(bounds) == 1 or bounds[0] == 0
+    return len(bounds) == 1 or bounds[0] in (0, 0.0)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
 from grape_compile.passes.addends import Addend, AddendReader
 from grape_compile.passes.graph import fake, op_name
-from grape_compile.passes.movement import ints, operand_of
+from grape_compile.passes.movement import ints, is_symbolic, operand_of
 from grape_compile.passes.operands import Operand
 from grape_compile.passes.scores import as_key
 from grape_compile.passes.terms import Index
@@ -32,8 +34,11 @@ def _along_last_axis(reader: AddendReader, node: fx.Node, pair: Operand, lead: I
     """The differences on every axis of a norm over the last one."""
     inner = operand_of(node, 0)
     value = fake(inner)
-    dims = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
-    order = node.args[1] if len(node.args) > 1 else 2
+    given: dict[str, Any] = {
+        **dict(zip(("self", "ord", "dim", "keepdim"), node.args, strict=False)),
+        **node.kwargs,
+    }
+    dims, order = given.get("dim"), given.get("ord", given.get("p", 2))
     if (
         value is None
         or dims is None
@@ -42,9 +47,9 @@ def _along_last_axis(reader: AddendReader, node: fx.Node, pair: Operand, lead: I
     ):
         return []
     at, count = reader.scores.along(pair, lead), value.shape[-1]
-    if (len(node.args) > 3 and node.args[3]) or node.kwargs.get("keepdim"):
+    if given.get("keepdim"):
         at = at[:-1]
-    if not isinstance(count, int) or count > _MOST_AXES:
+    if is_symbolic(count) or count > _MOST_AXES:
         return []
     rows = lead[0]
     return [reader.elements(inner, (*at, torch.full_like(rows, axis)), lead) for axis in range(count)]
@@ -67,7 +72,7 @@ def _is_square(node: fx.Node) -> bool:
     name = op_name(node)
     if name == "aten::mul":
         return node.args[0] is node.args[1]
-    return name == "aten::square" or (name == "aten::pow" and node.args[1] == 2)
+    return name == "aten::square" or (name == "aten::pow" and node.args[1] in (2, 2.0))
 
 
 def _place(apart: list[Addend]) -> Operand | None:

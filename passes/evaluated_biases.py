@@ -1,7 +1,7 @@
-"""Name a bias by its values: for biases whose slope and clock the model multiplies out of sight of a structural reading.
+"""Name a bias by its values, where the model multiplies slope and clock out of sight of a structural reading.
 
-What: one term that is affine in the key, row by row at the captured size (or mirrored at the query), and is a product of
-    a slope and a value that counts keys; or a constant table, whose slope is its mean rise.
+What: one term that is affine in the key, row by row at the captured size (or mirrored at the query), and is a
+    product of a slope and a value that counts keys; or a constant table, whose slope is its mean rise.
 Leaves alone: everything that depends on activations, and sums of several biases.
 Cost: one evaluation of the term in fp64.
 """

@@ -161,10 +161,10 @@ def _never_draws(node: fx.Node) -> bool:
     """A dropout that is switched off, and attention without one."""
     name = op_name(node)
     if name == "aten::dropout":
-        return node.args[1] == 0 or node.args[2] is False
+        return node.args[1] in (0, 0.0) or node.args[2] is False
     if name != "aten::scaled_dot_product_attention":
         return False
-    return node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0) == 0
+    return node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0) in (0, 0.0)
 
 
 def _writes(node: fx.Node) -> bool:
@@ -249,10 +249,10 @@ _SHAPE_ONLY = {
 ANGLES = {"aten::cos", "aten::sin", "aten::polar"}
 _CARRIES_A_PHASE = {
     "aten::mul", "aten::div", "aten::neg", "aten::add", "aten::sub", "aten::einsum", "aten::outer", "aten::matmul",
-    "aten::unsqueeze", "aten::squeeze", "aten::view", "aten::reshape", "aten::unflatten", "aten::flatten", "aten::permute",
-    "aten::transpose", "aten::mT", "aten::expand", "aten::repeat", "aten::repeat_interleave", "aten::cat", "aten::stack",
-    "aten::slice", "aten::select", "aten::pad", "aten::constant_pad_nd", "aten::to", "aten::_to_copy", "aten::clone",
-    "aten::contiguous", "aten::type_as", "aten::detach",
+    "aten::unsqueeze", "aten::squeeze", "aten::view", "aten::reshape", "aten::unflatten", "aten::flatten",
+    "aten::permute", "aten::transpose", "aten::mT", "aten::expand", "aten::repeat", "aten::repeat_interleave",
+    "aten::cat", "aten::stack", "aten::slice", "aten::select", "aten::pad", "aten::constant_pad_nd", "aten::to",
+    "aten::_to_copy", "aten::clone", "aten::contiguous", "aten::type_as", "aten::detach",
 }  # fmt: skip
 _LOOKUPS = {
     "aten::embedding": (0, 1),
@@ -286,7 +286,7 @@ def _taint(node: fx.Node, taints: Mapping[fx.Node, Taint], roles: Mapping[fx.Nod
 
 
 def _is_phase(node: fx.Node, taints: Mapping[fx.Node, Taint]) -> bool:
-    """Whether the activation an angle is made of holds a running sum: content tells the time, as positions do elsewhere."""
+    """Whether the activation an angle is made of holds a running sum: content tells the time, as positions else."""
     stack, seen = list(node.all_input_nodes), set()
     while stack:
         step = stack.pop()

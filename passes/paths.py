@@ -1,7 +1,7 @@
 """Name path integrals: biases that sum edges between key and query (GRAPE-AP, GRAPE 5.1-5.2).
 
-What: sums over l = j+1 ... t of slope_h * g(<p_t, r_l> * number), written as the row's total less its cumulative sum, as
-    a cumulative sum from the end less the edge at j, or that sum moved on by one. Up to a constant per row, which
+What: sums over l = j+1 ... t of slope_h * g(<p_t, r_l> * number), written as the row's total less its cumulative sum,
+    as a cumulative sum from the end less the edge at j, or that sum moved on by one. Up to a constant per row, which
     softmax ignores, all are one path; edges behind the query count for nothing where no query sees a later key.
 Leaves alone: sums that include the edge at j, run along another axis, or whose edges are masked by something else.
 """
@@ -28,7 +28,7 @@ from grape_compile.passes.terms import Factor, Index, broadcast
 
 @dataclass(frozen=True)
 class PathPart:
-    """number * prod(slopes) * sum over l = j+1 ... t of link(<query_t, key_l> / dim), the last axis of both `dim` long."""
+    """number * prod(slopes) * sum over l = j+1 ... t of link(<query_t, key_l> / dim), of vectors `dim` long."""
 
     number: float
     slopes: tuple[Operand, ...]

@@ -80,7 +80,7 @@ class RunningSums:
         return replace(view, node=operand) if isinstance(operand, fx.Node) else None
 
     def _leaves(self, clock: Operand) -> dict[_Leaf, float] | None:
-        """A clock as a sum of numbers times values at the token or at the one before; None where it is more than that."""
+        """A clock as a sum of numbers times values at the token or the one before; None where it is more than that."""
         if clock.part != "value":
             return None
         rows = torch.arange(self.lead[0].numel())
