@@ -6,9 +6,8 @@ query or on the key alone, or cannot be followed further. What results is a poly
     sum of number * product of atoms,
 
 an atom being a value seen through the axes batch, head and one of query and key (or both, where reading stopped).
-ALiBi, gated slopes, forgetting and sums of them are different shapes of this one reading.
-Indices are read, never data, so
-what is found holds for activations as for constants, and at every length.
+ALiBi, gated slopes, forgetting and sums of them are different shapes of this one reading. Indices are read, never data,
+so what is found holds for activations as for constants, and at every length.
 """
 
 from __future__ import annotations

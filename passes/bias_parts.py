@@ -190,11 +190,10 @@ class Namer:
         if not same and not (clock.view is None and same_count(query.queries[0].node, key.keys[0].node)):
             return None
         number = clock.number * key.number
+        past = clock.view is None and self.causal.hide_the_future(self.masks)
         if name == "aten::abs":
-            return replace(clock, number=-abs(number)), Absolute()
-        if clock.view is None and number < 0 and self.causal.hide_the_future(self.masks):
-            return replace(clock, number=number), Signed()
-        return None
+            return replace(clock, number=-abs(number)), Signed() if past else Absolute()
+        return (replace(clock, number=number), Signed()) if past and number < 0 else None
 
     def _apart_in_space(self, rest: list[Addend]) -> tuple[BiasPart, list[Addend]] | None:
         """-slope * |place_j - place_t|, on several axes."""

@@ -9,7 +9,6 @@ import torch
 from torch import fx
 
 from grape_compile.encoding import (
-    Absolute,
     Accumulated,
     Bias,
     Clock,
@@ -20,7 +19,6 @@ from grape_compile.encoding import (
     PathBias,
     Positions,
     Rotation,
-    Signed,
     Slopes,
     Steps,
     Table,
@@ -91,9 +89,7 @@ class BiasSlots:
                 self._gate(part.gate_query, QUERY, "gate_query"),
                 self._gate(part.gate_key, KEY, "gate_key"),
             )
-        mirrored = isinstance(part.distance, Absolute) and not (self.plan.is_causal and part.clock is None)
-        distance = part.distance if mirrored or not isinstance(part.distance, Absolute) else Signed()
-        return Bias(called, clock, gate, distance), Bias(told, seen, gate, distance)
+        return Bias(called, clock, gate, part.distance), Bias(told, seen, gate, part.distance)
 
     def _slopes(self, part: BiasPart | PathPart) -> tuple[Slopes, Slopes]:
         if not part.slopes:

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from grape_compile.passes.addends import AddendReader
 from grape_compile.passes.attention import Attention, find_attention
 from grape_compile.passes.bias_parts import BiasPart, Namer
+from grape_compile.passes.causal import CausalMasks
 from grape_compile.passes.evaluated_biases import TablePart, evaluated
 from grape_compile.passes.graph import Program, Taint, Unreadable, require_fake
 from grape_compile.passes.paths import PathPart
@@ -80,6 +81,8 @@ def _plan(scores: Scores) -> BiasPlan | Miss | None:
     if layer.obstacle:
         return _obstacle(layer)
     causal, window = _causal(scores, alive, masks)
+    if not causal and masks and not scores.is_static:
+        causal = CausalMasks(scores, AddendReader(scores)).say_causal(masks, NEVER)
     return BiasPlan(layer, scores, tuple(masks), tuple(parts), causal, window)
 
 

@@ -37,6 +37,13 @@ class CausalMasks:
             return False
         return self.scores.layer.is_causal or any(map(self._hides_the_future, masks))
 
+    def say_causal(self, masks: Sequence[ScoreTerm], never: float) -> bool:
+        """Whether the masks are causal and nothing else, at every length; `never` is what removes an entry for good."""
+        return self.scores.is_square and all(
+            term.dead is not None and term.value <= never and self.seen(term.node) is (not term.dead)
+            for term in masks
+        )
+
     def _hides_the_future(self, term: ScoreTerm) -> bool:
         if term.dead is not None and term.value <= DEAD:
             seen = self.seen(term.node)
@@ -54,19 +61,26 @@ class CausalMasks:
 
     def seen(self, node: fx.Node) -> bool | None:
         """True where a value is true exactly for keys not after the query, False for the opposite, None for neither."""
+        value = fake(node)
+        sizes = [str(size) for size in self.scores.symbolic[QUERY:]]
+        if value is None or [str(size) for size in value.shape[-2:]] != sizes:
+            return None
+        return self._seen(node)
+
+    def _seen(self, node: fx.Node) -> bool | None:
         while True:
             name = op_name(node)
             if name not in IDENTITIES | EXPANDS | RESHAPES | CUTS or not self._keeps_triangles(node, name):
                 break
             node = operand_of(node, 0)
         if name in ("aten::logical_not", "aten::bitwise_not"):
-            return _opposite(self.seen(operand_of(node, 0)))
+            return _opposite(self._seen(operand_of(node, 0)))
         if (
             name in ("aten::eq", "aten::ne")
             and not isinstance(node.args[1], fx.Node)
             and node.args[1] in (0, 1)
         ):
-            inner = self.seen(operand_of(node, 0))
+            inner = self._seen(operand_of(node, 0))
             return inner if (name == "aten::eq") == (node.args[1] == 1) else _opposite(inner)
         if name in ("aten::tril", "aten::triu") and op_name(operand_of(node, 0)) in _ONES:
             wanted = 0 if name == "aten::tril" else 1
