@@ -135,7 +135,7 @@ class _Namer:
                 self.program, self.reading.reader, self.reading.lead, self.reading.shape[:-1], token
             )
             total = sums.read(clock)
-            if total is not None and total.number == 1.0:
+            if total is not None and total.number == 1.0 and sums.is_along_tokens(total):
                 return Accumulated("rates", total.inclusive)
         return None
 

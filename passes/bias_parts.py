@@ -17,8 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
-
 import torch
 from torch import fx
 
@@ -26,8 +24,8 @@ from grape_compile.encoding import Absolute, Distance, Euclidean, Signed
 from grape_compile.passes.addends import Addend, AddendReader
 from grape_compile.passes.causal import CausalMasks, same_count
 from grape_compile.passes.clocks import counted_by, counts, is_given
-from grape_compile.passes.distances import places_of
-from grape_compile.passes.graph import Role, Taint, Unreadable, op_name
+from grape_compile.passes.distances import cut_off, places_of
+from grape_compile.passes.graph import Program, Role, Taint, Unreadable, op_name
 from grape_compile.passes.movement import operand_of
 from grape_compile.passes.operands import Operand
 from grape_compile.passes.paths import PathPart, Paths
@@ -93,6 +91,7 @@ class Namer:
         """The biases whose sum the addends are, up to a constant per row."""
         rest = [addend for addend in addends if addend.keys or addend.pairs]
         self.rows = [addend for addend in addends if not addend.keys and not addend.pairs]
+        self.used: list[Addend] = []
         parts: list[BiasPart | PathPart] = []
         while rest:
             found: tuple[BiasPart | PathPart, list[Addend]] | None = (
@@ -106,8 +105,35 @@ class Namer:
                 return self._miss(rest)
             part, used = found
             parts.append(part)
+            self.used += used
             rest = [addend for addend in rest if addend not in used]
-        return _merged(parts)
+        return self._untouched() or _merged(parts)
+
+    def _untouched(self) -> Miss | None:
+        """A constant per row made of weights that nothing else in the layer depends on: they would lose their gradient.
+
+        It is zero, but an optimiser and a parallel trainer tell a zero gradient from none.
+        """
+        program, layer = self.program, self.scores.layer
+        known = {
+            view.node
+            for addend in self.used
+            for view in (*addend.heads, *addend.queries, *addend.keys, *addend.pairs)
+        }
+        rows = {view.node for addend in self.rows for view in (*addend.heads, *addend.queries)}
+        left = {node for node in rows - known if program.taints[node] >= Taint.PARAMETER}
+        if not left:
+            return None
+        kept = _weights(program, {*known, layer.query, layer.key, layer.value})
+        if _weights(program, left) <= kept:
+            return None
+        return Miss(
+            "gradient",
+            "what is added to a row as a whole is made of weights that no other part of the layer reads: without it "
+            "they would have no gradient",
+            3,
+            "a bias of one clock, at the key and at the query",
+        )
 
     # -- one part at a time --------------------------------------------------------------------------------------------
 
@@ -174,7 +200,7 @@ class Namer:
         """The clock of |clock_j - clock_t|, or of a difference cut off at zero that is whole for every key seen."""
         name = op_name(pair.node)
         try:
-            cut = name == "aten::abs" or _cut_off(pair.node)
+            cut = name == "aten::abs" or cut_off(pair.node)
             inside = self.reader.operand(pair, self.lead, operand_of(pair.node, 0)) if cut else []
         except Unreadable:
             return None
@@ -317,19 +343,14 @@ _LOOK = 8
 """Operations to look back for positions, for the sake of a sentence."""
 
 
-def _cut_off(node: fx.Node) -> bool:
-    """max(x, 0): what it is for x above zero."""
-    name, args = op_name(node), node.args[1:]
-    if name == "aten::relu":
-        return True
-    if name == "aten::clamp_min":
-        return len(args) == 1 and _is_zero(args[0])
-    given = dict(zip(("min", "max"), args, strict=False)) | node.kwargs
-    return name == "aten::clamp" and _is_zero(given.get("min")) and given.get("max") is None
-
-
-def _is_zero(value: Any) -> bool:
-    return isinstance(value, int | float) and value == 0
+def _weights(program: Program, nodes: set[fx.Node]) -> set[fx.Node]:
+    """The parameters some values are made of."""
+    seen, stack = set(nodes), list(nodes)
+    while stack:
+        new = [operand for operand in stack.pop().all_input_nodes if operand not in seen]
+        seen.update(new)
+        stack += new
+    return {node for node in seen if program.roles.get(node) is Role.PARAMETER}
 
 
 def _said(node: fx.Node) -> str:

@@ -1,4 +1,4 @@
-"""Read a Euclidean distance between query and key: the places on every axis it is made of (GRAPE App. G)."""
+"""Read distances between query and key that are no plain difference: Euclidean ones (GRAPE App. G), and cut-off ones."""
 
 from __future__ import annotations
 
@@ -84,3 +84,18 @@ def _place(apart: list[Addend]) -> Operand | None:
     (key,), (query,) = keys, queries
     same = key.number == -query.number and as_key(query.queries[0]) == key.keys[0]
     return key.keys[0] if same and not any((key.heads, key.pairs, query.heads, query.pairs)) else None
+
+
+def cut_off(node: fx.Node) -> bool:
+    """max(x, 0): what it is for x above zero."""
+    name, args = op_name(node), node.args[1:]
+    if name == "aten::relu":
+        return True
+    if name == "aten::clamp_min":
+        return len(args) == 1 and _is_zero(args[0])
+    given = dict(zip(("min", "max"), args, strict=False)) | node.kwargs
+    return name == "aten::clamp" and _is_zero(given.get("min")) and given.get("max") is None
+
+
+def _is_zero(value: Any) -> bool:
+    return isinstance(value, int | float) and value == 0

@@ -247,12 +247,13 @@ _SHAPE_ONLY = {
     "aten::full_like", "aten::empty_like", "aten::new_zeros", "aten::new_ones", "aten::new_full", "aten::new_empty",
 }  # fmt: skip
 ANGLES = {"aten::cos", "aten::sin", "aten::polar"}
-_CARRIES_A_PHASE = {
-    "aten::mul", "aten::div", "aten::neg", "aten::add", "aten::sub", "aten::einsum", "aten::outer", "aten::matmul",
-    "aten::unsqueeze", "aten::squeeze", "aten::view", "aten::reshape", "aten::unflatten", "aten::flatten",
-    "aten::permute", "aten::transpose", "aten::mT", "aten::expand", "aten::repeat", "aten::repeat_interleave",
-    "aten::cat", "aten::stack", "aten::slice", "aten::select", "aten::pad", "aten::constant_pad_nd", "aten::to",
-    "aten::_to_copy", "aten::clone", "aten::contiguous", "aten::type_as", "aten::detach",
+PHASES = {
+    "aten::cumsum", "aten::mul", "aten::div", "aten::neg", "aten::add", "aten::sub", "aten::einsum", "aten::outer",
+    "aten::matmul", "aten::unsqueeze", "aten::squeeze", "aten::view", "aten::reshape", "aten::unflatten",
+    "aten::flatten", "aten::permute", "aten::transpose", "aten::mT", "aten::expand", "aten::repeat",
+    "aten::repeat_interleave", "aten::cat", "aten::stack", "aten::slice", "aten::select", "aten::pad",
+    "aten::constant_pad_nd", "aten::to", "aten::_to_copy", "aten::clone", "aten::contiguous", "aten::type_as",
+    "aten::detach",
 }  # fmt: skip
 _LOOKUPS = {
     "aten::embedding": (0, 1),
@@ -295,7 +296,7 @@ def _is_phase(node: fx.Node, taints: Mapping[fx.Node, Taint]) -> bool:
         seen.add(step)
         if op_name(step) == "aten::cumsum":
             return True
-        if op_name(step) in _CARRIES_A_PHASE:
+        if op_name(step) in PHASES:
             stack += step.all_input_nodes
     return False
 

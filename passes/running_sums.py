@@ -14,10 +14,12 @@ from torch import Tensor, fx
 
 from grape_compile.passes.addends import cumsum_dim
 from grape_compile.passes.elements import Reader
-from grape_compile.passes.graph import Program, Sizes, Unreadable, op_name
+from grape_compile.passes.graph import Program, Sizes, Taint, Unreadable, fake, op_name
+from grape_compile.passes.movement import SINGLE, is_frozen, move
 from grape_compile.passes.operands import Axis, Operand, fit
 from grape_compile.passes.terms import Factor, Index, Term, unit
 
+_PROJECTIONS = {"aten::linear", "aten::addmm", "aten::mm", "aten::matmul"}
 _ZEROS = {"aten::zeros", "aten::zeros_like", "aten::new_zeros"}
 
 
@@ -70,6 +72,36 @@ class RunningSums:
                 return RunningSum(number * part, leaf.view, False)
         return RunningSum(number, inner, True)
 
+    def is_along_tokens(self, total: RunningSum) -> bool:
+        """Whether a sum runs over tokens and not over the channels of a projection, such as heads.
+
+        Followed back, the rates come from a projection, whose last axis holds channels. Where no projection is met,
+        only the axis next to the target's last one is sure to hold tokens.
+        """
+        node, index = total.rates.node, self._index(total.rates)
+        while True:
+            name = op_name(node)
+            data = [each for each in node.all_input_nodes if self.program.taints[each] is Taint.DATA]
+            if name in _PROJECTIONS or len(data) != 1:
+                break
+            if name in SINGLE and name != "getitem" and not is_frozen(node, name):
+                node, index = move(node, name, index, self.reader.sizes)
+            elif op_name(node) in SINGLE or not _same_shape(node, data[0]):
+                break
+            else:
+                node = data[0]
+        if op_name(node) not in _PROJECTIONS:
+            return self.token == len(self.lead) - 1
+        # A channel that follows the token: the axis summed over is one of heads.
+        axes = fit(
+            self.program, node, index, self.lead, torch.zeros_like(self.lead[0]), Sizes(), (*self.counts, 1)
+        )
+        return (
+            axes is not None
+            and axes[-1].role != self.token
+            and any(axis.role == self.token for axis in axes[:-1])
+        )
+
     def _rates(self, total: _Leaf) -> Operand | None:
         """What a cumulative sum along the tokens sums up, seen as the sum is seen."""
         node, view = total.view.node, total.view
@@ -84,15 +116,8 @@ class RunningSums:
         if clock.part != "value":
             return None
         rows = torch.arange(self.lead[0].numel())
-        where = dict(enumerate(self.lead))
-        index = tuple(
-            torch.full_like(rows, axis.offset)
-            if axis.role == "fixed"
-            else axis.offset + axis.stride * where[int(axis.role)]
-            for axis in clock.axes
-        )
         try:
-            terms = self._back(clock.node, index, rows)
+            terms = self._back(clock.node, self._index(clock), rows)
         except Unreadable:
             return None
         leaves: dict[_Leaf, float] = {}
@@ -102,6 +127,16 @@ class RunningSums:
                 return None
             leaves[leaf] = leaves.get(leaf, 0.0) + number
         return leaves
+
+    def _index(self, view: Operand) -> Index:
+        """The elements a view reads for the places of the target."""
+        where = dict(enumerate(self.lead))
+        return tuple(
+            torch.full_like(self.lead[0], axis.offset)
+            if axis.role == "fixed"
+            else axis.offset + axis.stride * where[int(axis.role)]
+            for axis in view.axes
+        )
 
     def _back(self, node: fx.Node, index: Index, rows: Tensor) -> list[Term]:
         leaf = [unit(rows, Factor(node, index))]
@@ -139,3 +174,10 @@ class RunningSums:
             return None
         whole = tuple(replace(axis, offset=0) if axis.role == self.token else axis for axis in axes)
         return _Leaf(Operand(factor.node, whole), behind)
+
+
+def _same_shape(one: fx.Node, other: fx.Node) -> bool:
+    first, second = fake(one), fake(other)
+    if first is None or second is None:
+        return False
+    return list(map(str, first.shape)) == list(map(str, second.shape))

@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from grape_compile.operators import reference_rotate
-from grape_compile.passes.graph import ANGLES, Program, Taint, Unreadable, op_name
+from grape_compile.passes.graph import ANGLES, PHASES, Program, Taint, Unreadable, op_name
 from grape_compile.passes.plans import RotationPlan
 from grape_compile.passes.replay import Replay
 
@@ -33,19 +33,20 @@ def verify_rotation(plan: RotationPlan, operands: tuple[fx.Node, ...], replay: R
 
 
 def _phases(plan: RotationPlan, program: Program) -> list[fx.Node]:
-    """The activations the angle is made of: clocks that are handed on, and angles whose tables are."""
+    """The activations the angle is made of: clocks handed on, and what the angles of tables are summed from."""
     nodes = [operand.node for operand in plan.operands]
     found = [node for node in nodes if program.taints[node] is Taint.DATA]
     seen, stack = set(nodes), [node for node in nodes if program.taints[node] is not Taint.DATA]
     while stack:
         node = stack.pop()
+        inside = program.taints[node] is Taint.DATA or op_name(node) in ANGLES
         for operand in node.all_input_nodes:
-            if operand in seen:
+            if operand in seen or (program.taints[operand] is Taint.DATA and not inside):
                 continue
             seen.add(operand)
-            if program.taints[operand] is not Taint.DATA:
+            if program.taints[operand] is not Taint.DATA or op_name(operand) in PHASES:
                 stack.append(operand)
-            elif op_name(node) in ANGLES:
+            else:
                 found.append(operand)
     return list(dict.fromkeys(found))
 
