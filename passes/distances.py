@@ -1,4 +1,4 @@
-"""Read distances between query and key that are no plain difference: Euclidean ones (GRAPE App. G), and cut-off ones."""
+"""Read distances between query and key that are no plain difference: Euclidean (GRAPE App. G), and cut off at zero."""
 
 from __future__ import annotations
 
