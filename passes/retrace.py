@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import getitem
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import (
     PythonKeyTracer,
+    disable_proxy_modes_tracing,
     get_proxy_mode,
     get_proxy_slot,
     snapshot_fake,
@@ -23,7 +25,7 @@ from torch.fx.experimental.proxy_tensor import (
 )
 from torch.utils import _pytree as pytree
 
-from grape_compile.passes.graph import Unreadable, frozen, is_pure, layout
+from grape_compile.passes.graph import Unreadable, frozen, layout
 
 
 class Retrace(fx.Interpreter):
@@ -115,17 +117,26 @@ class _Operands:
             number = self.numbers[id(tensor)] = len(self.tensors)
             self.tensors.append(tensor)
             self.nodes.append(slot.proxy.node)
-        return (number, layout(tensor))
+        return (number, layout(tensor), tensor.requires_grad)
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What a node gave: a tensor like it, that no write reaches; where it was made; the number of the operand it is
+    where an operator returned its operand."""
+
+    tensor: Tensor
+    node: fx.Node
+    operand: int | None
 
 
 @dataclass(frozen=True)
 class _Expansion:
-    """What a node became: operators, the operands they start at, and its results (each the node of a tensor, and the
-    number of the operand it is where an operator returned its own operand)."""
+    """What a node became: the operands it starts at, operators, results."""
 
     operands: tuple[fx.Node, ...]
     steps: tuple[fx.Node, ...]
-    results: tuple[tuple[fx.Node, int | None], ...]
+    results: tuple[_Result, ...]
     spec: pytree.TreeSpec
 
     @classmethod
@@ -142,48 +153,52 @@ class _Expansion:
         leaves, spec = pytree.tree_flatten(result)
         if not all(isinstance(leaf, FakeTensor) for leaf in leaves):
             return None
-        nodes = [get_proxy_slot(leaf, tracer).proxy.node for leaf in leaves]
-        if not inside.issuperset(nodes):
+        results = [
+            _Result(_another(leaf), get_proxy_slot(leaf, tracer).proxy.node, operands.numbers.get(id(leaf)))
+            for leaf in leaves
+        ]
+        if any(each.node not in inside for each in results):
             return None
-        results = tuple(
-            (node, operands.numbers.get(id(leaf))) for node, leaf in zip(nodes, leaves, strict=True)
-        )
-        return cls(tuple(operands.nodes), tuple(steps), results, spec)
+        return cls(tuple(operands.nodes), tuple(steps), tuple(results), spec)
 
     def again(self, operands: _Operands, tracer: PythonKeyTracer) -> Any:
-        """The same operators on other operands.
-
-        The new tensors require no gradient: which operators a node becomes does not depend on that before autograd.
-        """
+        """The same operators on other operands."""
         placed = dict(zip(self.operands, operands.nodes, strict=True))
         for step in self.steps:
             args, kwargs = fx.node.map_arg((step.args, step.kwargs), lambda node: placed.get(node, node))
             node = tracer.create_node("call_function", step.target, args, kwargs, step.name)
-            node.meta = {**step.meta, **node.meta}
+            node.meta |= {name: step.meta[name] for name in _MADE if name in step.meta}
             placed[step] = node
-        return pytree.tree_unflatten(
-            [self._result(node, number, placed, operands, tracer) for node, number in self.results], self.spec
-        )
+        tensors = []
+        for result in self.results:
+            tensor = _another(result.tensor) if result.operand is None else operands.tensors[result.operand]
+            if result.node not in self.operands:
+                track_tensor(tensor, fx.Proxy(placed[result.node], tracer), constant=None, tracer=tracer)
+            tensors.append(tensor)
+        return pytree.tree_unflatten(tensors, self.spec)
 
-    def _result(
-        self,
-        node: fx.Node,
-        number: int | None,
-        placed: Mapping[fx.Node, fx.Node],
-        operands: _Operands,
-        tracer: PythonKeyTracer,
-    ) -> Tensor:
-        tensor = snapshot_fake(node.meta["val"]) if number is None else operands.tensors[number]
-        assert tensor is not None
-        if node not in self.operands:
-            track_tensor(tensor, fx.Proxy(placed[node], tracer), constant=None, tracer=tracer)
-        return tensor
+
+def _another(tensor: Tensor) -> Tensor:
+    """A tensor that differs from another in its identity alone; like it, it is no leaf where it requires gradients."""
+    if tensor.requires_grad:
+        with disable_proxy_modes_tracing():
+            alias: Tensor = torch.ops.aten.alias.default(tensor)
+            return alias
+    copy = snapshot_fake(tensor)
+    assert copy is not None
+    return copy
+
+
+_MADE = ("val", "tensor_meta", "original_aten")
+"""What a node tells of its operator; the rest tells of the code it comes from."""
 
 
 def _is_repeatable(step: fx.Node, inside: set[fx.Node]) -> bool:
-    """A pure operator on the operands, earlier steps and sizes that makes up no new symbols."""
+    """An operator on the operands, earlier steps and sizes that writes nothing and makes up no new symbols."""
+    target = step.target
+    writes = target._schema.is_mutable if isinstance(target, torch._ops.OpOverload) else target is not getitem
     return (
-        is_pure(step)
+        not writes
         and "unbacked_bindings" not in step.meta
         and all(
             node in inside or isinstance(node.meta.get("val"), torch.SymInt) for node in step.all_input_nodes
