@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cost import cost
+from benchmarks.kin import kin
 from benchmarks.measuring import machine
 from benchmarks.speed import speed
 
-CASES: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {"cost": cost, "speed": speed}
+CASES: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {"cost": cost, "kin": kin, "speed": speed}
 
 
 def run(name: str, folder: Path) -> bool:

@@ -106,7 +106,9 @@ def draw_parameters(model: nn.Module, seed: int) -> None:
 
 
 def output_of(result: Any) -> Tensor:
-    """The tensor a model is judged by: its logits, or its last hidden state."""
+    """The tensor a model is judged by: what it returns, its logits, or its last hidden state."""
+    if isinstance(result, Tensor):
+        return result
     output: Tensor = result.logits if hasattr(result, "logits") else result.last_hidden_state
     return output
 

@@ -15,13 +15,19 @@ from grape_compile.encoding import (
     Compose,
     Encoding,
     Euclidean,
+    Gate,
+    Identity,
+    LogSigmoid,
+    NegativeExp,
     Nope,
+    PathBias,
     Rotation,
     Signed,
     Slopes,
     Spectrum,
     Steps,
     Tables,
+    Uniform,
 )
 
 AXES = 3
@@ -53,7 +59,7 @@ def image(encoding: Encoding, vector: list[float], token: int) -> list[float]:
         return vector
     if isinstance(encoding, Rotation):
         return _rotated(encoding, vector, token)
-    assert isinstance(encoding, Bias | Nope)
+    assert isinstance(encoding, Bias | PathBias | Nope)
     return vector
 
 
@@ -61,11 +67,13 @@ def bias(encoding: Encoding, head: int, query: int, key: int) -> float:
     """The number added to the logit."""
     if isinstance(encoding, Compose):
         return math.fsum(bias(part, head, query, key) for part in encoding.parts)
+    if isinstance(encoding, PathBias):
+        return _along(encoding, head, query, key)
     if not isinstance(encoding, Bias):
         return 0.0
     here, there = _times(encoding.clock, query), _times(encoding.clock, key)
     slopes = _slopes(encoding.slopes)
-    slope = slopes[head % len(slopes)]
+    slope = slopes[head % len(slopes)] * _gate(encoding.gate, head, query, key)
     match encoding.distance:
         case Signed():
             return slope * (there[0] - here[0])
@@ -74,6 +82,39 @@ def bias(encoding: Encoding, head: int, query: int, key: int) -> float:
         case Euclidean():
             return -slope * math.dist(there, here)
     raise AssertionError(encoding)
+
+
+def _gate(gate: Gate | None, head: int, query: int, key: int) -> float:
+    if gate is None:
+        return 1.0
+    sides = ((gate.query, query), (gate.key, key))
+    return math.fsum(numbers(f"{name}{head}", at + 1)[at] for name, at in sides if name is not None)
+
+
+def _along(path: PathBias, head: int, query: int, key: int) -> float:
+    """The sum of the edges behind the key up to the query."""
+    slopes = _slopes(path.slopes)
+    edges = []
+    for at in range(key + 1, query + 1):
+        ends = (path.query, query), (path.key, at)
+        start, end = (numbers(f"{name}{head}{token}", path.dim) for name, token in ends)
+        start = _size_one(start) if path.normalised == "both" else start
+        end = end if path.normalised == "none" else _size_one(end)
+        end = end if path.turn is None else _rotated(path.turn, end, at)
+        product = math.fsum(a * b for a, b in zip(start, end, strict=True)) / path.dim
+        match path.link:
+            case LogSigmoid():
+                edges.append(-math.log1p(math.exp(-product)))
+            case NegativeExp():
+                edges.append(-math.exp(product))
+            case Identity():
+                edges.append(product)
+    return slopes[head % len(slopes)] * math.fsum(edges)
+
+
+def _size_one(vector: list[float]) -> list[float]:
+    size = math.sqrt(math.fsum(x * x for x in vector) / len(vector) + 1e-6)
+    return [x / size for x in vector]
 
 
 def _rotated(rotation: Rotation, vector: list[float], token: int) -> list[float]:
@@ -124,6 +165,8 @@ def _frequencies(spectrum: Spectrum, count: int) -> Sequence[float]:
 
 
 def _slopes(slopes: Slopes) -> Sequence[float]:
+    if isinstance(slopes, Uniform):
+        return (slopes.slope,)
     return numbers(slopes.slots[0], 2) if slopes.slots else slopes.values()
 
 

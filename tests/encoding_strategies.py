@@ -17,16 +17,21 @@ from grape_compile.encoding import (
     Distance,
     Encoding,
     Euclidean,
+    Gate,
     Geometric,
     Half,
+    Identity,
     Interleaved,
     Learned,
     Linear,
     Llama3,
+    LogSigmoid,
+    NegativeExp,
     Nope,
     Ntk,
     Pairs,
     Partial,
+    PathBias,
     Planes,
     Positions,
     Rotation,
@@ -38,6 +43,7 @@ from grape_compile.encoding import (
     Steps,
     Table,
     Tables,
+    Uniform,
     Yarn,
 )
 
@@ -103,6 +109,7 @@ def slopes() -> SearchStrategy[Slopes]:
         st.builds(AlibiSlopes, st.integers(1, 3)),
         st.builds(Constant, st.lists(number, min_size=1, max_size=3)),
         st.just(Constant((0.0625, 0.00390625))),
+        st.builds(Uniform, number),
         st.builds(Learned, st.just("beta")),
         st.builds(Table, st.just("slopes")),
     )
@@ -112,14 +119,26 @@ def distances() -> SearchStrategy[Distance]:
     return st.sampled_from((Signed(), Absolute(), Euclidean()))
 
 
+def gates() -> SearchStrategy[Gate | None]:
+    return st.sampled_from((None, Gate("lam_q"), Gate(key="lam_k"), Gate("lam_q", "lam_k")))
+
+
 def biases() -> SearchStrategy[Bias]:
     clocks = st.sampled_from((Steps(), Positions("n"), Accumulated("phase", False)))
-    return st.builds(Bias, slopes(), clocks, distance=distances())
+    return st.builds(Bias, slopes(), clocks, gates(), distances())
 
 
-def closed_biases() -> SearchStrategy[Bias]:
+@st.composite
+def paths(draw: st.DrawFn) -> PathBias:
+    dim = draw(st.integers(4, 6))
+    turn = draw(st.none() | rotations(dim, basis=False))
+    link = draw(st.sampled_from((LogSigmoid(), NegativeExp(), Identity())))
+    return PathBias(link, draw(slopes()), dim, draw(st.sampled_from(("none", "keys", "both"))), turn)
+
+
+def closed_biases() -> SearchStrategy[Bias | PathBias]:
     """Biases whose slopes are numbers, so that their inverse exists."""
-    return biases().filter(lambda bias: not isinstance(bias.slopes, Learned | Table))
+    return st.one_of(biases(), paths()).filter(lambda bias: not isinstance(bias.slopes, Learned | Table))
 
 
 def compositions(leaf: SearchStrategy[Encoding]) -> SearchStrategy[Encoding]:
@@ -131,7 +150,7 @@ def compositions(leaf: SearchStrategy[Encoding]) -> SearchStrategy[Encoding]:
 def encodings() -> SearchStrategy[Encoding]:
     """Every encoding; rotations in one composition share a head of six coordinates."""
     leaf = st.one_of(st.just(Nope()), rotations(6, basis=False), biases())
-    return st.one_of(rotations(), compositions(leaf))
+    return st.one_of(rotations(), paths(), compositions(leaf))
 
 
 def invertible() -> SearchStrategy[Encoding]:

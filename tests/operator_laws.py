@@ -17,19 +17,26 @@ from torch import Tensor
 from grape_compile.encoding import (
     Accumulated,
     Bias,
+    Clock,
     Compose,
     Encoding,
+    Euclidean,
+    Identity,
     Learned,
+    LogSigmoid,
+    NegativeExp,
     Nope,
+    PathBias,
     Positions,
     Rotation,
     Signed,
     Steps,
     Table,
     Tables,
+    Uniform,
 )
 from grape_compile.operators import attend, providers, reference_attend, reference_rotate, rotate
-from grape_compile.operators.samples import BATCH, HEAD_DIM, HEADS, LENGTH, Sample, tensor
+from grape_compile.operators.samples import BATCH, HEAD_DIM, HEADS, LENGTH, Sample, query_axes, tensor
 
 Slots = Mapping[str, Tensor]
 Rotate = Callable[[Sequence[Tensor], Encoding, Slots], tuple[Tensor, ...]]
@@ -258,36 +265,104 @@ def generator(slope: Tensor) -> Tensor:
     return lifted
 
 
-def slopes_of(bias: Bias, slots: Slots) -> Tensor:
+def slopes_of(bias: Bias | PathBias, slots: Slots) -> Tensor:
     """Slopes [B, H]."""
     if isinstance(bias.slopes, Learned | Table):
         return slots[bias.slopes.slot].expand(BATCH, HEADS)
+    if isinstance(bias.slopes, Uniform):
+        return torch.full((BATCH, HEADS), bias.slopes.slope, dtype=torch.float64)
     return torch.tensor(bias.slopes.values(), dtype=torch.float64).expand(BATCH, HEADS)
 
 
 def times_of(bias: Bias, slots: Slots) -> Tensor:
-    """Times of the keys, [axes, B, T]."""
+    """Times of the keys, [axes, B, H, T]."""
     if isinstance(bias.clock, Positions | Accumulated):
         times = slots[bias.clock.slot].double()
-        times = times.cumsum(-1) if isinstance(bias.clock, Accumulated) else times
-        return times.expand(BATCH, LENGTH)[None] if times.dim() < 3 else times
-    return torch.arange(LENGTH, dtype=torch.float64).expand(1, BATCH, LENGTH)
+        if isinstance(bias.clock, Accumulated):
+            times = times.cumsum(-1) - (0 if bias.clock.inclusive else times)
+        if isinstance(bias.distance, Euclidean) and times.dim() == 3:
+            return times[:, :, None].expand(-1, BATCH, HEADS, LENGTH)
+        times = times[:, None] if times.dim() == 2 else times
+        return times.expand(BATCH, HEADS, LENGTH)[None]
+    return torch.arange(LENGTH, dtype=torch.float64).expand(1, BATCH, HEADS, LENGTH)
+
+
+def gate_of(bias: Bias, slots: Slots) -> Tensor:
+    """What multiplies the slope, broadcastable to [B, H, T, T]."""
+    if bias.gate is None:
+        return torch.ones((), dtype=torch.float64)
+    gate = torch.zeros((), dtype=torch.float64)
+    if bias.gate.query is not None:
+        gate = gate + slots[bias.gate.query][..., :, None]
+    return gate if bias.gate.key is None else gate + slots[bias.gate.key][..., None, :]
 
 
 def lifted_logits(query: Tensor, key: Tensor, bias: Bias, slots: Slots, scale: float) -> Tensor:
     """Scaled logits q^^T G(j - t)^{-T} k^ of the lift to d + 2 coordinates (4.2-4.7).
 
-    A distance that is not signed takes the place of j - t (App. G).
+    A distance that is not signed takes the place of j - t (App. G); a gate multiplies the slope (4.6).
     """
     times = times_of(bias, slots)
     apart = times[..., None, :] - times[..., :, None]
     steps = apart[0] if isinstance(bias.distance, Signed) else -apart.square().sum(0).sqrt()
-    powers = steps[:, None, :, :, None, None] * generator(slopes_of(bias, slots))[:, :, None, None]
+    steps = steps * gate_of(bias, slots)
+    powers = steps[..., None, None] * generator(slopes_of(bias, slots))[:, :, None, None]
     acted = torch.linalg.matrix_exp(-powers.mT)
     one, zero = torch.ones_like(query[..., :1]), torch.zeros_like(query[..., :1])
     lifted_query = torch.cat([query, one / scale, zero], -1)
     lifted_key = torch.cat([key, zero, one], -1)
     return scale * torch.einsum("bhtd,bhtjde,bhje->bhtj", lifted_query, acted, lifted_key)
+
+
+def path_bias(bias: PathBias, slots: Slots) -> Tensor:
+    """b[t, j], edge by edge: the unipotent steps from j to t multiply, so their exponents add up (5.1)."""
+
+    def size_one(tensor: Tensor) -> Tensor:
+        return tensor / (tensor.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+    shape = (BATCH, HEADS, LENGTH, bias.dim)
+    query, key = slots[bias.query].expand(shape), slots[bias.key].expand(shape)
+    query = size_one(query) if bias.normalised == "both" else query
+    key = key if bias.normalised == "none" else size_one(key)
+    if bias.turn is not None:
+        (key,) = reference_rotate([key], bias.turn, slots)
+    links: dict[type, Callable[[Tensor], Tensor]] = {
+        LogSigmoid: lambda x: -(1 + (-x).exp()).log(), NegativeExp: lambda x: -x.exp(), Identity: lambda x: x
+    }  # fmt: skip
+    total = torch.zeros(BATCH, HEADS, LENGTH, LENGTH, dtype=torch.float64)
+    for t in range(LENGTH):
+        for j in range(t - 1, -1, -1):
+            edge = links[type(bias.link)]((query[:, :, t] * key[:, :, j + 1]).sum(-1) / bias.dim)
+            total[:, :, t, j] = total[:, :, t, j + 1] + slopes_of(bias, slots) * edge
+    return total
+
+
+def walks_its_paths(function: Attend, sample: Sample) -> None:
+    """softmax of the logits with every edge added by hand, causal; rotations and other biases beside it."""
+    query, key, value = operands()
+    slots = sample.slots()
+    logits: Tensor | None = None
+    for part in _leaves(sample.encoding):
+        if isinstance(part, Rotation):
+            query, key = reference_rotate([query, key], part, slots)
+    logits = HEAD_DIM**-0.5 * query @ key.mT
+    for part in _leaves(sample.encoding):
+        if isinstance(part, PathBias):
+            logits = logits + path_bias(part, slots)
+        elif isinstance(part, Bias):
+            logits = logits + lifted_logits(torch.zeros_like(query), key, part, slots, 1.0)
+    found = function(*operands(), sample.encoding, slots, is_causal=True)
+    same(found, logits.masked_fill(future(), -torch.inf).softmax(-1) @ value)
+
+
+def falls_with_the_distance(function: Attend, sample: Sample) -> None:
+    """Where slopes, gates and rates have one sign, a key further back has no larger weight for equal products."""
+    slots = sample.slots()
+    query, key, _ = (torch.zeros_like(part) for part in operands())
+    value = torch.eye(LENGTH, dtype=torch.float64).expand(BATCH, HEADS, LENGTH, LENGTH)
+    weights = function(query, key, value, sample.encoding, slots, is_causal=True)
+    for t in range(LENGTH):
+        assert bool((weights[:, :, t, 1 : t + 1] - weights[:, :, t, :t] >= -1e-15).all())
 
 
 def future() -> Tensor:
@@ -335,8 +410,27 @@ def streams_keys(function: Attend, sample: Sample) -> None:
 
 
 def _so_far(encoding: Encoding, name: str, slot: Tensor, length: int) -> Tensor:
-    clocks = [part.clock.slots for part in _leaves(encoding) if isinstance(part, Bias | Rotation)]
-    return slot[..., :length] if any(name in slots for slots in clocks) else slot
+    if name in query_axes(encoding):
+        return slot.narrow(query_axes(encoding)[name], length - 1, 1)
+    axes = sequence_axes(encoding)
+    return slot.narrow(axes[name], 0, length) if name in axes else slot
+
+
+def sequence_axes(encoding: Encoding) -> dict[str, int]:
+    """The slots that have one entry for each token, and their axis of tokens."""
+    axes = query_axes(encoding)
+    for part in _leaves(encoding):
+        turn = part.turn if isinstance(part, PathBias) else part
+        clock = getattr(turn, "clock", None)
+        if isinstance(clock, Tables):
+            axes |= {clock.cos: -2, clock.sin: -2}
+        elif isinstance(clock, Clock):
+            axes |= dict.fromkeys(clock.slots, -1)
+        if isinstance(part, Bias) and part.gate is not None and part.gate.key is not None:
+            axes[part.gate.key] = -1
+        if isinstance(part, PathBias):
+            axes[part.key] = -2
+    return axes
 
 
 def _leaves(encoding: Encoding) -> list[Encoding]:
@@ -363,3 +457,11 @@ ATTEND_LAWS: tuple[Callable[[Attend, Sample], None], ...] = (
     streams_keys,
     has_no_first_key,
 )
+
+PATH_LAWS: tuple[Callable[[Attend, Sample], None], ...] = (walks_its_paths, ignores_the_future, streams_keys)
+
+#: Samples whose bias never rises with the distance: one sign of slopes and rates, no gate of the key (GRAPE 4.6).
+FALLING = (
+    "alibi", "table_slopes", "learned_slopes", "forgetting", "absolute", "fox", "fox_exclusive", "phase_modulated",
+    "gated_query", "grape_ap", "grape_ap_both", "path_learned",
+)  # fmt: skip

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from grape_compile.encoding import Bias, Compose, Encoding, Nope, Rotation
+from grape_compile.encoding import Bias, Compose, Encoding, Nope, PathBias
 from grape_compile.errors import OperandError
 from grape_compile.operators.batching import attend_vmap, backward_vmap
-from grape_compile.operators.bias import slots_gradient
-from grape_compile.operators.call import attend_call
+from grape_compile.operators.bias import pull
+from grape_compile.operators.call import AttendCall, check_tensors, checked_mask
 from grape_compile.operators.chunked import empty_result
-from grape_compile.operators.operands import parse_encoding, slot_list, slot_mapping
+from grape_compile.operators.operands import compute_dtype, parse_encoding, slot_list, slot_mapping
+from grape_compile.operators.prepare import biases, floating, parts, turned
 from grape_compile.operators.providers import choose
-from grape_compile.operators.rotation import rotate
 
 SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, Tensor[] slots, str encoding, Tensor? mask=None, "
@@ -26,7 +27,7 @@ SCHEMA = (
 BACKWARD_SCHEMA = (
     "(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor output, Tensor logsumexp, "
     "Tensor[] slots, str encoding, Tensor? mask, bool is_causal, float? scale, int? window, "
-    "bool bias_gradient, bool mask_gradient) -> Tensor[]"
+    "bool slot_gradients, bool mask_gradient) -> Tensor[]"
 )
 
 
@@ -42,58 +43,48 @@ def attend(
     scale: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """Return softmax(scale q k^T + bias + mask) v with the bias of `encoding` (GRAPE 4.2), in blocks.
+    """Return softmax(scale q k^T + bias + mask) v with the biases of `encoding` (GRAPE 4, 5), in blocks.
 
     `query` [B, H, T_q, D], `key` [B, H_kv, T_k, D], `value` [B, H_kv, T_k, D_v], H a multiple of H_kv, one
-    dtype; result [B, H, T_q, D_v]. The queries are the last T_q keys. `mask` broadcasts to [B, H, T_q, T_k]:
-    bool, True where a key may be seen, or a float that is added. `is_causal` hides the future, `window` all
-    but the last `window` keys. `scale` is 1/sqrt(D) by default. The rotations of a `Compose` turn queries and
-    keys first. Logits and softmax are float32 (float64 for float64). A row without any key gives zero.
-    Differentiable once, in the tensors, a float mask and every floating slot. Raises OperandError for
-    operands that do not fit.
+    dtype; result [B, H, T_q, D_v]. The queries are the last T_q keys. The rotations of a `Compose` turn queries
+    and keys first, by slots for all T_k tokens; its biases add up. Slots of a bias: slopes broadcast to [B, H],
+    clocks are [T_k], [B, T_k] or [B, H, T_k], gates broadcast to [B, H, T_q] and [B, H, T_k], path operands to
+    [B, H, T_q, dim] and [B, H, T_k, dim]. `mask` broadcasts to [B, H, T_q, T_k]: bool, True where a key may be
+    seen, or a float that is added. `is_causal` hides the future, `window` all but the last `window` keys.
+    `scale` is 1/sqrt(D) by default. Logits and softmax are float32 (float64 for float64); running sums of
+    clocks are float64. A row without any key gives zero. Differentiable once, in the tensors, a float mask and
+    every floating slot. Raises OperandError for operands that do not fit.
     """
-    given = {} if slots is None else slots
-    parts = _parts(encoding)
-    biases = [part for part in parts if not isinstance(part, Rotation)]
-    if len(biases) > 1:
-        raise OperandError(
-            "attention", f"{len(biases)} biases in {encoding}", "one bias, and any number of rotations"
-        )
-    bias = biases[0] if biases else Nope()
-    for rotation in parts:
-        if isinstance(rotation, Rotation):
-            query, key = _turned_pair(query, key, rotation, given)
-    text = str(bias) if biases else "nope"
-    operands = slot_list(bias, given)
-    output, _ = torch.ops.grape.attend(query, key, value, operands, text, mask, is_causal, scale, window)
+    operands = slot_list(encoding, {} if slots is None else slots)
+    output, _ = torch.ops.grape.attend(
+        query, key, value, operands, str(encoding), mask, is_causal, scale, window
+    )
     return cast(Tensor, output)
 
 
-def _parts(encoding: Encoding) -> list[Encoding]:
-    """Return the rotations and biases of an encoding in their order.
-
-    The parts themselves, not canonical ones: Dynamo can print a value it was given, but not one made while
-    tracing.
-    """
-    if isinstance(encoding, Compose):
-        return [leaf for part in encoding.parts for leaf in _parts(part)]
-    return [] if isinstance(encoding, Nope) else [encoding]
-
-
-def _turned_pair(
-    query: Tensor, key: Tensor, rotation: Rotation, slots: Mapping[str, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Turn keys and queries of one sequence; its last T_q tokens are the queries."""
-    queries, before = query.shape[-2], key.shape[-2] - query.shape[-2]
-    if before < 0:
-        raise OperandError(
-            f"{rotation} of queries and keys",
-            f"{queries} queries over {key.shape[-2]} keys",
-            "at most as many queries",
-        )
-    whole = torch.nn.functional.pad(query, (0, 0, before, 0))
-    turned_query, turned_key = rotate([whole, key], rotation, slots)
-    return turned_query[..., before:, :], turned_key
+def attend_call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slots: list[Tensor],
+    encoding: str,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    window: int | None,
+) -> AttendCall:
+    """Check the operands of a call against each other, turn queries and keys, or raise OperandError."""
+    check_tensors(query, key, value)
+    if mask is not None:
+        mask = checked_mask(mask, query, key)
+    if window is not None and window < 1:
+        raise OperandError("a window of keys", f"window = {window}", "a window of at least 1, or None")
+    whole = parse_encoding(encoding)
+    named = slot_mapping(whole, slots)
+    query, key = turned(query, key, whole, named)
+    found = biases(whole, named, query, key, is_causal, mask is not None)
+    factor = 1.0 / math.sqrt(max(query.shape[3], 1)) if scale is None else scale
+    return AttendCall(query, key, value, found, mask, is_causal, factor, window)
 
 
 def _attend(
@@ -107,8 +98,8 @@ def _attend(
     scale: float | None = None,
     window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    call = attend_call(query, key, value, slots, parse_encoding(encoding), mask, is_causal, scale, window)
     with torch.autocast(query.device.type, enabled=False):
+        call = attend_call(query, key, value, slots, encoding, mask, is_causal, scale, window)
         return choose(call).kernel().forward(call)
 
 
@@ -123,8 +114,7 @@ def _attend_fake(
     scale: float | None = None,
     window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    call = attend_call(query, key, value, slots, parse_encoding(encoding), mask, is_causal, scale, window)
-    return empty_result(call)
+    return empty_result(attend_call(query, key, value, slots, encoding, mask, is_causal, scale, window))
 
 
 def _attend_backward(
@@ -140,16 +130,35 @@ def _attend_backward(
     is_causal: bool,
     scale: float | None,
     window: int | None,
-    bias_gradient: bool,
+    slot_gradients: bool,
     mask_gradient: bool,
 ) -> list[Tensor]:
-    """Return gradients of query, key, value, then slopes [B, H] and clock [A, B, T_k], then the mask."""
-    call = attend_call(query, key, value, slots, parse_encoding(encoding), mask, is_causal, scale, window)
-    call = replace(call, wants_bias_gradient=bias_gradient, wants_mask_gradient=mask_gradient)
+    """Return gradients of query, key and value, of the floating slots, of the mask (four axes); no rotations."""
     with torch.autocast(query.device.type, enabled=False):
+        call = attend_call(query, key, value, slots, encoding, mask, is_causal, scale, window)
+        call = replace(call, wants_bias_gradients=slot_gradients, wants_mask_gradient=mask_gradient)
         found = choose(call).kernel().backward(call, gradient, output, logsumexp)
-    everything = (found.query, found.key, found.value, found.slopes, found.clock, found.mask)
-    return [part for part in everything if part is not None]
+    results = [found.query, found.key, found.value]
+    if slot_gradients:
+        results += _pulled(call, parse_encoding(encoding), slots, found.biases)
+    return results if found.mask is None else [*results, found.mask]
+
+
+def _pulled(
+    call: AttendCall, encoding: Encoding, slots: list[Tensor], gradients: tuple[tuple[Tensor, ...], ...]
+) -> list[Tensor]:
+    """Return the gradients of the floating slots from those of the tensors of the biases made of them."""
+    places = floating(slots)
+
+    def made(*floats: Tensor) -> tuple[tuple[Tensor, ...], ...]:
+        filled = list(slots)
+        for place, value in zip(places, floats, strict=True):
+            filled[place] = value
+        named = slot_mapping(encoding, filled)
+        found = biases(encoding, named, call.query, call.key, call.is_causal, call.mask is not None)
+        return tuple(tuple(bias.tensors().values()) for bias in found)
+
+    return list(pull(made, [slots[place] for place in places], gradients))
 
 
 def _attend_backward_fake(
@@ -165,18 +174,15 @@ def _attend_backward_fake(
     is_causal: bool,
     scale: float | None,
     window: int | None,
-    bias_gradient: bool,
+    slot_gradients: bool,
     mask_gradient: bool,
 ) -> list[Tensor]:
-    call = attend_call(query, key, value, slots, parse_encoding(encoding), mask, is_causal, scale, window)
     results = [query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)]
-    if bias_gradient:
-        clock = None if call.bias is None else call.bias.clock
-        axes = 1 if clock is None else clock.shape[0]
-        results.append(query.new_empty(query.shape[:2], dtype=call.dtype))
-        results.append(query.new_empty((axes, query.shape[0], key.shape[2]), dtype=call.dtype))
-    if mask_gradient and call.mask is not None:
-        results.append(query.new_empty(call.mask.shape, dtype=call.dtype))
+    if slot_gradients:
+        results += [slots[place].new_empty(slots[place].shape) for place in floating(slots)]
+    if mask_gradient and mask is not None:
+        four = (1,) * (4 - mask.dim()) + tuple(mask.shape)
+        results.append(query.new_empty(four, dtype=compute_dtype(query)))
     return results
 
 
@@ -189,36 +195,76 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Any, ...]:
     query, key, value, output, logsumexp, *rest = ctx.saved_tensors
-    slots, mask = rest[: ctx.slot_count], rest[-1] if ctx.has_mask else None
+    slots, mask = list(rest[: ctx.slot_count]), rest[-1] if ctx.has_mask else None
     # The dispatcher drops arguments that have their default; a gradient is due for those that are left.
     needs = ctx.needs_input_grad
     slot_needs, mask_needs = needs[3], mask is not None and needs[5]
+    whole = parse_encoding(ctx.encoding)
+    named = slot_mapping(whole, slots)
+    only = Compose(tuple(part for part in parts(whole) if isinstance(part, Bias | PathBias)) or (Nope(),))
+    at = [whole.slots.index(name) for name in only.slots]
+    turn = _Turn(query, key, whole, slots, needs[0] or needs[1], slot_needs)
     found = torch.ops.grape.attend_backward(
         gradient,
-        query,
-        key,
-        value,
-        output,
-        logsumexp,
-        slots,
-        ctx.encoding,
+        *(turn.query, turn.key, value, output, logsumexp),
+        [named[name] for name in only.slots],
+        str(only),
         mask,
         ctx.is_causal,
+        # A rotation keeps the head size, so the default scale is the same.
         ctx.scale,
         ctx.window,
-        any(slot_needs),
+        any(slot_needs[place] for place in at),
         mask_needs,
     )
-    encoding = parse_encoding(ctx.encoding)
-    slot_gradients: list[Tensor | None] = [None] * len(slots)
-    if any(slot_needs):
-        assert isinstance(encoding, Bias), "only a bias has slots"
-        named = slots_gradient(encoding, slot_mapping(encoding, slots), found[3], found[4])
-        slot_gradients = [
-            named.get(name) if need else None for name, need in zip(encoding.slots, slot_needs, strict=True)
-        ]
+    by_query, by_key, slot_gradients = turn.gradients(found[0], found[1])
+    if any(slot_needs[place] for place in at):
+        places = [place for place in at if slots[place].is_floating_point()]
+        for place, part in zip(places, found[3:], strict=False):
+            slot_gradients[place] = part if slot_needs[place] else None
     mask_gradient = found[-1].reshape(mask.shape).to(mask.dtype) if mask_needs and mask is not None else None
-    return (*found[:3], slot_gradients, None, mask_gradient, None, None, None)[: len(needs)]
+    return (by_query, by_key, found[2], slot_gradients, None, mask_gradient, None, None, None)[: len(needs)]
+
+
+class _Turn:
+    """Queries and keys turned once more for the backward pass, and the way back through the rotations."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        encoding: Encoding,
+        slots: list[Tensor],
+        heads_need: bool,
+        slot_needs: Sequence[bool],
+    ) -> None:
+        rotations = [part for part in parts(encoding) if not isinstance(part, Bias | PathBias)]
+        self.query, self.key, self.slot_count = query, key, len(slots)
+        self.leaves: list[Tensor] = []
+        if not rotations:
+            return
+        needed = [name for part in rotations for name in part.slots]
+        self.places = [
+            place for place, name in enumerate(encoding.slots) if slot_needs[place] and name in needed
+        ]
+        with torch.enable_grad():
+            heads = [part.detach().requires_grad_() for part in (query, key)]
+            floats = [slots[place].detach().requires_grad_() for place in self.places]
+            filled = dict(zip(encoding.slots, slots, strict=True))
+            filled |= {encoding.slots[place]: each for place, each in zip(self.places, floats, strict=True)}
+            self.made = turned(heads[0], heads[1], encoding, filled)
+        self.leaves = [*heads, *floats]
+        self.query, self.key = (part.detach() for part in self.made)
+
+    def gradients(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """Return the gradients of query, key and the rotations' slots from those of the turned heads."""
+        slots: list[Tensor | None] = [None] * self.slot_count
+        if not self.leaves:
+            return query, key, slots
+        found = torch.autograd.grad(self.made, self.leaves, (query, key), allow_unused=True)
+        for place, part in zip(self.places, found[2:], strict=True):
+            slots[place] = part
+        return found[0], found[1], slots
 
 
 def _autocast(device: str) -> Callable[..., tuple[Tensor, Tensor]]:

@@ -1,73 +1,143 @@
-"""The logit bias of an attention call: read from an encoding and its tensors, evaluated block by block."""
+"""The additive biases of an attention call (GRAPE 4): their tensors, evaluated block by block.
+
+A bias knows two forms of itself, and every gradient is the derivative of one of them: `block`, its values for some
+queries and keys, and, where it is signed, `factors`: sums of products of a number of the query and a number of the key.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import cast
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from grape_compile.encoding import (
-    Accumulated,
-    Bias,
-    Distance,
-    Encoding,
-    Euclidean,
-    Learned,
-    Nope,
-    Positions,
-    Signed,
-    Steps,
-    Table,
-)
-from grape_compile.errors import OperandError
-from grape_compile.operators.angles import accumulate, accumulate_gradient
-from grape_compile.operators.constants import constant
-from grape_compile.operators.operands import (
-    check_broadcast,
-    check_device,
-    check_floating,
-    check_numbers,
-    compute_dtype,
-)
-
-Slots = Mapping[str, Tensor]
+from grape_compile.encoding import Distance, Euclidean, Signed
 
 
-@dataclass(frozen=True)
-class LogitBias:
-    """b[t, j] = slope * distance(clock_j, clock_t), with the queries at the last keys.
+def pull(form: Callable[..., Any], tensors: Sequence[Tensor], cotangents: Any) -> tuple[Tensor, ...]:
+    """Return the gradients of `tensors` for cotangents of what `form` makes of them.
 
-    `slopes` is [1 or B, H]; `clock` is [A, 1 or B, T_k] (A axes), or None for steps, whose differences are
-    formed as whole numbers. Both have the compute dtype.
+    By `torch.func`: the bodies of operators run below autograd, where nothing is recorded.
+    """
+    back = torch.func.vjp(form, *tensors)[1]
+    return tuple(back(cotangents))
+
+
+@dataclass(frozen=True, eq=False)
+class Leaves:
+    """A value with tensors in its fields; None where there is none."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the floating tensors, which may have gradients, by the names of their fields."""
+        found = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {
+            name: value
+            for name, value in found.items()
+            if isinstance(value, Tensor) and value.is_floating_point()
+        }
+
+    def holding(self, tensors: Sequence[Tensor]) -> Self:
+        """Return the same with other tensors, in the order of `tensors()`."""
+        return replace(self, **dict(zip(self.tensors(), tensors, strict=True)))
+
+    def pull(self, form: Callable[[Self], Any], cotangents: Any) -> tuple[Tensor, ...]:
+        """Return the gradients of the tensors for cotangents of what `form` makes of them."""
+        return pull(lambda *tensors: form(self.holding(tensors)), tuple(self.tensors().values()), cotangents)
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """A number for each key, [1 or B, 1 or H, keys], times one for each query; None: times one."""
+
+    by_query: Tensor | None
+    by_key: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """A bias as the sum of `parts`, less `shift` [1 or B, 1 or H, rows], a constant of each row."""
+
+    parts: tuple[Factor, ...]
+    shift: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Additive(Leaves):
+    """b[t, j] = slope * gate[t, j] * distance(clock_j, clock_t), queries being the last keys (GRAPE 4.2, 4.6).
+
+    `slopes` [1 or B, 1 or H], gates [1 or B, 1 or H, T_q] and [.., T_k] have the compute dtype. `clock` is
+    [A, 1 or B, 1 or H, T_k] for A axes, in float64 where it was summed and in int64 where it counts, or None for steps.
+    Differences of clocks are formed first and rounded to the compute dtype after.
     """
 
-    slopes: Tensor
-    clock: Tensor | None
     distance: Distance
+    slopes: Tensor
+    clock: Tensor | None = None
+    gate_query: Tensor | None = None
+    gate_key: Tensor | None = None
 
-    def times(self, keys: slice) -> Tensor:
-        """Return the time of some keys, [A, 1 or B, n]."""
+    @property
+    def is_signed(self) -> bool:
+        """Whether the bias is a sum of factors."""
+        return isinstance(self.distance, Signed)
+
+    @property
+    def product_count(self) -> int:
+        """How many of its factors need a number of the query."""
+        return (self.gate_query is not None) + (self.gate_key is not None)
+
+    def since(self, keys: slice, origin: int) -> Tensor:
+        """Return clock_j - clock_origin, [A, 1 or B, 1 or H, keys]."""
         if self.clock is not None:
-            return self.clock[..., keys]
-        return torch.arange(keys.start, keys.stop, dtype=self.slopes.dtype, device=self.slopes.device)[
-            None, None
-        ]
+            return (self.clock[..., keys] - self.clock[..., origin, None]).to(self.slopes.dtype)
+        numbers = torch.arange(
+            keys.start - origin, keys.stop - origin, dtype=self.slopes.dtype, device=self.slopes.device
+        )
+        return numbers[None, None, None]
 
-    def apart(self, rows: slice, keys: slice) -> Tensor:
-        """Return clock_j - clock_t, [A, 1 or B, rows, keys]; `rows` are the key numbers of the queries."""
-        return self.times(keys)[..., None, :] - self.times(rows)[..., :, None]
+    def apart(self, at: slice, keys: slice) -> Tensor:
+        """Return clock_j - clock_t, [A, 1 or B, 1 or H, rows, keys]; `at` are the key numbers of the queries."""
+        if self.clock is None:
+            return self.since(keys, 0)[..., None, :] - self.since(at, 0)[..., :, None]
+        whole = self.clock[..., None, keys] - self.clock[..., at, None]
+        return whole.to(self.slopes.dtype)
 
-    def block(self, rows: slice, keys: slice) -> Tensor:
-        """Return the bias [1 or B, H, rows, keys] of some queries (by their key numbers) and some keys."""
-        return self.slopes[..., None, None] * spread(self.distance, self.apart(rows, keys)).unsqueeze(1)
+    def block(self, rows: slice, keys: slice, offset: int) -> Tensor:
+        """Return the bias [1 or B, 1 or H, rows, keys]; query t stands at key number t + `offset`."""
+        apart = self.apart(slice(rows.start + offset, rows.stop + offset), keys)
+        steep = self.slopes[..., None, None]
+        sides: list[Tensor] = []
+        if self.gate_query is not None:
+            sides.append(steep * self.gate_query[..., rows, None])
+        if self.gate_key is not None:
+            sides.append(steep * self.gate_key[..., None, keys])
+        if sides:
+            steep = sides[0] if len(sides) == 1 else sides[0] + sides[1]
+        return steep * spread(self.distance, apart)
 
-    def by_key(self, keys: slice, origin: int) -> Tensor:
-        """Return slope * (clock_j - clock_origin), [1 or B, H, keys]: the signed bias up to row constants."""
-        since = self.times(keys) - self.times(slice(origin, origin + 1))
-        return self.slopes[..., None] * since[0].unsqueeze(1)
+    def factors(self, rows: slice, keys: slice, offset: int) -> Factors:
+        """Return the signed bias as factors; times count from the first query, which keeps their products small.
+
+        (lam_q[t] + lam_k[j]) (c_j - c_t) = lam_q[t] c_j + lam_k[j] c_j - c_t lam_k[j] - lam_q[t] c_t.
+        """
+        origin = max(rows.start + offset, 0)
+        slope = self.slopes[..., None]
+        key_time = self.since(keys, origin)[0]
+        query_time = self.since(slice(rows.start + offset, rows.stop + offset), origin)[0]
+        if self.gate_query is None and self.gate_key is None:
+            return Factors((Factor(None, slope * key_time),), slope * query_time)
+        parts: list[Factor] = []
+        shift = torch.zeros_like(query_time)
+        if self.gate_query is not None:
+            gate = self.gate_query[..., rows]
+            parts.append(Factor(gate, slope * key_time))
+            shift = slope * gate * query_time
+        if self.gate_key is not None:
+            by_key = slope * self.gate_key[..., keys]
+            parts += [Factor(None, by_key * key_time), Factor(-query_time, by_key)]
+        return Factors(tuple(parts), shift)
 
 
 def spread(distance: Distance, apart: Tensor) -> Tensor:
@@ -75,103 +145,7 @@ def spread(distance: Distance, apart: Tensor) -> Tensor:
     if isinstance(distance, Signed):
         return apart[0]
     if isinstance(distance, Euclidean) and apart.shape[0] > 1:
-        return -cast(Tensor, torch.linalg.vector_norm(apart, dim=0))
+        # The norm has no derivative where two points meet; there it is zero.
+        square = apart.square().sum(0)
+        return -torch.where(square == 0, 0.0, torch.where(square == 0, 1.0, square).sqrt())
     return -apart[0].abs()
-
-
-def spread_gradient(distance: Distance, apart: Tensor) -> Tensor:
-    """Return the derivative of `spread` by each axis of the differences, [A, ...]; zero where they meet."""
-    if isinstance(distance, Signed):
-        return torch.ones_like(apart)
-    if isinstance(distance, Euclidean) and apart.shape[0] > 1:
-        length = torch.linalg.vector_norm(apart, dim=0)
-        return -apart / torch.where(length == 0, 1.0, length)
-    return -apart.sign()
-
-
-def logit_bias(
-    encoding: Encoding, slots: Slots, query: Tensor, key: Tensor, is_causal: bool
-) -> LogitBias | None:
-    """Return the bias of `encoding` for queries [B, H, T_q, D] and keys [B, H_kv, T_k, D]; None for `Nope`.
-
-    Under a causal mask with steps, |j - t| is t - j, so `Absolute` becomes `Signed`. Raises OperandError for
-    another encoding and for slots of the wrong shape.
-    """
-    if isinstance(encoding, Nope):
-        return None
-    if not isinstance(encoding, Bias):
-        raise OperandError(
-            "grape::attend",
-            f"the encoding {encoding}",
-            "a bias or nope; rotate queries and keys first with grape::rotate (`attend` does both)",
-        )
-    slopes, clock = _slopes(encoding, slots, query), _clock(encoding, slots, query, key)
-    steps_behind = is_causal and isinstance(encoding.clock, Steps)
-    return LogitBias(slopes, clock, Signed() if steps_behind else encoding.distance)
-
-
-def slots_gradient(encoding: Bias, slots: Slots, slopes: Tensor, clock: Tensor) -> dict[str, Tensor]:
-    """Return the gradients of the slots from those of `LogitBias.slopes` [B, H] and `.clock` [A, B, T_k]."""
-    gradients = {}
-    if isinstance(encoding.slopes, Learned | Table):
-        name = encoding.slopes.slot
-        gradients[name] = slopes.sum_to_size(slots[name].shape).to(slots[name].dtype)
-    if isinstance(encoding.clock, Positions | Accumulated) and slots[encoding.clock.slot].is_floating_point():
-        name = encoding.clock.slot
-        # One axis has no axis dimension in its slot.
-        full = clock if _has_axes(encoding, slots[name]) else clock[0]
-        summed = full.sum_to_size(slots[name].shape)
-        gradients[name] = accumulate_gradient(encoding.clock, summed).to(slots[name].dtype)
-    return gradients
-
-
-def _slopes(bias: Bias, slots: Slots, query: Tensor) -> Tensor:
-    batch, heads, dtype = query.shape[0], query.shape[1], compute_dtype(query)
-    if isinstance(bias.slopes, Learned | Table):
-        name = bias.slopes.slot
-        slopes = slots[name]
-        check_floating(name, slopes)
-        check_device(name, slopes, query)
-        check_broadcast(name, slopes.shape, (batch, heads), "[batch, heads]")
-        wide = slopes.to(dtype)
-    else:
-        values = bias.slopes.values()
-        if len(values) != heads:
-            raise OperandError(
-                f"the {len(values)} slopes of {bias}", f"{heads} query heads", "one slope for each head"
-            )
-        wide = constant(values, dtype, query)
-    wide = wide.reshape((1,) * (2 - wide.dim()) + tuple(wide.shape))
-    return wide.expand(wide.shape[0], heads)
-
-
-def _has_axes(bias: Bias, clock: Tensor) -> bool:
-    return isinstance(bias.distance, Euclidean) and clock.dim() == 3
-
-
-def _clock(bias: Bias, slots: Slots, query: Tensor, key: Tensor) -> Tensor | None:
-    if isinstance(bias.clock, Steps):
-        return None
-    assert isinstance(bias.clock, Positions | Accumulated), "a bias has no cosines and sines"
-    name, batch, length = bias.clock.slot, key.shape[0], key.shape[2]
-    clock = slots[name]
-    check_numbers(name, clock)
-    check_device(name, clock, query)
-    axes = _has_axes(bias, clock)
-    check_broadcast(name, clock.shape[axes:], (batch, length), "[batch, keys]")
-    if query.shape[2] > length:
-        raise OperandError(
-            f"{name} as the time of queries and keys",
-            f"{query.shape[2]} queries over {length} keys",
-            "queries that are the last of the keys",
-        )
-    wide = accumulate(bias.clock, clock.to(compute_dtype(query)), (length,))
-    lead = wide.shape[0] if axes else 1
-    inner = wide.shape[1:] if axes else wide.shape
-    wide = wide.reshape(lead, *(1,) * (2 - len(inner)), *inner)
-    return wide.expand(lead, wide.shape[1], length)
-
-
-def is_signed(bias: LogitBias | None) -> bool:
-    """Return whether a bias is a function of the key plus a constant of each row (or is none at all)."""
-    return bias is None or isinstance(bias.distance, Signed)

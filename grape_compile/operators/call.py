@@ -9,41 +9,47 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from grape_compile.encoding import Encoding
 from grape_compile.errors import OperandError
-from grape_compile.operators.bias import LogitBias, logit_bias
+from grape_compile.operators.bias import Additive
 from grape_compile.operators.operands import (
     check_broadcast,
     check_device,
     check_floating,
     compute_dtype,
-    slot_mapping,
 )
+from grape_compile.operators.path import Path
+
+AnyBias = Additive | Path
 
 
 @dataclass(frozen=True, eq=False)
 class AttendCall:
-    """Queries [B, H, T_q, D], keys [B, H_kv, T_k, D], values [B, H_kv, T_k, D_v], bias, mask of one call.
+    """Queries [B, H, T_q, D], keys [B, H_kv, T_k, D], values [B, H_kv, T_k, D_v], biases, mask of one call.
 
     Query t stands at key number t + `offset`. `mask` has four axes that broadcast to [B, H, T_q, T_k]. A
-    backward call says whether the gradients of the bias or of the mask are wanted.
+    backward call says whether the gradients of the biases or of the mask are wanted.
     """
 
     query: Tensor
     key: Tensor
     value: Tensor
-    bias: LogitBias | None
+    biases: tuple[AnyBias, ...]
     mask: Tensor | None
     is_causal: bool
     scale: float
     window: int | None
-    wants_bias_gradient: bool = False
+    wants_bias_gradients: bool = False
     wants_mask_gradient: bool = False
 
     @property
     def offset(self) -> int:
         """Key number of query 0: the queries are the last of the keys."""
         return self.key.shape[2] - self.query.shape[2]
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether the biases are sums of factors: a number of the query times a number of the key."""
+        return all(bias.is_signed for bias in self.biases)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -96,51 +102,33 @@ class AttendCall:
         return block if hidden is None else block.masked_fill(hidden, -math.inf)
 
     def logit_block(self, rows: slice, keys: slice) -> Tensor | None:
-        """Return bias + mask of a block, broadcastable to [B, H, rows, keys]; None where there is neither."""
+        """Return biases + mask of a block, broadcastable to [B, H, rows, keys]; None where there is neither."""
         mask = self.mask_block(rows, keys)
-        if self.bias is None:
+        if not self.biases:
             return mask
-        at = slice(rows.start + self.offset, rows.stop + self.offset)
-        bias = self.bias.block(at, keys)
+        bias = self.bias_block(rows, keys)
         return bias if mask is None else bias + mask
+
+    def bias_block(self, rows: slice, keys: slice) -> Tensor:
+        """Return the sum of the biases of a block."""
+        first, *others = (bias.block(rows, keys, self.offset) for bias in self.biases)
+        for block in others:
+            first = first + block
+        return first
 
 
 @dataclass(frozen=True)
 class Gradients:
     """What a backward call returns: of queries, keys, values (shape and dtype theirs), and what was asked.
 
-    `slopes` [1 or B, H], `clock` [A, 1 or B, T_k], `mask` (shape of the mask) in the compute dtype.
+    `biases` holds for each bias those of its `tensors()`, `mask` has the shape of the mask; in the compute dtype.
     """
 
     query: Tensor
     key: Tensor
     value: Tensor
-    slopes: Tensor | None = None
-    clock: Tensor | None = None
+    biases: tuple[tuple[Tensor, ...], ...] = ()
     mask: Tensor | None = None
-
-
-def attend_call(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    slots: list[Tensor],
-    encoding: Encoding,
-    mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    window: int | None,
-) -> AttendCall:
-    """Check the operands of a call against each other and return them as one value, or raise OperandError."""
-    _check_tensors(query, key, value)
-    if mask is not None:
-        mask = _checked_mask(mask, query, key)
-    if window is not None and window < 1:
-        raise OperandError("a window of keys", f"window = {window}", "a window of at least 1, or None")
-    named = slot_mapping(encoding, slots)
-    bias = logit_bias(encoding, named, query, key, is_causal)
-    factor = 1.0 / math.sqrt(max(query.shape[3], 1)) if scale is None else scale
-    return AttendCall(query, key, value, bias, mask, is_causal, factor, window)
 
 
 def repeat_heads(tensor: Tensor, groups: int) -> Tensor:
@@ -158,7 +146,8 @@ def cut(tensor: Tensor, axis: int, part: slice) -> Tensor:
     return tensor if tensor.shape[axis] == 1 else tensor.narrow(axis, part.start, part.stop - part.start)
 
 
-def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
+def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raise OperandError unless these are queries, keys and values of one attention layer."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_floating(name, tensor)
         check_device(name, tensor, query)
@@ -183,7 +172,8 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         )
 
 
-def _checked_mask(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+def checked_mask(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Return a mask with four axes; OperandError for one that does not fit."""
     if mask.dtype != torch.bool:
         check_floating("mask", mask)
     check_device("mask", mask, query)

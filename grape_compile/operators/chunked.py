@@ -12,9 +12,11 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
-from grape_compile.operators.bias import spread, spread_gradient
-from grape_compile.operators.call import AttendCall, Gradients, cut, sum_heads
+from grape_compile.operators.call import AnyBias, AttendCall, Gradients, cut, sum_heads
 
+#: A row whose best logit is below this has been pushed down by a mask: the sum rounds away what its logits say, and a
+#: logsumexp of that size could not give the weights back.
+FAINT: Final = -64.0
 #: Logits that may be in memory at once; several arrays of this size are alive in the backward pass.
 MAX_LOGITS: Final = 1 << 22
 
@@ -49,11 +51,12 @@ def empty_result(call: AttendCall) -> tuple[Tensor, Tensor]:
     return output, call.query.new_empty((batch, heads, length), dtype=call.dtype)
 
 
-def row_chunks(call: AttendCall) -> Iterator[slice]:
-    """Cut the queries so that the logits of a chunk stay below `MAX_LOGITS`."""
+def row_chunks(call: AttendCall, rows: slice | None = None) -> Iterator[slice]:
+    """Cut the queries, or some of them, so that the logits of a chunk stay below `MAX_LOGITS`."""
     batch, heads, length, _ = call.query.shape
+    begin, end = (0, length) if rows is None else (rows.start, rows.stop)
     size = max(1, min(256, MAX_LOGITS // max(1, batch * heads * call.key.shape[2])))
-    return (slice(start, min(start + size, length)) for start in range(0, length, size))
+    return (slice(start, min(start + size, end)) for start in range(begin, end, size))
 
 
 class Sums:
@@ -61,19 +64,21 @@ class Sums:
 
     def __init__(self, call: AttendCall) -> None:
         self.call = call
-        batch, heads, keys, _ = call.keys.shape
-        axes = 1 if call.bias is None or call.bias.clock is None else call.bias.clock.shape[0]
         self.query = self._zeros(call.query.shape)
         self.key = self._zeros(call.keys.shape)
         self.value = self._zeros(call.values.shape)
-        self.slopes = self._zeros((batch, heads))
-        self.clock = self._zeros((axes, batch, keys))
+        self.biases = [[torch.zeros_like(leaf) for leaf in bias.tensors().values()] for bias in call.biases]
         self.mask = (
             self._zeros(call.mask.shape) if call.mask is not None and call.wants_mask_gradient else None
         )
 
     def _zeros(self, shape: Sequence[int]) -> Tensor:
         return self.call.query.new_zeros(shape, dtype=self.call.dtype)
+
+    def add_bias(self, number: int, parts: Sequence[Tensor]) -> None:
+        """Add to the gradients of one bias."""
+        for total, part in zip(self.biases[number], parts, strict=True):
+            total += part
 
     def gradients(self) -> Gradients:
         """Round to the dtypes of the operands and sum over grouped heads."""
@@ -82,8 +87,7 @@ class Sums:
             self.query.to(call.query.dtype),
             sum_heads(self.key, call.groups).to(call.key.dtype),
             sum_heads(self.value, call.groups).to(call.value.dtype),
-            self.slopes if call.wants_bias_gradient else None,
-            self.clock if call.wants_bias_gradient else None,
+            tuple(map(tuple, self.biases)) if call.wants_bias_gradients else (),
             self.mask,
         )
 
@@ -138,18 +142,17 @@ class Weights:
         if sums.mask is not None:
             part = cut(cut(sums.mask, 2, self.rows), 3, self.keys)
             part += logits.sum_to_size(part.shape)
-        if call.wants_bias_gradient:
-            self._add_bias_gradients(logits, sums)
+        if call.wants_bias_gradients:
+            for number, bias in enumerate(call.biases):
+                sums.add_bias(number, block_gradients(bias, logits, self.rows, self.keys, call.offset))
 
-    def _add_bias_gradients(self, logits: Tensor, sums: Sums) -> None:
-        bias, offset = self.call.bias, self.call.offset
-        assert bias is not None, "no bias has a gradient where there is none"
-        at = slice(self.rows.start + offset, self.rows.stop + offset)
-        apart = bias.apart(at, self.keys)
-        sums.slopes += (logits * spread(bias.distance, apart).unsqueeze(1)).sum((-2, -1))
-        if bias.clock is None:
-            return
-        by_difference = (logits * bias.slopes[..., None, None]).sum(1)
-        by_clock = by_difference * spread_gradient(bias.distance, apart)
-        sums.clock[..., self.keys] += by_clock.sum(-2)
-        sums.clock[..., at] -= by_clock.sum(-1)
+
+def block_gradients(
+    bias: AnyBias, logits: Tensor, rows: slice, keys: slice, offset: int
+) -> tuple[Tensor, ...]:
+    """Return the gradients of a bias from those of a block of logits, [B, H, rows, keys]."""
+
+    def form(held: AnyBias) -> Tensor:
+        return held.block(rows, keys, offset).expand(logits.shape)
+
+    return bias.pull(form, logits)

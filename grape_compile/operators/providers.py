@@ -45,6 +45,7 @@ class Provider:
 
 PROVIDERS: tuple[Provider, ...] = (
     Provider("flash_cpu", "grape_compile.operators.flash_cpu", priority=10, devices=("cpu",)),
+    Provider("scanned", "grape_compile.operators.scanned", priority=5),
     Provider("chunked", "grape_compile.operators.chunked", priority=0),
 )
 

@@ -62,6 +62,11 @@ def rotate_decomposition(tensors: Sequence[Tensor], slots: Sequence[Tensor], enc
         return _body(tensors, slots, encoding)
 
 
+def rotated(tensors: Sequence[Tensor], encoding: Encoding, slots: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """Return what `rotate` returns, computed by plain torch operations: part of the body of another operator."""
+    return tuple(_body(tensors, slot_list(encoding, slots), str(encoding)))
+
+
 def _compiled(tensors: Sequence[Tensor], slots: Sequence[Tensor], encoding: str) -> list[Tensor]:
     with used_as(Use.COMPILED):
         return _body(tensors, slots, encoding)

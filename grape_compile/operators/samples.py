@@ -24,24 +24,35 @@ from grape_compile.encoding import (
     Constant,
     Encoding,
     Euclidean,
+    Gate,
     Geometric,
     Half,
+    Identity,
     Interleaved,
     Learned,
     Linear,
+    Link,
     Llama3,
+    LogSigmoid,
+    NegativeExp,
     Nope,
     Ntk,
     Pairs,
     Partial,
+    PathBias,
     Positions,
     Rotation,
     Scaled,
+    Slopes,
     Steps,
     Table,
     Tables,
+    Uniform,
     Yarn,
     alibi,
+    fox,
+    gated_alibi,
+    grape_ap,
     rope,
     yarn_norm_factor,
 )
@@ -66,11 +77,28 @@ class Sample:
     encoding: Encoding
     fills: tuple[tuple[str, Fill], ...] = ()
 
-    def slots(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Tensor]:
-        """Return tensors for all slots, floating ones in `dtype`."""
+    def slots(
+        self, dtype: torch.dtype = torch.float64, seed: int = 0, queries: int = LENGTH
+    ) -> dict[str, Tensor]:
+        """Return tensors for all slots, floating ones in `dtype`, for the last `queries` of LENGTH tokens."""
         random = torch.Generator().manual_seed(seed)
         made = {name: fill(random) for name, fill in self.fills}
+        for name, axis in query_axes(self.encoding).items():
+            made[name] = made[name].narrow(axis, LENGTH - queries, queries)
         return {name: slot.to(dtype) if slot.is_floating_point() else slot for name, slot in made.items()}
+
+
+def query_axes(encoding: Encoding) -> dict[str, int]:
+    """Return the slots that have one entry for each query, not for each key, and their axis of tokens."""
+    match encoding:
+        case Compose(parts):
+            return {name: axis for part in parts for name, axis in query_axes(part).items()}
+        case PathBias():
+            return {encoding.query: -2}
+        case Bias(gate=Gate(query=str(name))):
+            return {name: -1}
+        case _:
+            return {}
 
 
 def tensor(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
@@ -199,16 +227,7 @@ BIASES: Final = (
     Sample(
         "table_slopes",
         Bias(Table("slopes"), Steps()),
-        (
-            (
-                "slopes",
-                _between(
-                    0.0,
-                    1.0,
-                    HEADS,
-                ),
-            ),
-        ),
+        (("slopes", _between(0.0, 1.0, HEADS)),),
     ),
     Sample(
         "learned_slopes", Bias(Learned("slopes"), Steps()), (("slopes", _between(0.0, 1.0, BATCH, HEADS)),)
@@ -235,6 +254,85 @@ BIASES: Final = (
         Bias(AlibiSlopes(HEADS), Positions("positions"), distance=Euclidean()),
         (("positions", _normal(2, BATCH, LENGTH)),),
     ),
+    Sample("fox", fox(), (("log_forget", _between(-1.0, 0.0, BATCH, HEADS, LENGTH)),)),
+    Sample(
+        "fox_exclusive",
+        Bias(Uniform(-1.0), Accumulated("log_forget", False)),
+        (("log_forget", _between(-1.0, 0.0, BATCH, LENGTH)),),
+    ),
+    Sample(
+        "phase_modulated",
+        Bias(Learned("theta"), Accumulated("rates", False)),
+        (("theta", _between(0.0, 1.0, HEADS)), ("rates", _between(0.0, 1.0, BATCH, HEADS, LENGTH))),
+    ),
+    Sample(
+        "gated_query",
+        gated_alibi(HEADS, key=None),
+        (("gate_query", _between(0.0, 2.0, BATCH, HEADS, LENGTH)),),
+    ),
+    Sample(
+        "gated_key", gated_alibi(HEADS, query=None), (("gate_key", _between(0.0, 2.0, BATCH, HEADS, LENGTH)),)
+    ),
+    Sample(
+        "gated_both",
+        Bias(Learned("slopes"), Steps(), gate=Gate("gate_query", "gate_key")),
+        (
+            ("slopes", _between(0.0, 1.0, HEADS)),
+            ("gate_query", _between(0.0, 2.0, BATCH, HEADS, LENGTH)),
+            ("gate_key", _between(-1.0, 2.0, BATCH, HEADS, LENGTH)),
+        ),
+    ),
+    Sample(
+        "gated_clock",
+        Bias(AlibiSlopes(HEADS), Accumulated("rates", True), gate=Gate(key="gate_key")),
+        (
+            ("rates", _between(0.0, 1.0, BATCH, LENGTH)),
+            ("gate_key", _between(0.0, 2.0, HEADS, LENGTH)),
+        ),
+    ),
+    Sample(
+        "gated_absolute",
+        Bias(AlibiSlopes(HEADS), Steps(), gate=Gate("gate_query"), distance=Absolute()),
+        (("gate_query", _between(0.0, 2.0, BATCH, 1, LENGTH)),),
+    ),
+)
+
+
+def _path(link: Link, slopes: Slopes, normalised: str, turn: Rotation | None = None) -> PathBias:
+    return PathBias(link, slopes, 4, normalised, turn)
+
+
+_EDGES: Final = (
+    ("path_query", _normal(BATCH, HEADS, LENGTH, 4)),
+    ("path_key", _normal(BATCH, HEADS, LENGTH, 4)),
+)
+
+#: Biases that only a causal call has.
+PATHS: Final = (
+    Sample("grape_ap", grape_ap(HEADS, 4), _EDGES),
+    Sample("grape_ap_both", grape_ap(HEADS, 4, "both"), _EDGES),
+    Sample("path_plain", _path(LogSigmoid(), Constant((0.5, -0.25, 3.0, 0.0)), "none"), _EDGES),
+    Sample(
+        "path_learned",
+        _path(NegativeExp(), Learned("slopes"), "none"),
+        (("slopes", _between(0.0, 1.0, HEADS)), *_EDGES),
+    ),
+    Sample(
+        "path_identity",
+        _path(Identity(), Uniform(0.5), "none", Rotation(Half(4), Learned("theta"), Positions("n"))),
+        (("theta", _between(0.0, 1.0, 2)), ("n", _whole(50, BATCH, 1, LENGTH)), *_EDGES),
+    ),
+    Sample(
+        "path_shared",
+        _path(LogSigmoid(), AlibiSlopes(HEADS), "both"),
+        (("path_query", _normal(HEADS, LENGTH, 4)), ("path_key", _normal(BATCH, 1, LENGTH, 4))),
+    ),
+    Sample("rope_grape_ap", Compose((rope(HEAD_DIM), grape_ap(HEADS, 4))), _EDGES),
+    Sample(
+        "grape_ap_fox",
+        Compose((grape_ap(HEADS, 4), fox())),
+        (*_EDGES, ("log_forget", _between(-1.0, 0.0, BATCH, HEADS, LENGTH))),
+    ),
 )
 
 COMPOSITIONS: Final = (
@@ -252,6 +350,46 @@ COMPOSITIONS: Final = (
             ("theta", _between(0.0, 1.0, HEAD_DIM // 2)),
             ("n", _whole(50, BATCH, 1, LENGTH)),
             ("slopes", _between(0.0, 1.0, HEADS)),
+        ),
+    ),
+    Sample(
+        "dictionary",
+        Compose(
+            (
+                alibi(HEADS),
+                fox(),
+                Bias(Learned("slopes"), Positions("n"), gate=Gate("gate_query", "gate_key")),
+            )
+        ),
+        (
+            ("log_forget", _between(-1.0, 0.0, BATCH, HEADS, LENGTH)),
+            ("slopes", _between(0.0, 1.0, HEADS)),
+            ("n", _whole(9, BATCH, LENGTH)),
+            ("gate_query", _between(0.0, 2.0, BATCH, HEADS, LENGTH)),
+            ("gate_key", _between(0.0, 2.0, BATCH, HEADS, LENGTH)),
+        ),
+    ),
+    Sample(
+        "two_axes",
+        Compose((Bias(Learned("alpha_x"), Positions("x")), Bias(Learned("alpha_y"), Positions("y")))),
+        (
+            ("alpha_x", _between(-1.0, 1.0, HEADS)),
+            ("x", _between(0.0, 5.0, LENGTH)),
+            ("alpha_y", _between(-1.0, 1.0, HEADS)),
+            ("y", _between(0.0, 5.0, BATCH, LENGTH)),
+        ),
+    ),
+    Sample(
+        "signed_and_not",
+        Compose((fox(), Bias(AlibiSlopes(HEADS), Positions("r"), distance=Euclidean()))),
+        (("log_forget", _between(-1.0, 0.0, BATCH, LENGTH)), ("r", _normal(2, BATCH, LENGTH))),
+    ),
+    Sample(
+        "contextual_fox",
+        Compose((Rotation(Half(HEAD_DIM), _ROPE, Accumulated("rates", False)), fox())),
+        (
+            ("rates", _between(0.0, 1.0, BATCH, 1, LENGTH)),
+            ("log_forget", _between(-1.0, 0.0, BATCH, HEADS, LENGTH)),
         ),
     ),
 )

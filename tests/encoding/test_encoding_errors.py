@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial as call
 from typing import Any
@@ -15,20 +16,24 @@ from grape_compile.encoding import (
     Bias,
     Compose,
     Constant,
+    Gate,
     Geometric,
     Half,
     Interleaved,
     Learned,
     Linear,
     Llama3,
+    LogSigmoid,
     Pairs,
     Partial,
+    PathBias,
     Positions,
     Rotation,
     Scaled,
     Steps,
     Table,
     Tables,
+    Uniform,
     Yarn,
     alibi,
     describe_frequencies,
@@ -95,7 +100,15 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (call(Constant, ()), "one or more finite numbers"),
     (call(Constant, (1.0, INF)), "one or more finite numbers"),
     (call(Bias, AlibiSlopes(2), Tables()), "steps, positions or accumulated"),
-    (anything(Bias, AlibiSlopes(2), Steps(), gate="q"), "none"),
+    (anything(Bias, AlibiSlopes(2), Steps(), gate="q"), "gate, or none"),
+    (anything(Gate), "a tensor for the query, the key or both"),
+    (anything(Gate, query="2 b"), "a name of ASCII letters"),
+    (anything(Uniform, math.inf), "a finite number"),
+    (anything(PathBias, AlibiSlopes(2), LogSigmoid(), 4), "one of identity, log_sigmoid, negative_exp"),
+    (anything(PathBias, LogSigmoid(), AlibiSlopes(2), 0), "a whole number, 1 or more"),
+    (anything(PathBias, LogSigmoid(), AlibiSlopes(2), 4, "queries"), "one of none, keys, both"),
+    (anything(PathBias, LogSigmoid(), AlibiSlopes(2), 4, turn=rope(6)), "a rotation of 4 coordinates"),
+    (anything(PathBias, LogSigmoid(), AlibiSlopes(2), 4, query="p", key="p"), "a name of its own"),
     (anything(Bias, Geometric(1e4), Steps()), "alibi_slopes, constant, learned, table"),
     (Bias(Learned("beta"), Steps()).inverse, "reading them from the tensor"),
     (call(Table("inv_freq").frequencies, 4), "reading them from the tensor"),

@@ -17,13 +17,17 @@ from grape_compile.encoding import (
     Constant,
     Encoding,
     Euclidean,
+    Gate,
     Geometric,
     Half,
+    Identity,
     Interleaved,
     Learned,
+    NegativeExp,
     Nope,
     Pairs,
     Partial,
+    PathBias,
     Planes,
     Positions,
     Rotation,
@@ -32,8 +36,12 @@ from grape_compile.encoding import (
     Steps,
     Table,
     Tables,
+    Uniform,
     Yarn,
     alibi,
+    fox,
+    gated_alibi,
+    grape_ap,
     nope,
     parse,
     planes_of,
@@ -41,10 +49,11 @@ from grape_compile.encoding import (
 )
 
 NAMES = """
-    Absolute Accumulated AlibiSlopes Axes Bias Clock Compose Constant Distance Encoding Euclidean Geometric
-    Half Interleaved Learned Linear Llama3 Nope Ntk Pairs Partial Planes Positions Rotation Rule Scaled Signed
-    Slopes Spectrum Steps Table Tables Term Yarn alibi describe_frequencies describe_slopes nope parse
-    planes_of rope yarn_norm_factor
+    Absolute Accumulated AlibiSlopes Axes Bias Clock Compose Constant Distance Encoding Euclidean Gate
+    Geometric Half Identity Interleaved Learned Linear Link Llama3 LogSigmoid NegativeExp Nope Ntk Pairs
+    Partial PathBias Planes Positions Rotation Rule Scaled Signed Slopes Spectrum Steps Table Tables Term
+    Uniform Yarn alibi describe_frequencies describe_slopes fox gated_alibi grape_ap nope parse planes_of
+    rope yarn_norm_factor
 """
 
 TEXTS = {
@@ -79,6 +88,16 @@ TEXTS = {
         (rope(4), Bias(AlibiSlopes(2), Steps(), distance=Absolute()))
     ),
     "nope": nope(),
+    'bias(uniform(-1.0), accumulated("log_forget", true))': fox(),
+    'bias(alibi_slopes(2), steps, gate=gate(query="gate_query", key="gate_key"))': gated_alibi(2),
+    'bias(learned("w"), steps, gate=gate(key="u"))': Bias(Learned("w"), Steps(), Gate(key="u")),
+    'path_bias(log_sigmoid, alibi_slopes(2), 4, normalised="keys", '
+    "turn=rotation(interleaved(4), geometric(1.0), steps))": grape_ap(2, 4),
+    'path_bias(negative_exp, learned("w"), 3, query="p", key="r")': PathBias(
+        NegativeExp(), Learned("w"), 3, query="p", key="r"
+    ),
+    'compose((bias(uniform(-1.0), accumulated("log_forget", true)), '
+    "path_bias(identity, uniform(0.5), 2)))": Compose((fox(), PathBias(Identity(), Uniform(0.5), 2))),
 }
 
 

@@ -20,6 +20,9 @@ from grape_compile.encoding import (
     Rotation,
     Steps,
     alibi,
+    fox,
+    gated_alibi,
+    grape_ap,
     nope,
     rope,
 )
@@ -31,6 +34,7 @@ COMPLEX = HEADS.to(torch.complex64)
 TIMED = Rotation(Half(8), Learned("theta"), Positions("n"))
 SLOPED = Bias(Learned("slopes"), Positions("n"))
 N = torch.arange(9)
+EDGES: dict[str, Any] = {"path_query": HEADS, "path_key": HEADS}
 
 
 def turn(tensor: Tensor, encoding: Any = None, **slots: Tensor) -> Any:
@@ -40,7 +44,9 @@ def turn(tensor: Tensor, encoding: Any = None, **slots: Tensor) -> Any:
 def see(
     query: Tensor = HEADS, key: Tensor = HEADS, value: Tensor = HEADS, encoding: Any = None, **options: Any
 ) -> Tensor:
-    slots: dict[str, Tensor] = {name: options.pop(name) for name in ("slopes", "n") if name in options}
+    tensors = [name for name, value in options.items() if isinstance(value, Tensor) and name != "mask"]
+    slots = {name: options.pop(name) for name in tensors}
+    options.setdefault("is_causal", True)
     return attend(query, key, value, alibi(4) if encoding is None else encoding, slots, **options)
 
 
@@ -99,7 +105,22 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "mask_integer": (lambda: see(mask=torch.zeros(9, 9).long()), "torch.int64"),
     "mask_larger": (lambda: see(mask=torch.zeros(1, 2, 4, 9, 9)), "(1, 2, 4, 9, 9)"),
     "window": (lambda: see(window=0), "window = 0"),
-    "two_biases": (lambda: see(encoding=Compose((alibi(4), SLOPED))), "2 biases"),
+    "path_not_causal": (lambda: see(encoding=grape_ap(4), is_causal=False, **EDGES), "is_causal=False"),
+    "path_shape": (
+        lambda: see(encoding=grape_ap(4), path_query=HEADS, path_key=HEADS[:, :, :5]),
+        "(2, 4, 5, 8)",
+    ),
+    "path_dim": (lambda: see(encoding=grape_ap(4, 4), **EDGES), "(2, 4, 9, 8)"),
+    "path_missing": (lambda: see(encoding=grape_ap(4), path_query=HEADS), "no tensor named path_key"),
+    "path_of_queries": (
+        lambda: see(key=HEADS[:, :, :5], value=HEADS[:, :, :5], encoding=grape_ap(4), **EDGES),
+        "9 queries over 5 keys",
+    ),
+    "gate_shape": (lambda: see(encoding=gated_alibi(4, key=None), gate_query=N[:5]), "(5,)"),
+    "gate_integer": (lambda: see(encoding=gated_alibi(4, key=None), gate_query=N), "torch.int64"),
+    "gate_missing": (lambda: see(encoding=gated_alibi(4), gate_query=N.float()), "no tensor named gate_key"),
+    "forget_shape": (lambda: see(encoding=fox(), log_forget=torch.ones(2, 3, 9)), "(2, 3, 9)"),
+    "forget_of_other_length": (lambda: see(encoding=fox(), log_forget=torch.ones(1)), "(1,)"),
     "rotation_of_more_queries": (
         lambda: see(key=HEADS[:, :, :5], value=HEADS[:, :, :5], encoding=Compose((rope(8), nope()))),
         "9 queries over 5 keys",
@@ -109,7 +130,7 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
         lambda: torch.ops.grape.attend(HEADS.long(), HEADS.long(), HEADS.long(), [], str(alibi(4))),
         "torch.int64",
     ),
-    "op_rotation": (lambda: torch.ops.grape.attend(HEADS, HEADS, HEADS, [], str(rope(8))), "rotation("),
+    "op_rotation": (lambda: torch.ops.grape.attend(HEADS, HEADS, HEADS, [], str(rope(4))), "(2, 4, 9, 8)"),
     "op_bias": (lambda: torch.ops.grape.rotate([HEADS], [], str(alibi(4))), "bias("),
 }
 

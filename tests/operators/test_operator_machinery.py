@@ -16,9 +16,11 @@ from grape_compile.operators import attend, decompositions, rotate
 from grape_compile.operators.samples import (
     BATCH,
     BIASES,
+    COMPOSITIONS,
     HEAD_DIM,
     HEADS,
     LENGTH,
+    PATHS,
     ROTATIONS,
     Sample,
     tensor,
@@ -49,7 +51,13 @@ def test_opcheck_of_rotate(sample: Sample) -> None:
 
 
 @pytest.mark.parametrize(
-    "sample", named(BIASES, "nope", "alibi", "learned_clock", "euclidean"), ids=lambda sample: sample.name
+    "sample",
+    [
+        *named(BIASES, "nope", "alibi", "learned_clock", "euclidean", "fox", "gated_both"),
+        *named(PATHS, "grape_ap"),
+        *named(COMPOSITIONS, "contextual_fox", "dictionary"),
+    ],
+    ids=lambda sample: sample.name,
 )
 @pytest.mark.parametrize("masked", [False, True], ids=["causal", "masked"])
 def test_opcheck_of_attend(sample: Sample, masked: bool) -> None:
@@ -84,6 +92,11 @@ def test_gradcheck_of_attend(sample: Sample, options: dict[str, Any]) -> None:
         return attend(query, key, value, sample.encoding, dict(zip(slots, filled, strict=True)), **options)
 
     assert torch.autograd.gradcheck(function, parts, fast_mode=True)
+
+
+@pytest.mark.parametrize("sample", [*PATHS, *COMPOSITIONS], ids=lambda sample: sample.name)
+def test_gradcheck_of_paths_and_compositions(sample: Sample) -> None:
+    test_gradcheck_of_attend(sample, {"is_causal": True})
 
 
 def loop(function: Callable[..., Any], in_dims: tuple[int | None, ...], *operands: Tensor) -> Tensor:
@@ -140,6 +153,9 @@ ATTEND_VMAPS = {
     "clock": ("learned_clock", (None, 0, 0, None, 1)),
     "shared_clock": ("counted", (0, 0, 0, None)),
     "axes": ("euclidean", (0, None, None, 1)),
+    "forgetting": ("fox", (0, 0, 0, 0)),
+    "gates": ("gated_both", (0, None, 0, None, 0, 1)),
+    "edges": ("grape_ap", (0, 0, 0, 0, None)),
 }
 
 
@@ -147,7 +163,7 @@ ATTEND_VMAPS = {
 @pytest.mark.parametrize("case", ATTEND_VMAPS)
 def test_vmap_of_attend_and_its_gradients(case: str, mask: tuple[int, ...] | None) -> None:
     name, dims = ATTEND_VMAPS[case]
-    (sample,) = named(BIASES, name)
+    (sample,) = named((*BIASES, *PATHS), name)
     slots = sample.slots()
     parts = [*heads(HEADS), *slots.values()]
     mapped = [
@@ -160,17 +176,17 @@ def test_vmap_of_attend_and_its_gradients(case: str, mask: tuple[int, ...] | Non
     def function(*operands: Tensor) -> Tensor:
         query, key, value, *filled = operands
         named_slots = dict(zip(slots, filled, strict=True))
-        return attend(query, key, value, sample.encoding, named_slots, mask=added, is_causal=mask is None)
+        return attend(query, key, value, sample.encoding, named_slots, mask=added, is_causal=True)
 
     found = torch.vmap(function, in_dims=dims)(*mapped)
     torch.testing.assert_close(found, loop(function, dims, *mapped), rtol=1e-12, atol=1e-12)
 
-    biased = isinstance(sample.encoding, Bias)
+    biased = bool(sample.encoding.slots)
 
     def gradient(*operands: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of query, key, value, slopes, clock and mask, as the operator returns them."""
+        """Gradients of query, key, value, floating slots and mask, as the operator returns them."""
         query, key, value, *filled = operands
-        options = (added, mask is None, None, None)
+        options = (added, True, None, None)
         text = str(sample.encoding)
         output, logsumexp = torch.ops.grape.attend(query, key, value, filled, text, *options)
         parts = (cotangent, query, key, value, output, logsumexp)

@@ -8,12 +8,27 @@ from typing import Any
 
 import pytest
 import torch
-from operator_laws import ATTEND_LAWS, ROTATE_LAWS, Attend, Rotate, Slots
+from operator_laws import ATTEND_LAWS, PATH_LAWS, ROTATE_LAWS, Attend, Rotate, Slots
 from torch import Tensor
 
-from grape_compile.encoding import Bias, Constant, Learned, Pairs, Positions, Rotation, Steps, Table, Tables
+from grape_compile.encoding import (
+    Accumulated,
+    Bias,
+    Constant,
+    Gate,
+    Learned,
+    Pairs,
+    PathBias,
+    Positions,
+    Rotation,
+    Slopes,
+    Steps,
+    Table,
+    Tables,
+    Uniform,
+)
 from grape_compile.operators import reference_attend, reference_rotate
-from grape_compile.operators.samples import BIASES, ROTATIONS, Sample
+from grape_compile.operators.samples import BIASES, PATHS, ROTATIONS, Sample
 
 Tensors = Sequence[Tensor]
 
@@ -112,7 +127,11 @@ def _slopes_changed(factor: float) -> Callable[..., Tensor]:
             return reference_attend(
                 query, key, value, encoding, {**slots, name: slots[name] * factor}, **options
             )
-        changed = Constant(tuple(factor * slope for slope in encoding.slopes.values()))
+        changed: Slopes = (
+            Uniform(factor * encoding.slopes.slope)
+            if isinstance(encoding.slopes, Uniform)
+            else Constant(tuple(factor * slope for slope in encoding.slopes.values()))
+        )
         return reference_attend(query, key, value, replace(encoding, slopes=changed), slots, **options)
 
     return attend
@@ -184,3 +203,76 @@ def test_attention_mutant_breaks_a_law(sample: Sample, mutant: Attend) -> None:
 )
 def test_slope_mutant_breaks_the_lift(sample: Sample, mutant: Attend) -> None:
     assert "attends_like_the_lift" in broken(ATTEND_LAWS, mutant, sample)
+
+
+def other_sum(
+    query: Tensor, key: Tensor, value: Tensor, encoding: Any, slots: Slots, **options: Any
+) -> Tensor:
+    """Inclusive where it is exclusive."""
+    clock = replace(encoding.clock, inclusive=not encoding.clock.inclusive)
+    return reference_attend(query, key, value, replace(encoding, clock=clock), slots, **options)
+
+
+def gate_of_the_other_side(
+    query: Tensor, key: Tensor, value: Tensor, encoding: Any, slots: Slots, **options: Any
+) -> Tensor:
+    """The number of the key where the query's is due, and the other way round."""
+    swapped = replace(encoding, gate=Gate(encoding.gate.key, encoding.gate.query))
+    return reference_attend(query, key, value, swapped, slots, **options)
+
+
+def without_gate(
+    query: Tensor, key: Tensor, value: Tensor, encoding: Any, slots: Slots, **options: Any
+) -> Tensor:
+    return reference_attend(query, key, value, replace(encoding, gate=None), slots, **options)
+
+
+@pytest.mark.parametrize(
+    ("mutant", "kind"),
+    [(other_sum, "clock"), (gate_of_the_other_side, "gate"), (without_gate, "gate")],
+    ids=["other_sum", "gate_of_the_other_side", "without_gate"],
+)
+@pytest.mark.parametrize("sample", BIASES, ids=lambda sample: sample.name)
+def test_kin_mutant_breaks_the_lift(sample: Sample, mutant: Attend, kind: str) -> None:
+    bias = sample.encoding
+    if not isinstance(bias, Bias):
+        return
+    if (kind == "clock" and isinstance(bias.clock, Accumulated) and bias.gate is None) or (
+        kind == "gate" and bias.gate is not None
+    ):
+        # For one slope and one rate of all tokens the two sums give the same differences; these have many.
+        assert "attends_like_the_lift" in broken(ATTEND_LAWS, mutant, sample)
+
+
+def _with_edges(change: Callable[[PathBias, Slots], tuple[PathBias, Slots]]) -> Attend:
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, encoding: Any, slots: Slots, **options: Any
+    ) -> Tensor:
+        changed, filled = change(encoding, slots)
+        return reference_attend(query, key, value, changed, filled, **options)
+
+    return attend
+
+
+#: Wrong in one thing: the next edge, the sides exchanged, another size, no turn or another normalisation.
+PATH_MUTANTS: dict[str, Attend] = {
+    "next_edge": _with_edges(lambda bias, slots: (bias, {**slots, bias.key: slots[bias.key].roll(1, -2)})),
+    "sides": _with_edges(lambda bias, slots: (replace(bias, query=bias.key, key=bias.query), slots)),
+    "size": _with_edges(lambda bias, slots: (bias, {**slots, bias.query: 2 * slots[bias.query]})),
+    "negative": _with_edges(lambda bias, slots: (bias, {**slots, bias.key: -slots[bias.key]})),
+    "no_turn": _with_edges(lambda bias, slots: (replace(bias, turn=None), slots)),
+    "normalised": _with_edges(
+        lambda bias, slots: (replace(bias, normalised="both" if bias.normalised == "none" else "none"), slots)
+    ),
+}
+
+
+@pytest.mark.parametrize("mutant", PATH_MUTANTS)
+@pytest.mark.parametrize("sample", PATHS, ids=lambda sample: sample.name)
+def test_path_mutant_breaks_a_law(sample: Sample, mutant: str) -> None:
+    bias = sample.encoding
+    if not isinstance(bias, PathBias) or (mutant == "no_turn" and bias.turn is None):
+        return
+    if mutant == "size" and bias.normalised == "both":
+        return
+    assert "walks_its_paths" in broken(PATH_LAWS, PATH_MUTANTS[mutant], sample)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from grape_compile.encoding import Bias, Learned, Rotation, Steps, alibi, nope, rope
 from grape_compile.operators import attend, reference_attend, reference_bias, reference_rotate, rotate
-from grape_compile.operators.flash_cpu import BLOCK
+from grape_compile.operators.blocks import BLOCK
 from grape_compile.operators.samples import (
     BATCH,
     BIASES,
@@ -21,6 +21,7 @@ from grape_compile.operators.samples import (
     HEAD_DIM,
     HEADS,
     LENGTH,
+    PATHS,
     ROTATIONS,
     Sample,
     attend_gradient_tolerance,
@@ -125,7 +126,7 @@ def check_attention(
     ]
     parts = leaves(*(tensor(*sizes, seed=seed, dtype=dtype) for seed, sizes in enumerate(shapes)))
     wide = leaves(*(part.double() for part in parts))
-    slots = sample.slots()
+    slots = sample.slots(queries=queries)
     learned, exact = (dict(zip(slots, leaves(*slots.values()), strict=True)) for _ in range(2))
     found = ATTEND[provider](*parts, sample.encoding, learned, mask=mask, **options)
     wanted = ATTEND["reference"](*wide, sample.encoding, exact, mask=mask, **options)
@@ -170,6 +171,16 @@ def test_chunked_attention(sample: Sample, options: dict[str, Any]) -> None:
     check_attention(sample, options, provider="chunked")
 
 
+@pytest.mark.parametrize("options", [OPTIONS["causal"], OPTIONS["window"]], ids=["causal", "window"])
+@pytest.mark.parametrize("sample", PATHS, ids=lambda sample: sample.name)
+@pytest.mark.parametrize("dtype", [torch.float64, *NARROW], ids=str)
+@pytest.mark.parametrize("provider", ["operator", "chunked"])
+def test_attention_along_paths(
+    provider: str, sample: Sample, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    check_attention(sample, options, dtype, provider=provider)
+
+
 SHAPES = {
     "grouped": (LENGTH, LENGTH, 2, HEAD_DIM),
     "one_key_head": (LENGTH, LENGTH, 1, HEAD_DIM),
@@ -188,6 +199,15 @@ def test_attention_of_other_shapes(
     provider: str, sample: Sample, shape: tuple[int, int, int, int], causal: bool
 ) -> None:
     check_attention(sample, {"is_causal": causal}, shape=shape, provider=provider)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("sample", PATHS, ids=lambda sample: sample.name)
+@pytest.mark.parametrize("provider", ["operator", "chunked"])
+def test_path_attention_of_other_shapes(
+    provider: str, sample: Sample, shape: tuple[int, int, int, int]
+) -> None:
+    check_attention(sample, {"is_causal": True}, shape=shape, provider=provider)
 
 
 @pytest.mark.parametrize("provider", ["operator", "chunked"])
@@ -224,6 +244,14 @@ MASKS = {
 def test_attention_with_a_mask(provider: str, sample: Sample, name: str, causal: bool) -> None:
     offset = 10000.0 if name == "ten_thousand" else 0.0
     check_attention(sample, {"is_causal": causal}, mask=MASKS[name], provider=provider, offset=offset)
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("sample", PATHS, ids=lambda sample: sample.name)
+@pytest.mark.parametrize("provider", ["operator", "chunked"])
+def test_path_attention_with_a_mask(provider: str, sample: Sample, name: str) -> None:
+    offset = 10000.0 if name == "ten_thousand" else 0.0
+    check_attention(sample, {"is_causal": True}, mask=MASKS[name], provider=provider, offset=offset)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -1,0 +1,54 @@
+"""The path bias of an attention call (GRAPE 5): edges between a query and every key behind it, and their sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from grape_compile.encoding import Identity, Link, LogSigmoid, NegativeExp
+from grape_compile.operators.bias import Leaves
+
+#: What a link makes of the products of queries and edges.
+LINKS: Final[Mapping[type[Link], Callable[[Tensor], Tensor]]] = {
+    LogSigmoid: torch.nn.functional.logsigmoid,
+    NegativeExp: lambda product: -product.exp(),
+    Identity: lambda product: product,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Path(Leaves):
+    """b[t, j] = slope * sum_{l = j+1 ... t} g(<p_t, r_l>), queries being the last keys; zero for j >= t.
+
+    `slopes` [1 or B, 1 or H], `query` p / dim [1 or B, 1 or H, T_q, dim] and `key` r, turned,
+    [1 or B, 1 or H, T_k, dim], have the compute dtype.
+    """
+
+    link: Link
+    slopes: Tensor
+    query: Tensor
+    key: Tensor
+
+    #: No product of a number of the query and one of the key, however many are summed.
+    is_signed = False
+
+    def linked(self, product: Tensor) -> Tensor:
+        """Return g of the products."""
+        return LINKS[type(self.link)](product)
+
+    def block(self, rows: slice, keys: slice, offset: int) -> Tensor:
+        """Return the bias [1 or B, 1 or H, rows, keys]; `keys` reach up to the key of the last query."""
+        edges = self.linked(self.query[..., rows, :] @ self.key[..., keys, :].mT)
+        edges = edges.masked_fill(later(rows, keys, offset, edges.device), 0.0)
+        sums = edges.flip(-1).cumsum(-1).flip(-1) - edges
+        return self.slopes[..., None, None] * sums
+
+
+def later(rows: slice, keys: slice, offset: int, device: torch.device) -> Tensor:
+    """Return True for keys behind which the query of a row stands no more, [rows, keys]."""
+    at = torch.arange(rows.start + offset, rows.stop + offset, device=device)
+    return torch.arange(keys.start, keys.stop, device=device) > at[:, None]

@@ -1,0 +1,241 @@
+"""Attention with a path bias (GRAPE-AP), for every device: one scan over the keys, from the diagonal backwards.
+
+The bias of a query at key j is the sum of the edges behind j, so walking the keys from the query back it is a running
+sum, and with a running softmax nothing of size T_q x T_k is ever in memory. Where all edges are negative the bias falls
+on the way, and a head whose remaining weights all underflow is left behind.
+
+The backward pass walks the same way. The gradient of the edge at l sums those of the logits of all j < l; as the logit
+gradients of a row sum to zero, that is minus the sum over j >= l: what has been walked already.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import torch
+from torch import Tensor
+
+from grape_compile.encoding import Identity
+from grape_compile.operators import chunked
+from grape_compile.operators.bias import pull
+from grape_compile.operators.call import AnyBias, AttendCall, Gradients
+from grape_compile.operators.path import Path, later
+
+#: Keys in a step of the scan.
+KEYS: Final = 512
+#: Queries that walk together at most.
+QUERIES: Final = 128
+#: Logits of one step.
+MAX_LOGITS: Final = 1 << 20
+
+
+def supports(call: AttendCall) -> Literal[True] | str:
+    """Calls with one path bias whose mask has no gradient."""
+    if sum(isinstance(bias, Path) for bias in call.biases) != 1:
+        return "needs exactly one path bias"
+    if call.wants_mask_gradient:
+        return "the gradient of a mask needs every logit's gradient"
+    if 0 in call.query.shape or 0 in call.value.shape or 0 in call.key.shape:
+        return "needs at least one element"
+    return True
+
+
+def forward(call: AttendCall) -> tuple[Tensor, Tensor]:
+    """Return the output [B, H, T_q, D_v] and logsumexp [B, H, T_q] of a call."""
+    output, logsumexp = chunked.empty_result(call)
+    for rows in _row_chunks(call):
+        walk = _Walk(call, rows)
+        shape = (*call.query.shape[:2], rows.stop - rows.start, 1)
+        # The largest of no logits is the lowest finite number, so that differences of it are numbers.
+        largest = call.query.new_full(shape, torch.finfo(call.dtype).min, dtype=call.dtype)
+        total = torch.zeros_like(largest)
+        sums = call.query.new_zeros((*shape[:3], call.value.shape[3]), dtype=call.dtype)
+        for step in walk:
+            heads = step.heads
+            best = torch.maximum(largest[:, heads], step.logits.amax(-1, keepdim=True))
+            weights = step.logits.sub_(best).exp_()
+            shrink = (largest[:, heads] - best).exp_()
+            total[:, heads] = total[:, heads].mul_(shrink).add_(weights.sum(-1, keepdim=True))
+            sums[:, heads] = sums[:, heads].mul_(shrink).add_(weights @ step.values)
+            largest[:, heads] = best
+            walk.leave(largest)
+        output[:, :, rows] = (sums / torch.where(total == 0, 1.0, total)).to(output.dtype)
+        logsumexp[:, :, rows] = torch.where(total == 0, -math.inf, largest + total.log()).squeeze(-1)
+    return output, logsumexp
+
+
+def backward(call: AttendCall, gradient: Tensor, output: Tensor, logsumexp: Tensor) -> Gradients:
+    """Return the gradients of a call for a cotangent of its output; weights and edges are computed again."""
+    sums = chunked.Sums(call)
+    (number,) = (at for at, bias in enumerate(call.biases) if isinstance(bias, Path))
+    for rows in _row_chunks(call):
+        wide = gradient[:, :, rows].to(call.dtype)
+        delta = (wide * output[:, :, rows].to(call.dtype)).sum(-1, keepdim=True)
+        level = logsumexp[:, :, rows, None]
+        if bool(((level < chunked.FAINT) & (level > -math.inf)).any()):
+            for some in chunked.row_chunks(call, rows):
+                chunked.Weights(call, some).add_gradients(gradient[:, :, some], sums)
+            continue
+        # A row without a key: weights exp(logit - inf) are zero.
+        level = torch.where(level == -math.inf, math.inf, level)
+        walk = _Walk(call, rows, level)
+        behind = torch.zeros_like(level)
+        for step in walk:
+            heads, keys = step.heads, step.keys
+            weights = step.logits.sub_(level[:, heads]).exp_()
+            sums.value[:, heads, keys] += weights.mT @ wide[:, heads]
+            logits = (wide[:, heads] @ step.values.mT).sub_(delta[:, heads]).mul_(weights)
+            sums.query[:, heads, rows] += (logits @ step.key).mul_(call.scale)
+            sums.key[:, heads, keys] += (logits.mT @ step.query).mul_(call.scale)
+            if call.wants_bias_gradients:
+                walked = _cumsum_back(logits).add_(behind[:, heads])
+                behind[:, heads] = walked[..., :1]
+                sums.add_bias(number, walk.path_gradients(step, logits, walked.neg_()))
+                for at, bias in enumerate(call.biases):
+                    if at != number:
+                        sums.add_bias(at, walk.bias_gradients(bias, step, logits))
+    return sums.gradients()
+
+
+def _cumsum_back(tensor: Tensor) -> Tensor:
+    """Return for each entry of the last axis the sum of it and all behind it."""
+    return tensor.flip(-1).cumsum(-1).flip(-1)
+
+
+def _row_chunks(call: AttendCall) -> Iterator[slice]:
+    batch, heads, length, _ = call.query.shape
+    size = max(1, min(QUERIES, MAX_LOGITS // max(1, batch * heads * KEYS)))
+    return (slice(start, min(start + size, length)) for start in range(0, length, size))
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """Some keys and the heads that still look at them: operands and logits in the compute dtype."""
+
+    heads: slice
+    keys: slice
+    query: Tensor
+    key: Tensor
+    values: Tensor
+    logits: Tensor
+    product: Tensor
+    sums: Tensor
+
+
+class _Walk:
+    """The way of some queries over their keys, from the last one back."""
+
+    def __init__(self, call: AttendCall, rows: slice, level: Tensor | None = None) -> None:
+        self.call, self.rows, self.level = call, rows, level
+        (self.path,) = (bias for bias in call.biases if isinstance(bias, Path))
+        self.others = tuple(bias for bias in call.biases if bias is not self.path)
+        self.query = call.query[:, :, rows].to(call.dtype)
+        self.edge_query = self._per_head(self.path.query)[:, :, rows]
+        self.edge_key = self._per_head(self.path.key)
+        self.slopes = self.path.slopes.expand(call.query.shape[:2])[..., None, None]
+        self.first = 0
+        self.carry = call.query.new_zeros((*self.query.shape[:3], 1), dtype=call.dtype)
+        self.reach = self._reach()
+
+    def _per_head(self, edges: Tensor) -> Tensor:
+        return edges.expand(*self.call.query.shape[:2], *edges.shape[2:])
+
+    def __iter__(self) -> Iterator[_Step]:
+        span = self.call.key_range(self.rows)
+        stop = span.stop
+        while stop > span.start and self.first < self.query.shape[1]:
+            keys = slice(max(span.start, stop - KEYS), stop)
+            yield self._step(slice(self.first, self.query.shape[1]), keys)
+            stop = keys.start
+            if self.level is not None:
+                self.leave(self.level)
+
+    def _step(self, heads: slice, keys: slice) -> _Step:
+        call = self.call
+        query, key = self.query[:, heads], call.keys[:, heads, keys].to(call.dtype)
+        product = self.edge_query[:, heads] @ self.edge_key[:, heads, keys].mT
+        edges = self.path.linked(product)
+        hidden = self._later(keys)
+        if hidden is not None:
+            edges = edges.masked_fill(hidden, 0.0)
+        carry = self.carry[:, heads]
+        walked = _cumsum_back(edges)
+        sums = walked.sub(edges).add_(carry)
+        carry += walked[..., :1]
+        logits = (query @ key.mT).mul_(call.scale).addcmul_(self.slopes[:, heads], sums)
+        added = call.mask_block(self.rows, keys)
+        for bias in self.others:
+            block = bias.block(self.rows, keys, call.offset)
+            added = block if added is None else added + block
+        if added is not None:
+            logits += added[:, heads] if added.shape[1] > 1 else added
+        return _Step(
+            heads, keys, query, key, call.values[:, heads, keys].to(call.dtype), logits, product, sums
+        )
+
+    def _later(self, keys: slice) -> Tensor | None:
+        """Return which keys of a step have no edge to a row; None where all lie behind every query."""
+        if keys.stop - 1 <= self.rows.start + self.call.offset:
+            return None
+        return later(self.rows, keys, self.call.offset, self.query.device)
+
+    def path_gradients(self, step: _Step, logits: Tensor, by_edge: Tensor) -> tuple[Tensor, ...]:
+        """Return the gradients of slopes, query and key from those of the logits and of the sums up to each edge."""
+        slopes = self.slopes[:, step.heads]
+        hidden = self._later(step.keys)
+        if hidden is not None:
+            by_edge = by_edge.masked_fill_(hidden, 0.0)
+        (product,) = pull(self.path.linked, (step.product,), by_edge.mul_(slopes))
+        by_query = torch.zeros_like(self.path.query)
+        by_key = torch.zeros_like(self.path.key)
+        by_slope = torch.zeros_like(self.path.slopes)
+        _add(by_query, product @ self.edge_key[:, step.heads, step.keys], step.heads, self.rows)
+        _add(by_key, product.mT @ self.edge_query[:, step.heads], step.heads, step.keys)
+        _add(by_slope, (logits * step.sums).sum((-2, -1)), step.heads)
+        return by_slope, by_query, by_key
+
+    def bias_gradients(self, bias: AnyBias, step: _Step, logits: Tensor) -> tuple[Tensor, ...]:
+        """Return the gradients of another bias; heads that were left have none."""
+        whole = logits.new_zeros((*self.call.query.shape[:2], *logits.shape[2:]))
+        whole[:, step.heads] = logits
+        return chunked.block_gradients(bias, whole, self.rows, step.keys, self.call.offset)
+
+    def _reach(self) -> Tensor | None:
+        """Return what a bias has to be below the row's level for a weight to underflow, [B, H, rows, 1].
+
+        None where no bound is known: edges of either sign, other biases or a mask that could raise a logit.
+        """
+        call = self.call
+        if isinstance(self.path.link, Identity) or self.others or bool((self.path.slopes < 0).any()):
+            return None
+        if call.mask is not None and call.mask.dtype != torch.bool:
+            return None
+        norms = [torch.linalg.vector_norm(part, dim=-1, dtype=call.dtype) for part in (self.query, call.keys)]
+        largest = abs(call.scale) * norms[0] * norms[1].amax(-1, keepdim=True)
+        reach: Tensor = math.log(torch.finfo(call.dtype).tiny) - largest[..., None]
+        return reach
+
+    def leave(self, level: Tensor) -> None:
+        """Leave the first heads behind whose keys further back have no weight; `level` is a row's best logit."""
+        if self.reach is None:
+            return
+        heads = slice(self.first, self.query.shape[1])
+        slope = self.slopes[:, heads]
+        done = (
+            (slope * self.carry[:, heads] - level[:, heads] < self.reach[:, heads]).all(-2).all(0).flatten()
+        )
+        for finished in done.tolist():
+            if not finished:
+                return
+            self.first += 1
+
+
+def _add(total: Tensor, part: Tensor, heads: slice, axis: slice | None = None) -> None:
+    """Add to some heads (and tokens) of a gradient, summed over the axes that were broadcast."""
+    target = total if total.shape[1] == 1 else total[:, heads]
+    if axis is not None:
+        target = target[:, :, axis]
+    target += part.sum_to_size(target.shape)
