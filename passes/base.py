@@ -43,9 +43,9 @@ class Pass(ABC):
     def __call__(self, program: Program) -> Outcome:
         """Check, run, measure whether the graph changed, check again."""
         self.requires(program)
-        before = fingerprint(program.graph)
+        before = _snapshot(program.graph)
         outcome = self.run(program)
-        outcome.modified = fingerprint(program.graph) != before
+        outcome.modified = _snapshot(program.graph) != before
         if outcome.modified:
             program.forget()
             self.ensures(program)
@@ -53,11 +53,9 @@ class Pass(ABC):
         return outcome
 
 
-def fingerprint(graph: fx.Graph) -> int:
-    """Changes whenever a node, its operator or its operands change."""
-    return hash(
-        tuple((id(node), node.op, str(node.target), str(node.args), str(node.kwargs)) for node in graph.nodes)
-    )
+def _snapshot(graph: fx.Graph) -> list[tuple[object, ...]]:
+    """Differs whenever a node, its operator or its operands changed: arguments of a node are never changed in place."""
+    return [(node, node.target, node.args, node.kwargs) for node in graph.nodes]
 
 
 def broken(what: str, found: str) -> CaptureError:

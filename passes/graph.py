@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -80,7 +80,8 @@ class Program:
         for node in self.graph.nodes:
             key: Any = node
             if node.op == "call_function" and self.taints[node] <= Taint.PARAMETER and is_pure(node):
-                key = (node.target, _freeze(node.args, numbers), _freeze(node.kwargs, numbers))
+                args, kwargs = (frozen(each, numbers.__getitem__) for each in (node.args, node.kwargs))
+                key = (node.target, args, kwargs)
             try:
                 numbers[node] = table.setdefault(key, len(table))
             except TypeError:
@@ -184,6 +185,28 @@ def require_fake(node: fx.Node) -> torch.Tensor:
     if value is None:
         raise Unreadable(f"{node.name} is not a tensor")
     return value
+
+
+def frozen(argument: Any, value: Callable[[Any], object]) -> object:
+    """Arguments as something to compare and to look up by, with `value` for every node, tensor and symbol in them."""
+    if isinstance(argument, fx.Node | torch.Tensor | torch.SymInt | torch.SymFloat | torch.SymBool):
+        return ("value", value(argument))
+    if isinstance(argument, list | tuple):
+        return (type(argument), *(frozen(item, value) for item in argument))
+    if isinstance(argument, dict):
+        return tuple((key, frozen(item, value)) for key, item in argument.items())
+    if isinstance(argument, slice):
+        return ("slice", frozen((argument.start, argument.stop, argument.step), value))
+    return (type(argument), repr(argument) if isinstance(argument, float) else argument)
+
+
+def layout(tensor: torch.Tensor) -> tuple[object, ...]:
+    """What an operator is decided by besides values: equal for tensors that differ in their values alone."""
+    if tensor.layout is not torch.strided:
+        raise Unreadable("a sparse tensor")
+    sizes = (*tensor.shape, *tensor.stride(), tensor.storage_offset())
+    numbers = tuple(size if isinstance(size, int) else size.node.expr for size in sizes)
+    return numbers, tensor.dtype, tensor.device, tensor.is_conj(), tensor.is_neg()
 
 
 def module_path(node: fx.Node) -> str:
@@ -322,15 +345,3 @@ def _input_taint(node: fx.Node, roles: Mapping[fx.Node, Role]) -> Taint:
     if role is Role.BUFFER or not isinstance(value, torch.Tensor):
         return Taint.STRUCTURE
     return Taint.DATA if value.is_floating_point() or value.is_complex() else Taint.POSITION
-
-
-def _freeze(argument: Any, numbers: Mapping[fx.Node, int]) -> Any:
-    if isinstance(argument, fx.Node):
-        return ("value", numbers[argument])
-    if isinstance(argument, list | tuple):
-        return tuple(_freeze(item, numbers) for item in argument)
-    if isinstance(argument, dict):
-        return tuple((key, _freeze(item, numbers)) for key, item in argument.items())
-    if isinstance(argument, slice):
-        return ("slice", _freeze((argument.start, argument.stop, argument.step), numbers))
-    return (type(argument), argument)
