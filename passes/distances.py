@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""Read distances between query and key that are no plain difference: Euclidean (GRAPE App. G), and cut off at zero."""
-=======
 """Read distances between query and key that are no plain difference: Euclidean (GRAPE App. G) and cut-off ones."""
->>>>>>> main
 
 from __future__ import annotations
 

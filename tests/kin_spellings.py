@@ -38,8 +38,8 @@ class Kin(nn.Module):
 
     def edges(self, x: Tensor) -> Tensor:
         p = self.path(x).view(*x.shape[:2], HEADS, 4).transpose(1, 2)
-        found: Tensor = p @ p.mT / 4
-        return found
+        product: Tensor = p @ p.mT / 4
+        return product
 
 
 @dataclass(frozen=True)
