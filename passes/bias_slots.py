@@ -121,6 +121,9 @@ class BiasSlots:
             return Steps(), Steps()
         wanted = [BATCH, HEAD, KEY] if HEAD in view.token_axes else [BATCH, KEY]
         node = self.emitter.operand(view, wanted, self.counts)
+        if HEAD in view.token_axes and require_fake(node).dim() == 2:
+            # [H, Tk] in a batch of one; two axes would be batch and keys.
+            node = self.emitter.call(node, aten.unsqueeze.default, (node, 0))
         if part.inclusive is not None:
             name = self._fill("rates" if part.slopes or part.number > 0 else "log_forget", node)
             return Accumulated(name, part.inclusive), Accumulated(name, part.inclusive)

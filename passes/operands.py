@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from grape_compile.errors import GrapeError
 from grape_compile.passes.graph import Program, Sizes, Unreadable, frozen, layout, require_fake
 from grape_compile.passes.terms import Index
 
@@ -123,7 +124,13 @@ class Emitter:
             place = place.next
         with graph.inserting_after(place):
             node = graph.call_function(target, args, kwargs or {})
-        self.annotate(node, after)
+        try:
+            self.annotate(node, after)
+        except GrapeError as failure:
+            graph.erase_node(node)
+            raise Unreadable(
+                f"the operator does not take what was read: {failure.asked}, {failure.found}"
+            ) from failure
         self.ranks[node] = self.position(place) + (len(self.ranks) + 1) * 1e-9
         self.cache[key] = node
         return node
