@@ -14,11 +14,15 @@ from grape_compile.passes.site import Refusal, Site
 
 @dataclass
 class Outcome:
-    """What a pass found and did. `modified` is measured by the base class, not promised by the pass."""
+    """What a pass found and did. `modified` is measured by the base class, not promised by the pass.
+
+    `absorbed` are sites of earlier passes that became part of a site of this one.
+    """
 
     sites: list[Site] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     modified: bool = False
+    absorbed: list[Site] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from grape_compile.passes.site import Site
+
 
 class Role(enum.Enum):
     """What an input of the graph is to the model."""
@@ -27,7 +29,8 @@ class Role(enum.Enum):
 class Taint(enum.IntEnum):
     """What a value depends on, ordered: a result carries the largest taint of its operands.
 
-    STRUCTURE: shapes, constants, buffers, aranges. POSITION: integer and boolean inputs as well (positions, masks).
+    STRUCTURE: shapes, constants, buffers, aranges. POSITION: integer and boolean inputs as well (positions, masks),
+    and the cosines and sines of learned or accumulated angles.
     PARAMETER: weights. DATA: activations.
     """
 
@@ -50,6 +53,7 @@ class Program:
     values: Mapping[fx.Node, Any]
     no_grad: frozenset[fx.Node] = frozenset()
     renamed: dict[str, str] = field(default_factory=dict)
+    rotated: dict[fx.Node, Site] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:
@@ -149,7 +153,19 @@ def is_pure(node: fx.Node) -> bool:
         node.target is torch.ops.aten.detach_.default
     ):  # `torch.tensor(...)` in a forward: writes nothing anyone reads
         return True
-    return not node.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in node.target.tags
+    if node.target._schema.is_mutable:
+        return False
+    return torch.Tag.nondeterministic_seeded not in node.target.tags or _never_draws(node)
+
+
+def _never_draws(node: fx.Node) -> bool:
+    """A dropout that is switched off, and attention without one."""
+    name = op_name(node)
+    if name == "aten::dropout":
+        return node.args[1] in (0, 0.0) or node.args[2] is False
+    if name != "aten::scaled_dot_product_attention":
+        return False
+    return node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0) in (0, 0.0)
 
 
 def _writes(node: fx.Node) -> bool:
@@ -253,7 +269,15 @@ _SHAPE_ONLY = {
     "aten::sym_size", "aten::sym_numel", "aten::sym_stride", "aten::size", "aten::zeros_like", "aten::ones_like",
     "aten::full_like", "aten::empty_like", "aten::new_zeros", "aten::new_ones", "aten::new_full", "aten::new_empty",
 }  # fmt: skip
-_ANGLES = {"aten::cos", "aten::sin", "aten::polar"}
+ANGLES = {"aten::cos", "aten::sin", "aten::polar"}
+PHASES = {
+    "aten::cumsum", "aten::mul", "aten::div", "aten::neg", "aten::add", "aten::sub", "aten::einsum", "aten::outer",
+    "aten::matmul", "aten::unsqueeze", "aten::squeeze", "aten::view", "aten::reshape", "aten::unflatten",
+    "aten::flatten", "aten::permute", "aten::transpose", "aten::mT", "aten::expand", "aten::repeat",
+    "aten::repeat_interleave", "aten::cat", "aten::stack", "aten::slice", "aten::select", "aten::pad",
+    "aten::constant_pad_nd", "aten::to", "aten::_to_copy", "aten::clone", "aten::contiguous", "aten::type_as",
+    "aten::detach",
+}  # fmt: skip
 _LOOKUPS = {
     "aten::embedding": (0, 1),
     "aten::index_select": (0, 2),
@@ -278,11 +302,26 @@ def _taint(node: fx.Node, taints: Mapping[fx.Node, Taint], roles: Mapping[fx.Nod
     if name in ("aten::type_as", "aten::expand_as", "aten::view_as", "aten::to") and node.args:
         return _of(node.args[0], taints)
     worst = max(operands, default=Taint.STRUCTURE)
-    if worst is Taint.PARAMETER and name in _ANGLES:
+    if name in ANGLES and (worst is Taint.PARAMETER or (worst is Taint.DATA and _is_phase(node, taints))):
         return Taint.POSITION
     if worst is Taint.PARAMETER and name in _LOOKUPS:
         return _lookup_taint(node, taints, *_LOOKUPS[name])
     return worst
+
+
+def _is_phase(node: fx.Node, taints: Mapping[fx.Node, Taint]) -> bool:
+    """Whether the activation an angle is made of holds a running sum: content tells the time, as positions else."""
+    stack, seen = list(node.all_input_nodes), set()
+    while stack:
+        step = stack.pop()
+        if step in seen or taints[step] is not Taint.DATA:
+            continue
+        seen.add(step)
+        if op_name(step) == "aten::cumsum":
+            return True
+        if op_name(step) in PHASES:
+            stack += step.all_input_nodes
+    return False
 
 
 def _of(argument: Any, taints: Mapping[fx.Node, Taint]) -> Taint:

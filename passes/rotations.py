@@ -313,6 +313,9 @@ class _Reading:
     def _classify(self, columns: list[list[Entry]]) -> RotationPlan | Miss:
         through: dict[int, int] = {}
         mixed: dict[int, list[Entry]] = {}
+        factors = [entry.factors for column in columns for entry in column]
+        if len(factors) > 1 and all(_equal(each, factors[0]) for each in factors[1:]):
+            return Miss("mixing", "all channels are scaled alike", 0)
         for out, entries in enumerate(columns):
             if len(entries) == 2 and entries[0].source != entries[1].source:
                 mixed[out] = sorted(entries, key=lambda entry: entry.source)

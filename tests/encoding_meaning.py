@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import random
 import zlib
 from collections.abc import Sequence
@@ -18,9 +19,12 @@ from grape_compile.encoding import (
     Gate,
     Identity,
     LogSigmoid,
+    Multiplicative,
     NegativeExp,
+    NonCommuting,
     Nope,
     PathBias,
+    Rank2,
     Rotation,
     Signed,
     Slopes,
@@ -41,7 +45,7 @@ def numbers(slot: str, count: int) -> list[float]:
 
 def head_dim(encoding: Encoding) -> int:
     """The head size of the rotations inside, or 2 where any size will do."""
-    if isinstance(encoding, Rotation):
+    if isinstance(encoding, Multiplicative):
         return encoding.head_dim
     return max(map(head_dim, encoding.parts)) if isinstance(encoding, Compose) else 2
 
@@ -59,6 +63,8 @@ def image(encoding: Encoding, vector: list[float], token: int) -> list[float]:
         return vector
     if isinstance(encoding, Rotation):
         return _rotated(encoding, vector, token)
+    if isinstance(encoding, Rank2 | NonCommuting):
+        return _generated(encoding, vector, token)
     assert isinstance(encoding, Bias | PathBias | Nope)
     return vector
 
@@ -133,6 +139,34 @@ def _rotated(rotation: Rotation, vector: list[float], token: int) -> list[float]
         result[o0] = rotation.scale * (cos * vector[i0] - sin * vector[i1])
         result[o1] = rotation.scale * (sin * vector[i0] + cos * vector[i1])
     return [result[i] for i in range(len(vector))]
+
+
+def _generated(encoding: Rank2 | NonCommuting, vector: list[float], token: int) -> list[float]:
+    """x + sum_k (n L)^k x / k!, in n steps of a length where the series is short."""
+    generator = _rank2(encoding) if isinstance(encoding, Rank2) else _mixture(encoding)
+    (time, *_) = _times(encoding.clock, token)
+    power = [[encoding.orientation * time * entry for entry in row] for row in generator]
+    steps = math.ceil(max(sum(map(abs, row)) for row in power)) + 1
+    for _ in range(steps):
+        term = total = vector
+        for k in range(1, 24):
+            term = [math.fsum(map(operator.mul, row, term)) / (k * steps) for row in power]
+            total = [whole + part for whole, part in zip(total, term, strict=True)]
+        vector = total
+    return vector
+
+
+def _rank2(encoding: Rank2) -> list[list[float]]:
+    a, b = (numbers(name, encoding.size) for name in (encoding.a, encoding.b))
+    (w,) = _frequencies(encoding.spectrum, 1)
+    return [[w * (a[i] * b[k] - b[i] * a[k]) for k in range(encoding.size)] for i in range(encoding.size)]
+
+
+def _mixture(encoding: NonCommuting) -> list[list[float]]:
+    """E L_r E^T for the whole head, E the identity."""
+    size = encoding.size
+    rows = [numbers(f"{encoding.generator}{encoding.basis}{row}", size) for row in range(size)]
+    return [[(rows[i][k] - rows[k][i]) / 2 for k in range(size)] for i in range(size)]
 
 
 def _angles(rotation: Rotation, token: int) -> list[tuple[float, float]]:

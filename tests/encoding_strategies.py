@@ -27,6 +27,7 @@ from grape_compile.encoding import (
     Llama3,
     LogSigmoid,
     NegativeExp,
+    NonCommuting,
     Nope,
     Ntk,
     Pairs,
@@ -34,6 +35,7 @@ from grape_compile.encoding import (
     PathBias,
     Planes,
     Positions,
+    Rank2,
     Rotation,
     Rule,
     Scaled,
@@ -43,6 +45,7 @@ from grape_compile.encoding import (
     Steps,
     Table,
     Tables,
+    Tiled,
     Uniform,
     Yarn,
 )
@@ -65,8 +68,9 @@ def rules() -> SearchStrategy[Rule]:
 def spectra() -> SearchStrategy[Spectrum]:
     geometric = st.builds(Geometric, st.sampled_from((10000.0, 500000.0)) | st.floats(1.5, 1e7))
     scaled = st.recursive(geometric, lambda of: st.builds(Scaled, rules(), of), max_leaves=3)
+    tiled = st.builds(Tiled, scaled, st.just(1))
     return st.one_of(
-        scaled, st.builds(Learned, st.just("theta")), st.builds(Table, st.just("layers.0.inv_freq"))
+        scaled, tiled, st.builds(Learned, st.just("theta")), st.builds(Table, st.just("layers.0.inv_freq"))
     )
 
 
@@ -100,6 +104,25 @@ def rotations(draw: st.DrawFn, size: int | None = None, basis: bool = True) -> R
         out=draw(st.none() | pairings(head, count)),
         basis=draw(st.sampled_from((None, "basis"))) if basis else None,
         scale=draw(st.sampled_from(SCALES)),
+    )
+
+
+def generators(size: int | None = None) -> SearchStrategy[Encoding]:
+    """Generators by the matrix exponential; one frequency, which YaRN's ramp cannot be placed on."""
+    head = st.integers(2, 6) if size is None else st.just(size)
+    clocks = st.sampled_from((Steps(), Positions("n"), Accumulated("phase", True)))
+    signs = st.sampled_from((1, -1))
+    numbers = st.floats(1.5, 1e7)
+    factors = st.sampled_from((1.0, 1.5, 40.0))
+    spectrum = st.one_of(
+        st.builds(Geometric, numbers),
+        st.builds(Scaled, st.builds(Linear, factors), st.builds(Geometric, numbers)),
+        st.builds(Learned, st.just("w")),
+        st.builds(Tiled, st.builds(Geometric, numbers), st.just(1)),
+    )
+    return st.one_of(
+        st.builds(Rank2, head, spectrum, clocks, signs),
+        st.builds(NonCommuting, head, clocks, signs, basis=st.just("frame")),
     )
 
 
@@ -149,10 +172,10 @@ def compositions(leaf: SearchStrategy[Encoding]) -> SearchStrategy[Encoding]:
 
 def encodings() -> SearchStrategy[Encoding]:
     """Every encoding; rotations in one composition share a head of six coordinates."""
-    leaf = st.one_of(st.just(Nope()), rotations(6, basis=False), biases())
-    return st.one_of(rotations(), paths(), compositions(leaf))
+    leaf = st.one_of(st.just(Nope()), rotations(6, basis=False), generators(6), biases())
+    return st.one_of(rotations(), generators(), paths(), compositions(leaf))
 
 
 def invertible() -> SearchStrategy[Encoding]:
-    leaf = st.one_of(st.just(Nope()), rotations(6, basis=False), closed_biases())
-    return st.one_of(rotations(basis=False), compositions(leaf))
+    leaf = st.one_of(st.just(Nope()), rotations(6, basis=False), generators(6), closed_biases())
+    return st.one_of(rotations(basis=False), generators(), compositions(leaf))

@@ -1,4 +1,4 @@
-"""The laws of an encoding (GRAPE, arXiv 2512.07805), each for any function that claims to compute it.
+"""The laws of a bias (GRAPE, arXiv 2512.07805), each for any function that claims to compute it.
 
 A law takes the function and one row of samples and raises AssertionError where the function breaks it.
 Everything is float64; the tolerance is 1e-12 of numbers of size one.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,7 +29,6 @@ from grape_compile.encoding import (
     Positions,
     Rotation,
     Signed,
-    Steps,
     Table,
     Tables,
     Uniform,
@@ -69,185 +67,6 @@ ATTEND: dict[str, Attend] = {"reference": reference_attend, "operator": attend, 
 def same(found: Tensor, wanted: Tensor, tolerance: float = 1e-12) -> None:
     """Raise AssertionError unless two tensors agree to the tolerance, absolute plus relative."""
     torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
-
-
-# Rotations
-
-
-class Clocked:
-    """A rotation sample whose clock the law sets: times [axes, T] in place of the sample's own."""
-
-    def __init__(self, function: Rotate, sample: Sample) -> None:
-        assert isinstance(sample.encoding, Rotation)
-        self.function, self.encoding, self.filled = function, sample.encoding, sample.slots()
-        self.axes = self.encoding.planes.axis_count
-        self.theta = self._frequencies()
-
-    def _frequencies(self) -> Tensor:
-        spectrum, count = self.encoding.spectrum, self.encoding.planes.count
-        if spectrum is None:
-            return torch.linspace(0.1, 1.0, count, dtype=torch.float64)
-        if isinstance(spectrum, Learned | Table):
-            return self.filled[spectrum.slot]
-        return torch.tensor(spectrum.frequencies(count), dtype=torch.float64)
-
-    def angles(self, times: Tensor) -> Tensor:
-        """The angle of every token and plane before orientation, [..., T, planes]."""
-        return torch.stack([times[axis] for axis in self.encoding.planes.axes()], -1) * self.theta
-
-    def __call__(self, tensor: Tensor, times: Tensor, encoding: Rotation | None = None) -> Tensor:
-        rotation = self.encoding if encoding is None else encoding
-        slots = dict(self.filled)
-        if isinstance(rotation.clock, Tables):
-            slots |= {"cos": self.angles(times).cos(), "sin": self.angles(times).sin()}
-        else:
-            rotation = replace(rotation, clock=Positions("times"))
-            slots["times"] = times if self.axes > 1 else times[0]
-        (turned,) = self.function([tensor], rotation, {name: slots[name] for name in rotation.slots})
-        return turned
-
-    def plane_parts(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
-        """Output coordinates inside of planes, and outside."""
-        inside = [coordinate for pair in self.encoding.output.pairs() for coordinate in pair]
-        return tensor[..., inside], tensor[..., [c for c in range(HEAD_DIM) if c not in inside]]
-
-    def after(self) -> Rotation:
-        """The rotation that may follow: planes where this one left them, no basis, no scale."""
-        back = replace(self.encoding, basis=None, scale=1.0).inverse()
-        return replace(
-            back, out=None if back.out is None else back.planes, orientation=self.encoding.orientation
-        )
-
-    def in_basis(self, tensor: Tensor) -> Tensor:
-        return tensor if self.encoding.basis is None else tensor @ self.filled[self.encoding.basis]
-
-
-def _times(clocked: Clocked, seed: int) -> Tensor:
-    return tensor(clocked.axes, LENGTH, seed=seed) * 5
-
-
-def _heads(seed: int = 1) -> Tensor:
-    return tensor(BATCH, HEADS, LENGTH, HEAD_DIM, seed=seed)
-
-
-def turns_like_the_exponential(function: Rotate, sample: Sample) -> None:
-    """G(n) = expm(orientation sum_j n theta_j L_j), then planes go to `out`, scaled (3.1)."""
-    clocked = Clocked(function, sample)
-    times, heads = _times(clocked, 2), _heads()
-    rotation = clocked.encoding
-    angles = rotation.orientation * clocked.angles(times)
-    angles = angles.expand(HEADS, LENGTH, -1) if angles.dim() < 3 else angles
-    generator = torch.zeros(HEADS, LENGTH, HEAD_DIM, HEAD_DIM, dtype=torch.float64)
-    for j, (first, second) in enumerate(rotation.planes.pairs()):
-        generator[..., second, first] += angles[..., j]
-        generator[..., first, second] -= angles[..., j]
-    turned = (torch.linalg.matrix_exp(generator) @ clocked.in_basis(heads).unsqueeze(-1)).squeeze(-1)
-    wanted = torch.empty_like(turned)
-    sources = [c for pair in rotation.planes.pairs() for c in pair]
-    targets = [c for pair in rotation.output.pairs() for c in pair]
-    wanted[..., targets] = rotation.scale * turned[..., sources]
-    rest = [c for c in range(HEAD_DIM) if c not in sources]
-    wanted[..., [c for c in range(HEAD_DIM) if c not in targets]] = turned[..., rest]
-    same(clocked(heads, times), wanted)
-
-
-def rests_at_zero(function: Rotate, sample: Sample) -> None:
-    """G(0) = I: what is left are basis, places and scale."""
-    clocked = Clocked(function, sample)
-    heads, rotation = _heads(), clocked.encoding
-    found = clocked(heads, torch.zeros(clocked.axes, LENGTH, dtype=torch.float64))
-    inside, _ = clocked.plane_parts(found)
-    sources = [c for pair in rotation.planes.pairs() for c in pair]
-    same(inside, rotation.scale * clocked.in_basis(heads)[..., sources])
-
-
-def composes(function: Rotate, sample: Sample) -> None:
-    """G(m) G(n) = G(m + n)."""
-    clocked = Clocked(function, sample)
-    first, second, heads = _times(clocked, 2), _times(clocked, 3), _heads()
-    same(clocked(clocked(heads, first), second, clocked.after()), clocked(heads, first + second))
-
-
-def inverts(function: Rotate, sample: Sample) -> None:
-    """G(n)^-1 G(n) = I, with the inverse of the algebra."""
-    clocked = Clocked(function, sample)
-    times, heads = _times(clocked, 2), _heads()
-    inverse = replace(clocked.encoding, basis=None).inverse()
-    same(clocked(clocked(heads, times), times, inverse), clocked.in_basis(heads))
-
-
-def keeps_norms(function: Rotate, sample: Sample) -> None:
-    """|G x| = |x|: in the planes times the scale, elsewhere as it was."""
-    clocked = Clocked(function, sample)
-    heads = _heads()
-    inside, outside = clocked.plane_parts(clocked(heads, _times(clocked, 2)))
-    sizes = inside.square().sum(-1) / clocked.encoding.scale**2 + outside.square().sum(-1)
-    same(sizes, heads.square().sum(-1))
-
-
-def has_no_origin(function: Rotate, sample: Sample) -> None:
-    """(G_t q) . (G_j k) depends on the offset alone: the same for t + c and j + c."""
-    clocked = Clocked(function, sample)
-    times, query, key = _times(clocked, 2), _heads(1), _heads(4)
-    moved = times + tensor(clocked.axes, 1, seed=5) * 5
-    logits = [clocked(query, at) @ clocked(key, at).mT for at in (times, moved)]
-    same(logits[0], logits[1], 1e-11)
-
-
-def streams(function: Rotate, sample: Sample) -> None:
-    """One token at a time equals the whole sequence."""
-    clocked = Clocked(function, sample)
-    times, heads = _times(clocked, 2), _heads()
-    tokens = [clocked(heads[:, :, t : t + 1], times[:, t : t + 1]) for t in range(LENGTH)]
-    same(torch.cat(tokens, 2), clocked(heads, times))
-
-
-def keeps_time(function: Rotate, sample: Sample) -> None:
-    """Steps count 0, 1, 2, ...; accumulated rates are running sums, inclusive or exclusive."""
-    rotation, slots = sample.encoding, sample.slots()
-    assert isinstance(rotation, Rotation)
-    if isinstance(rotation.clock, Steps):
-        times = torch.arange(LENGTH, dtype=torch.float64)
-    elif isinstance(rotation.clock, Accumulated):
-        rates = slots.pop(rotation.clock.slot)
-        zero = torch.zeros_like(rates[..., :1])
-        sums = [zero]
-        for rate in rates.unbind(-1):
-            sums.append(sums[-1] + rate.unsqueeze(-1))
-        times = torch.cat(sums[1:] if rotation.clock.inclusive else sums[:-1], -1)
-    else:
-        return
-    explicit = replace(rotation, clock=Positions("times"))
-    heads = _heads()
-    (found,) = function([heads], rotation, sample.slots())
-    (wanted,) = function([heads], explicit, {**slots, "times": times})
-    same(found, wanted)
-
-
-def differentiates_to_the_transpose(function: Rotate, sample: Sample) -> None:
-    """<G x, g> = <x, G^T g>, with G^T g the gradient."""
-    slots, heads, cotangent = sample.slots(), _heads().requires_grad_(), _heads(6)
-    (turned,) = function([heads], sample.encoding, slots)
-    (gradient,) = torch.autograd.grad(turned, heads, cotangent)
-    probe = _heads(7)
-    (moved,) = function([probe], sample.encoding, slots)
-    same((moved * cotangent).sum(), (probe * gradient).sum(), 1e-11)
-
-
-ROTATE_LAWS: tuple[Callable[[Rotate, Sample], None], ...] = (
-    turns_like_the_exponential,
-    rests_at_zero,
-    composes,
-    inverts,
-    keeps_norms,
-    has_no_origin,
-    streams,
-    keeps_time,
-    differentiates_to_the_transpose,
-)
-
-
-# Biases
 
 
 def operands(queries: int = LENGTH, keys: int = LENGTH) -> tuple[Tensor, Tensor, Tensor]:

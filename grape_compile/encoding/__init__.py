@@ -4,15 +4,27 @@ An encoding is structure; tensors fill its named slots at each use. `parse(str(e
 Equations and section numbers are those of GRAPE (arXiv 2512.07805). Nothing here imports torch.
 """
 
-from grape_compile.encoding.base import Encoding, Term
+from grape_compile.encoding.base import Encoding, Multiplicative, Term
 from grape_compile.encoding.bias import Absolute, Bias, Distance, Euclidean, Signed
 from grape_compile.encoding.clock import Accumulated, Clock, Positions, Steps, Tables
 from grape_compile.encoding.compose import Compose, Nope
 from grape_compile.encoding.describe import describe_frequencies, describe_slopes
 from grape_compile.encoding.gate import Gate
-from grape_compile.encoding.named import alibi, fox, gated_alibi, grape_ap, nope, rope
+from grape_compile.encoding.named import (
+    alibi,
+    axial_rope,
+    fox,
+    gated_alibi,
+    grape_ap,
+    grape_m,
+    mrope,
+    nope,
+    rope,
+)
+from grape_compile.encoding.non_commuting import NonCommuting
 from grape_compile.encoding.path import Identity, Link, LogSigmoid, NegativeExp, PathBias
 from grape_compile.encoding.planes import Axes, Half, Interleaved, Pairs, Partial, Planes, planes_of
+from grape_compile.encoding.rank2 import Rank2
 from grape_compile.encoding.rotation import Rotation
 from grape_compile.encoding.slopes import AlibiSlopes, Constant, Slopes, Uniform
 from grape_compile.encoding.spectrum import (
@@ -23,6 +35,7 @@ from grape_compile.encoding.spectrum import (
     Rule,
     Scaled,
     Spectrum,
+    Tiled,
     Yarn,
     yarn_norm_factor,
 )
@@ -51,7 +64,9 @@ __all__ = [
     "Link",
     "Llama3",
     "LogSigmoid",
+    "Multiplicative",
     "NegativeExp",
+    "NonCommuting",
     "Nope",
     "Ntk",
     "Pairs",
@@ -59,6 +74,7 @@ __all__ = [
     "PathBias",
     "Planes",
     "Positions",
+    "Rank2",
     "Rotation",
     "Rule",
     "Scaled",
@@ -69,14 +85,18 @@ __all__ = [
     "Table",
     "Tables",
     "Term",
+    "Tiled",
     "Uniform",
     "Yarn",
     "alibi",
+    "axial_rope",
     "describe_frequencies",
     "describe_slopes",
     "fox",
     "gated_alibi",
     "grape_ap",
+    "grape_m",
+    "mrope",
     "nope",
     "parse",
     "planes_of",

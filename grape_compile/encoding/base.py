@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, Field, dataclass, fields
-from typing import Any, Final
+from dataclasses import MISSING, Field, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from grape_compile.errors import EncodingError
+
+if TYPE_CHECKING:
+    from grape_compile.encoding.clock import Clock
 
 #: Metadata of a dataclass field that holds the name of a tensor (or None).
 SLOT: Final[Mapping[str, bool]] = {"slot": True}
@@ -53,6 +56,31 @@ class Encoding(Term, ABC):
     @abstractmethod
     def canonical(self) -> Encoding:
         """Return the value that stands for all of the same meaning; `slots` may change their order."""
+
+
+class Multiplicative(Encoding, ABC):
+    """Turns queries and keys by an orthogonal G(n) = exp(n X), X skew (GRAPE 2-3), up to a norm factor.
+
+    Its logits depend on the offset of the clock alone.
+    """
+
+    # No dataclass: one with slots is made twice, and the first would count as a kind of encoding.
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def head_dim(self) -> int:
+        """Number of coordinates of the head."""
+
+    if TYPE_CHECKING:
+
+        @property
+        def clock(self) -> Clock:
+            """Its clock; a field of every subclass, which an inherited property would give a default."""
+
+    def by(self, clock: Clock) -> Self:
+        """Return the same rotation by another clock."""
+        return replace(self, clock=clock)  # type: ignore[call-arg] # a field of every subclass
 
 
 def slot_roles(value: object) -> Iterator[tuple[str, str]]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from grape_compile.encoding import checks
-from grape_compile.encoding.base import Encoding, check_roles
-from grape_compile.encoding.rotation import Rotation
+from grape_compile.encoding.base import Encoding, Multiplicative, check_roles
 from grape_compile.errors import EncodingError
 
 
@@ -32,7 +31,7 @@ class Compose(Encoding):
 
     def __post_init__(self) -> None:
         checks.members(self, "parts", Encoding)
-        sizes = sorted({part.head_dim for part in _flat(self.parts) if isinstance(part, Rotation)})
+        sizes = sorted({part.head_dim for part in _flat(self.parts) if isinstance(part, Multiplicative)})
         if len(sizes) > 1:
             raise EncodingError(
                 "several rotations of one head",
@@ -51,8 +50,8 @@ class Compose(Encoding):
         A single part stands for itself, and no part is `Nope`.
         """
         parts = [part.canonical() for part in _flat(self.parts) if not isinstance(part, Nope)]
-        rotations = [part for part in parts if isinstance(part, Rotation)]
-        others = sorted((part for part in parts if not isinstance(part, Rotation)), key=str)
+        rotations = [part for part in parts if isinstance(part, Multiplicative)]
+        others = sorted((part for part in parts if not isinstance(part, Multiplicative)), key=str)
         match ordered := (*rotations, *others):
             case ():
                 return Nope()

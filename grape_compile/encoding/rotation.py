@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from grape_compile.encoding import checks
-from grape_compile.encoding.base import SLOT, Encoding, check_roles
+from grape_compile.encoding.base import SLOT, Multiplicative, check_roles
 from grape_compile.encoding.clock import Clock, Steps, Tables
 from grape_compile.encoding.planes import Axes, Planes, planes_of
 from grape_compile.encoding.spectrum import Spectrum
@@ -13,7 +13,7 @@ from grape_compile.errors import EncodingError
 
 
 @dataclass(frozen=True, slots=True)
-class Rotation(Encoding):
+class Rotation(Multiplicative):
     """Turns each plane by its frequency times the clock: exp(n sum_j theta_j L_j) (GRAPE 3.1, Algorithm 1).
 
     Plane j with input coordinates (i0, i1), output coordinates (o0, o1), angle

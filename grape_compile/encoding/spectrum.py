@@ -190,6 +190,8 @@ class Scaled(Spectrum):
         checks.member(self, "of", Spectrum)
         if self.of.slots:
             checks.refuse(self, "of", "a spectrum in closed form, or the spectrum of a tensor without a rule")
+        if isinstance(self.of, Tiled):
+            checks.refuse(self, "of", "the frequencies of one axis: tiled goes around scaled")
 
     def frequencies(self, count: int) -> tuple[float, ...]:
         return self.rule.apply(self.of.frequencies(count))
@@ -201,6 +203,40 @@ class Scaled(Spectrum):
         if isinstance(inner, Scaled) and (merged := self.rule.merged(inner.rule)) is not None:
             return Scaled(merged, inner.of).canonical()
         return Scaled(self.rule, inner)
+
+
+@dataclass(frozen=True, slots=True)
+class Tiled(Spectrum):
+    """The frequencies of `of` over and over, once for each of `times` position axes (GRAPE App. G).
+
+    >>> Tiled(Geometric(100.0), 2).frequencies(4)
+    (1.0, 0.1, 1.0, 0.1)
+    """
+
+    of: Spectrum
+    times: int
+
+    def __post_init__(self) -> None:
+        checks.member(self, "of", Spectrum)
+        checks.whole(self, "times", 1)
+        if self.of.slots:
+            checks.refuse(self, "of", "a spectrum in closed form, or a tensor with all the frequencies")
+
+    def frequencies(self, count: int) -> tuple[float, ...]:
+        """Return theta_j of `count` planes; EncodingError unless they are a multiple of `times`."""
+        if count % self.times:
+            raise EncodingError(
+                f"{self} of {count} planes",
+                f"{count} planes are no multiple of {self.times}",
+                "as many planes for each axis",
+            )
+        return self.of.frequencies(count // self.times) * self.times
+
+    def canonical(self) -> Spectrum:
+        inner = self.of.canonical()
+        if isinstance(inner, Tiled):
+            return Tiled(inner.of, self.times * inner.times)
+        return inner if self.times == 1 else Tiled(inner, self.times)
 
 
 def yarn_norm_factor(factor: float, mscale: float = 1.0) -> float:

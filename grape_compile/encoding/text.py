@@ -13,11 +13,13 @@ from grape_compile.encoding.bias import Absolute, Bias, Euclidean, Signed
 from grape_compile.encoding.clock import Accumulated, Positions, Steps, Tables
 from grape_compile.encoding.compose import Compose, Nope
 from grape_compile.encoding.gate import Gate
+from grape_compile.encoding.non_commuting import NonCommuting
 from grape_compile.encoding.path import Identity, LogSigmoid, NegativeExp, PathBias
 from grape_compile.encoding.planes import Axes, Half, Interleaved, Pairs, Partial
+from grape_compile.encoding.rank2 import Rank2
 from grape_compile.encoding.rotation import Rotation
 from grape_compile.encoding.slopes import AlibiSlopes, Constant, Uniform
-from grape_compile.encoding.spectrum import Geometric, Linear, Llama3, Ntk, Scaled, Yarn
+from grape_compile.encoding.spectrum import Geometric, Linear, Llama3, Ntk, Scaled, Tiled, Yarn
 from grape_compile.encoding.tensors import Learned, Table
 from grape_compile.errors import EncodingError
 
@@ -25,9 +27,9 @@ from grape_compile.errors import EncodingError
 VOCABULARY: Final[dict[str, type[Term]]] = {
     term_name(kind): kind
     for kind in (
-        *(Rotation, Bias, PathBias, Compose, Nope),
+        *(Rotation, Rank2, NonCommuting, Bias, PathBias, Compose, Nope),
         *(Half, Interleaved, Partial, Pairs, Axes),
-        *(Geometric, Scaled, Learned, Table),
+        *(Geometric, Scaled, Tiled, Learned, Table),
         *(Linear, Ntk, Yarn, Llama3),
         *(Steps, Positions, Accumulated, Tables),
         *(AlibiSlopes, Constant, Uniform),

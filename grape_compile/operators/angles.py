@@ -1,19 +1,27 @@
-"""From a clock and a spectrum to cosines and sines, and gradients the way back."""
+"""From a clock and a spectrum to phases, cosines and sines, and gradients the way back."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from grape_compile.encoding import Accumulated, Clock, Learned, Positions, Rotation, Steps, Table, Tables
+from grape_compile.encoding import (
+    Accumulated,
+    Clock,
+    Learned,
+    Positions,
+    Rotation,
+    Spectrum,
+    Steps,
+    Table,
+    Tables,
+)
 from grape_compile.errors import OperandError
+from grape_compile.operators.action import Slots
 from grape_compile.operators.constants import closed_form, constant, stored
 from grape_compile.operators.operands import check_broadcast, check_device, check_numbers, compute_dtype
-
-Slots = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -24,11 +32,9 @@ class Turn:
     sin: Tensor
 
 
-def check_slots(rotation: Rotation, slots: Slots, tensor: Tensor) -> None:
-    """Raise OperandError for slots that do not fit a tensor; the functions below take them as they are."""
-    clock, spectrum, count = rotation.clock, rotation.spectrum, rotation.planes.count
-    by_plane = (*clock.slots, *(spectrum.slots if spectrum is not None else ()))
-    for name in by_plane:
+def check_clock(clock: Clock, axes: int, slots: Slots, tensor: Tensor) -> None:
+    """Raise OperandError for a clock whose slots do not fit a tensor, tables apart from their shape."""
+    for name in clock.slots:
         check_numbers(name, slots[name])
         check_device(name, slots[name], tensor)
     if isinstance(clock, Steps) and tensor.dim() < 2:
@@ -36,24 +42,39 @@ def check_slots(rotation: Rotation, slots: Slots, tensor: Tensor) -> None:
             "steps along axis -2", f"a tensor of shape {tuple(tensor.shape)}", "a tensor [..., T, head_dim]"
         )
     if isinstance(clock, Positions | Accumulated):
-        _check_positions(clock, slots[clock.slot], tensor, rotation.planes.axis_count)
-        by_plane = by_plane[1:]
-    for name in by_plane:
+        _check_positions(clock, slots[clock.slot], tensor, axes)
+
+
+def check_by_plane(names: tuple[str, ...], count: int, slots: Slots, tensor: Tensor) -> None:
+    """Raise OperandError unless these slots hold numbers for every token and every one of `count` planes."""
+    for name in names:
+        check_numbers(name, slots[name])
+        check_device(name, slots[name], tensor)
         check_broadcast(name, slots[name].shape, (*tensor.shape[:-1], count), "[*tensor.shape[:-1], planes]")
+
+
+def phase_dtype(clock: Clock, slots: Slots, tensor: Tensor) -> torch.dtype:
+    """Return the dtype of clock, frequency and angle: float64 for sums over tokens and for float64 positions.
+
+    All other clocks keep the compute dtype, which is what models compute with.
+    """
+    is_wide = isinstance(clock, Positions) and slots[clock.slot].dtype == torch.float64
+    return torch.float64 if is_wide or isinstance(clock, Accumulated) else compute_dtype(tensor)
 
 
 def turn(rotation: Rotation, slots: Slots, tensor: Tensor) -> Turn:
     """Return the cosines and sines that turn `tensor`, in its compute dtype.
 
     The angle is one product of a position and a frequency (radians per position), both rounded to the compute
-    dtype.
+    dtype first. Those of an `Accumulated` clock, or of float64 positions, stay float64 until cosine and sine.
     """
     dtype = compute_dtype(tensor)
     if isinstance(rotation.clock, Tables):
         cos, sin = slots[rotation.clock.cos].to(dtype), slots[rotation.clock.sin].to(dtype)
     else:
-        angle = clock_values(rotation, slots, tensor) * frequencies(rotation, slots, tensor)
-        cos, sin = stored(angle.cos()), stored(angle.sin())
+        times, theta = _factors(rotation, slots, tensor)
+        angle = times * theta
+        cos, sin = stored(angle.cos().to(dtype)), stored(angle.sin().to(dtype))
     if rotation.orientation < 0:
         sin = -sin
     if rotation.scale != 1.0:
@@ -61,34 +82,39 @@ def turn(rotation: Rotation, slots: Slots, tensor: Tensor) -> Turn:
     return Turn(cos, sin)
 
 
-def same_turn(rotation: Rotation, tensor: Tensor, other: Tensor) -> bool:
-    """Return whether `turn` is one and the same for two tensors: it sees no more of them than this."""
+def _factors(rotation: Rotation, slots: Slots, tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Return time and frequency, whose product is the angle of every token and plane before orientation."""
+    assert rotation.spectrum is not None, "a rotation has no spectrum only where its clock is `Tables`"
+    dtype = phase_dtype(rotation.clock, slots, tensor)
+    times = clock_values(rotation.clock, rotation.planes.axes(), slots, tensor, dtype)
+    return times, frequencies(rotation.spectrum, rotation.planes.count, slots, tensor, dtype)
+
+
+def same_turn(clock: Clock, tensor: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors turn by the same angles: those depend on no more of them than this."""
     return (
         compute_dtype(tensor) == compute_dtype(other)
         and tensor.device == other.device
-        and (not isinstance(rotation.clock, Steps) or tensor.shape[-2] == other.shape[-2])
+        and (not isinstance(clock, Steps) or tensor.shape[-2] == other.shape[-2])
     )
 
 
-def frequencies(rotation: Rotation, slots: Slots, tensor: Tensor) -> Tensor:
-    """Return theta in radians per position, [planes] or the shape of its slot, in the compute dtype."""
-    spectrum = rotation.spectrum
+def frequencies(spectrum: Spectrum, count: int, slots: Slots, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return theta in radians per position, [planes] or the shape of its slot."""
     if isinstance(spectrum, Learned | Table):
-        return slots[spectrum.slot].to(compute_dtype(tensor))
-    assert spectrum is not None, "a rotation has no spectrum only where its clock is `Tables`"
-    return closed_form(spectrum, rotation.planes.count, compute_dtype(tensor), tensor)
+        return slots[spectrum.slot].to(dtype)
+    return closed_form(spectrum, count, dtype, tensor)
 
 
-def clock_values(rotation: Rotation, slots: Slots, tensor: Tensor) -> Tensor:
-    """Return the time of every token, [..., 1], or of every token and plane, [..., planes], by axes."""
-    clock, dtype = rotation.clock, compute_dtype(tensor)
+def clock_values(
+    clock: Clock, axes: tuple[int, ...], slots: Slots, tensor: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Return the time of every token, [..., 1], or of every token and plane, [..., planes], by several axes."""
     if isinstance(clock, Steps):
         return torch.arange(tensor.shape[-2], dtype=dtype, device=tensor.device).unsqueeze(-1)
     assert isinstance(clock, Positions | Accumulated), "tables have no clock"
     times = accumulate(clock, slots[clock.slot].to(dtype), tensor.shape[-2:-1])
-    if rotation.planes.axis_count == 1:
-        return times.unsqueeze(-1)
-    return torch.stack([times[axis] for axis in rotation.planes.axes()], -1)
+    return torch.stack([times[axis] for axis in axes], -1) if any(axes) else times.unsqueeze(-1)
 
 
 def _check_positions(clock: Positions | Accumulated, positions: Tensor, tensor: Tensor, axes: int) -> None:
@@ -103,10 +129,10 @@ def _check_positions(clock: Positions | Accumulated, positions: Tensor, tensor: 
 
 
 def accumulate(clock: Clock, rates: Tensor, length: torch.Size | tuple[int, ...]) -> Tensor:
-    """Return the running sum of the rates over their last axis for `Accumulated`, else the rates.
+    """Return the running sum of the rates over their last axis, in float64, for `Accumulated`; else the rates.
 
-    Raises OperandError where the last axis is not the sequence: a running sum over a broadcast axis has no
-    meaning.
+    A million float32 rates of one size add up exactly. Raises OperandError where the last axis is not the
+    sequence: a running sum over a broadcast axis has no meaning.
     """
     if not isinstance(clock, Accumulated):
         return rates
@@ -116,16 +142,18 @@ def accumulate(clock: Clock, rates: Tensor, length: torch.Size | tuple[int, ...]
             f"{clock.slot} has shape {tuple(rates.shape)}",
             f"a last axis of {tuple(length)}: one rate for each token",
         )
-    total = rates.cumsum(-1)
-    return total if clock.inclusive else total - rates
+    wide = rates.to(torch.float64)
+    total = wide.cumsum(-1)
+    return total if clock.inclusive else total - wide
 
 
 def accumulate_gradient(clock: Clock, gradient: Tensor) -> Tensor:
-    """Return the gradient of the rates from that of `accumulate`: the running sum from the end."""
+    """Return the gradient of the rates from that of `accumulate`: the running sum from the end, in float64."""
     if not isinstance(clock, Accumulated):
         return gradient
-    total = gradient.flip(-1).cumsum(-1).flip(-1)
-    return total if clock.inclusive else total - gradient
+    wide = gradient.to(torch.float64)
+    total = wide.flip(-1).cumsum(-1).flip(-1)
+    return total if clock.inclusive else total - wide
 
 
 def turn_gradient(
@@ -144,15 +172,13 @@ def turn_gradient(
         }
     turned = turn(rotation, slots, tensor)
     angle = rotation.orientation * (turned.cos * sin - turned.sin * cos)
+    times, theta = _factors(rotation, slots, tensor)
     gradients = {}
-    spectrum = rotation.spectrum
-    if isinstance(spectrum, Learned | Table):
-        theta = slots[spectrum.slot]
-        product = angle * clock_values(rotation, slots, tensor)
-        gradients[spectrum.slot] = product.sum_to_size(theta.shape).to(theta.dtype)
+    if isinstance(rotation.spectrum, Learned | Table):
+        slot = slots[rotation.spectrum.slot]
+        gradients[rotation.spectrum.slot] = (angle * times).sum_to_size(slot.shape).to(slot.dtype)
     if isinstance(clock, Positions | Accumulated) and slots[clock.slot].is_floating_point():
-        product = angle * frequencies(rotation, slots, tensor)
-        gradients[clock.slot] = _clock_gradient(rotation, slots[clock.slot], product)
+        gradients[clock.slot] = _clock_gradient(rotation, slots[clock.slot], angle * theta)
     return gradients
 
 

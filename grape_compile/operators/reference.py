@@ -25,8 +25,10 @@ from grape_compile.encoding import (
     Link,
     LogSigmoid,
     NegativeExp,
+    NonCommuting,
     PathBias,
     Positions,
+    Rank2,
     Rotation,
     Signed,
     Slopes,
@@ -43,7 +45,9 @@ Slots = Mapping[str, Tensor]
 def reference_rotate(
     tensors: Sequence[Tensor], encoding: Encoding, slots: Slots | None = None
 ) -> tuple[Tensor, ...]:
-    """Return every tensor turned by `encoding` (GRAPE 3.1), plane by plane, in the dtype of the tensor.
+    """Return every tensor turned by `encoding` (GRAPE 2-3), in the dtype of the tensor.
+
+    Rotations turn plane by plane, generators by the matrix exponential.
 
     Same operands and layout as `rotate`. Angles are radians, in the dtype of the tensor.
     """
@@ -59,6 +63,8 @@ def _rotated(tensor: Tensor, encoding: Encoding, slots: Slots) -> Tensor:
             return tensor
         case Rotation():
             return _planes_turned(tensor, encoding, slots)
+        case Rank2() | NonCommuting():
+            return _generated(tensor, encoding, slots)
         case _:
             return tensor.clone()
 
@@ -89,6 +95,24 @@ def _cos_sin(tensor: Tensor, rotation: Rotation, slots: Slots) -> tuple[Tensor, 
     times = [clock[axis] if several else clock for axis in rotation.planes.axes()]
     angles = rotation.orientation * torch.stack(times, -1) * theta
     return angles.cos(), angles.sin()
+
+
+def _generated(tensor: Tensor, encoding: Rank2 | NonCommuting, slots: Slots) -> Tensor:
+    """x + E (exp(n L) - I) E^T x: for `Rank2`, E is the identity and L = w (a b^T - b a^T) (GRAPE 2.1, App. D)."""
+    powers = encoding.orientation * _clock(encoding.clock, tensor.shape[-2], tensor, slots)[..., None, None]
+    if isinstance(encoding, Rank2):
+        a, b = (slots[name].to(tensor.dtype) for name in (encoding.a, encoding.b))
+        a, b = (vector[None] if vector.dim() == 1 else vector for vector in (a, b))
+        w = _frequencies(encoding.spectrum, 1, tensor, slots)[..., None]
+        basis = torch.eye(encoding.size, dtype=tensor.dtype, device=tensor.device)
+        powers = powers * w * (a.mT @ b - b.mT @ a).unsqueeze(-3)
+    else:
+        basis, generator = (slots[name].to(tensor.dtype) for name in (encoding.basis, encoding.generator))
+        powers = powers * ((generator - generator.mT) / 2).unsqueeze(-3)
+    inner = tensor @ basis
+    turned = (torch.linalg.matrix_exp(powers) @ inner[..., None])[..., 0]
+    result: Tensor = tensor + (turned - inner) @ basis.mT
+    return result
 
 
 def _frequencies(spectrum: Spectrum | None, count: int, like: Tensor, slots: Slots) -> Tensor:

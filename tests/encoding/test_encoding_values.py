@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
@@ -23,25 +23,32 @@ from grape_compile.encoding import (
     Identity,
     Interleaved,
     Learned,
+    Linear,
     NegativeExp,
+    NonCommuting,
     Nope,
     Pairs,
     Partial,
     PathBias,
     Planes,
     Positions,
+    Rank2,
     Rotation,
     Scaled,
     Signed,
     Steps,
     Table,
     Tables,
+    Tiled,
     Uniform,
     Yarn,
     alibi,
+    axial_rope,
     fox,
     gated_alibi,
     grape_ap,
+    grape_m,
+    mrope,
     nope,
     parse,
     planes_of,
@@ -49,11 +56,11 @@ from grape_compile.encoding import (
 )
 
 NAMES = """
-    Absolute Accumulated AlibiSlopes Axes Bias Clock Compose Constant Distance Encoding Euclidean Gate
-    Geometric Half Identity Interleaved Learned Linear Link Llama3 LogSigmoid NegativeExp Nope Ntk Pairs
-    Partial PathBias Planes Positions Rotation Rule Scaled Signed Slopes Spectrum Steps Table Tables Term
-    Uniform Yarn alibi describe_frequencies describe_slopes fox gated_alibi grape_ap nope parse planes_of
-    rope yarn_norm_factor
+    Absolute Accumulated AlibiSlopes Axes Bias Clock Compose Constant Distance Encoding Euclidean Gate Geometric
+    Half Identity Interleaved Learned Linear Link Llama3 LogSigmoid Multiplicative NegativeExp NonCommuting Nope
+    Ntk Pairs Partial PathBias Planes Positions Rank2 Rotation Rule Scaled Signed Slopes Spectrum Steps Table
+    Tables Term Tiled Uniform Yarn alibi axial_rope describe_frequencies describe_slopes fox gated_alibi grape_ap
+    grape_m mrope nope parse planes_of rope yarn_norm_factor
 """
 
 TEXTS = {
@@ -88,6 +95,23 @@ TEXTS = {
         (rope(4), Bias(AlibiSlopes(2), Steps(), distance=Absolute()))
     ),
     "nope": nope(),
+    "rank2(64, geometric(1.0), steps)": Rank2(64, Geometric(1), Steps()),
+    'rank2(3, learned("w"), accumulated("phase", false), orientation=-1, a="u", b="v")': Rank2(
+        3, Learned("w"), Accumulated("phase", False), -1, "u", "v"
+    ),
+    "non_commuting(64, steps)": NonCommuting(64, Steps()),
+    'non_commuting(7, positions("n"), generator="layers.0.skew")': NonCommuting(
+        7, Positions("n"), generator="layers.0.skew"
+    ),
+    'rotation(axes(interleaved(12), (0, 0, 1, 1, 2, 2)), tiled(geometric(100.0), 3), positions("rc"))': axial_rope(
+        12, 3, 100.0, interleaved=True, positions="rc"
+    ),
+    'rotation(axes(half(8), (0, 0, 1, 2)), geometric(1000000.0), positions("positions"))': mrope(
+        8, (2, 1, 1), 1e6
+    ),
+    'rotation(interleaved(4), learned("theta"), accumulated("rates", false), basis="basis")': grape_m(
+        4, basis="basis", rates="rates"
+    ),
     'bias(uniform(-1.0), accumulated("log_forget", true))': fox(),
     'bias(alibi_slopes(2), steps, gate=gate(query="gate_query", key="gate_key"))': gated_alibi(2),
     'bias(learned("w"), steps, gate=gate(key="u"))': Bias(Learned("w"), Steps(), Gate(key="u")),
@@ -178,6 +202,19 @@ STEPS = (Geometric(10000.0), Steps())
         (Compose((Nope(), Compose((Nope(),)))), Nope()),
         (Compose((alibi(2), Compose((rope(4), Nope())))), Compose((rope(4), alibi(2)))),
         (Compose((Nope(), alibi(3))), alibi(3)),
+        (Rank2(4, Tiled(Geometric(9.0), 1), Steps()), Rank2(4, Geometric(9.0), Steps())),
+        (
+            Compose((alibi(2), Rank2(4, Geometric(9.0), Steps()), rope(4))),
+            Compose((Rank2(4, Geometric(9.0), Steps()), rope(4), alibi(2))),
+        ),
+        (
+            Rotation(Half(8), Tiled(Tiled(Geometric(9.0), 2), 2), Steps()),
+            Rotation(Half(8), Tiled(Geometric(9.0), 4), Steps()),
+        ),
+        (
+            Rotation(Half(8), Tiled(Scaled(Linear(1.0), Geometric(9.0)), 2), Steps()),
+            Rotation(Half(8), Tiled(Geometric(9.0), 2), Steps()),
+        ),
     ],
 )
 def test_canonical_encodings(encoding: Encoding, canonical: Encoding) -> None:
@@ -211,11 +248,24 @@ def test_slots_are_shared_by_name() -> None:
         "beta",
     )
     assert rope(64).slots == nope().slots == ()
+    assert Rank2(4, Learned("w"), Positions("n")).slots == ("w", "n", "a", "b")
+    assert NonCommuting(4, Positions("n")).slots == ("n", "basis", "generator")
 
 
 def test_output_is_planes_unless_out_says_otherwise() -> None:
     assert rope(4).output == Half(4)
     assert Rotation(Half(4), *STEPS, out=Interleaved(4)).output == Interleaved(4)
+
+
+def test_axes_share_the_planes() -> None:
+    """Row and column have the same frequencies; M-RoPE divides one spectrum."""
+    axial, divided = axial_rope(16), mrope(16, (2, 3, 3))
+    assert axial.spectrum is not None
+    assert axial.spectrum.frequencies(8) == Geometric(10000.0).frequencies(4) * 2
+    assert axial.planes.axes() == (0, 0, 0, 0, 1, 1, 1, 1)
+    assert divided.spectrum == rope(16).spectrum
+    assert divided.planes.axes() == (0, 0, 1, 1, 1, 2, 2, 2)
+    assert axial_rope(16, axes=1).canonical() == replace(rope(16), clock=Positions("positions"))
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from grape_compile.operators.samples import (
     BATCH,
     BIASES,
     COMPOSITIONS,
+    GENERATORS,
     HEAD_DIM,
     HEADS,
     LENGTH,
@@ -26,7 +27,7 @@ from grape_compile.operators.samples import (
     tensor,
 )
 
-SAMPLES = [*ROTATIONS, *BIASES, *PATHS, *COMPOSITIONS]
+SAMPLES = [*ROTATIONS, *GENERATORS, *BIASES, *PATHS, *COMPOSITIONS]
 PIECES: dict[str, tuple[int, ...]] = {
     "one_by_one": (1,) * LENGTH,
     "prompt_then_one": (6, 1, 1, 1),

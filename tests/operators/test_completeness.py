@@ -14,15 +14,17 @@ from grape_compile.encoding import Encoding
 from grape_compile.encoding.text import VOCABULARY
 from grape_compile.nn import StreamingCache
 from grape_compile.operators import attend, providers, reference_attend
-from grape_compile.operators.samples import BIASES, COMPOSITIONS, LENGTH, PATHS, ROTATIONS, Sample
+from grape_compile.operators.samples import BIASES, COMPOSITIONS, GENERATORS, LENGTH, PATHS, ROTATIONS, Sample
 
-SAMPLES = (*ROTATIONS, *BIASES, *PATHS, *COMPOSITIONS)
+SAMPLES = (*ROTATIONS, *GENERATORS, *BIASES, *PATHS, *COMPOSITIONS)
 #: What runs a sample of each encoding first; a new provider or encoding changes a line here.
 EXPECTED = """
     bias           reference autograd cache   chunked flash_cpu
     compose        reference autograd cache   chunked flash_cpu scanned
+    non_commuting  reference autograd cache   flash_cpu
     nope           reference autograd cache   flash_cpu
     path_bias      reference autograd cache   scanned
+    rank2          reference autograd cache   flash_cpu
     rotation       reference autograd cache   flash_cpu
 """
 

@@ -13,7 +13,6 @@ from operator_laws import (
     FALLING,
     PATH_LAWS,
     ROTATE,
-    ROTATE_LAWS,
     Attend,
     Rotate,
     falls_with_the_distance,
@@ -24,6 +23,7 @@ from operator_laws import (
     same,
     streams_keys,
 )
+from rotation_laws import ROTATE_LAWS
 
 from grape_compile.encoding import (
     AlibiSlopes,
@@ -50,6 +50,7 @@ from grape_compile.operators.samples import (
     BATCH,
     BIASES,
     COMPOSITIONS,
+    GENERATORS,
     HEAD_DIM,
     HEADS,
     LENGTH,
@@ -65,7 +66,7 @@ def names(value: object) -> str:
 
 
 @pytest.mark.parametrize("law", ROTATE_LAWS, ids=names)
-@pytest.mark.parametrize("sample", ROTATIONS, ids=names)
+@pytest.mark.parametrize("sample", [*ROTATIONS, *GENERATORS], ids=names)
 @pytest.mark.parametrize("provider", ROTATE)
 def test_rotation_law(provider: str, sample: Sample, law: Callable[[Rotate, Sample], None]) -> None:
     law(ROTATE[provider], sample)
@@ -173,5 +174,6 @@ def terms(value: object) -> set[str]:
 )
 def test_every_part_of_the_algebra_has_a_sample(base: type[Term]) -> None:
     """A new value of the algebra needs its row of samples."""
-    seen = set().union(*(terms(sample.encoding) for sample in (*ROTATIONS, *BIASES, *PATHS, *COMPOSITIONS)))
+    samples = (*ROTATIONS, *GENERATORS, *BIASES, *PATHS, *COMPOSITIONS)
+    seen = set().union(*(terms(sample.encoding) for sample in samples))
     assert kinds(base) <= seen

@@ -17,6 +17,7 @@ from grape_compile.operators.samples import (
     BATCH,
     BIASES,
     COMPOSITIONS,
+    GENERATORS,
     HEAD_DIM,
     HEADS,
     LENGTH,
@@ -41,7 +42,10 @@ def heads(count: int, length: int = LENGTH, number: int = 3) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     "sample",
-    named(ROTATIONS, "half", "moved", "irregular", "per_head", "tables", "axes_accumulated", "basis"),
+    [
+        *named(ROTATIONS, "half", "moved", "irregular", "per_head", "tables", "axes_accumulated", "basis"),
+        *named(GENERATORS, "rank2", "rank2_contextual", "non_commuting_per_head", "non_commuting_repeated"),
+    ],
     ids=lambda sample: sample.name,
 )
 def test_opcheck_of_rotate(sample: Sample) -> None:
@@ -70,7 +74,7 @@ def test_opcheck_of_attend(sample: Sample, masked: bool) -> None:
     )
 
 
-@pytest.mark.parametrize("sample", ROTATIONS, ids=lambda sample: sample.name)
+@pytest.mark.parametrize("sample", [*ROTATIONS, *GENERATORS], ids=lambda sample: sample.name)
 def test_gradcheck_of_rotate(sample: Sample) -> None:
     slots = sample.slots()
     parts = inputs(tensor(BATCH, HEADS, LENGTH, HEAD_DIM), *slots.values())
@@ -123,14 +127,20 @@ ROTATE_VMAPS = {
     "axes": ("axes", (0, 2)),
     "running_sums": ("accumulated", (0, 0)),
     "basis": ("basis", (0, None, None, 0)),
+    "basis_of_heads": ("basis_per_head", (1, 0, None, 2)),
     "nothing_but_the_tensor": ("half", (1,)),
+    "vectors": ("rank2", (0, None, 1)),
+    "vectors_of_heads": ("rank2_per_head", (None, 1, 0, 2, None)),
+    "phases": ("rank2_contextual", (0, 0, 2, None, 0)),
+    "generator": ("non_commuting", (0, None, 2)),
+    "generators_of_heads": ("non_commuting_per_head", (0, 1, 0, 3)),
 }
 
 
 @pytest.mark.parametrize("case", ROTATE_VMAPS)
 def test_vmap_of_rotate(case: str) -> None:
     name, dims = ROTATE_VMAPS[case]
-    (sample,) = named(ROTATIONS, name)
+    (sample,) = named((*ROTATIONS, *GENERATORS), name)
     slots = sample.slots()
     parts = [tensor(BATCH, HEADS, LENGTH, HEAD_DIM), *slots.values()]
     mapped = [
@@ -248,7 +258,7 @@ def test_decompositions_leave_plain_aten() -> None:
     torch.testing.assert_close(program.module()(*shorter), Layer()(*shorter))
 
 
-@pytest.mark.parametrize("sample", ROTATIONS, ids=lambda sample: sample.name)
+@pytest.mark.parametrize("sample", [*ROTATIONS, *GENERATORS], ids=lambda sample: sample.name)
 def test_decomposition_is_the_operator(sample: Sample) -> None:
     decomposed = decompositions()[torch.ops.grape.rotate.default]
     slots = [sample.slots()[name] for name in sample.encoding.slots]

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from operator_laws import ATTEND_LAWS, PATH_LAWS, ROTATE_LAWS, Attend, Rotate, Slots
+from operator_laws import ATTEND_LAWS, PATH_LAWS, Attend, Rotate, Slots
+from rotation_laws import ROTATE_LAWS
 from torch import Tensor
 
 from grape_compile.encoding import (

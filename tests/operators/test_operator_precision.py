@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,13 +12,29 @@ import torch
 from operator_laws import ATTEND, only
 from torch import Tensor
 
-from grape_compile.encoding import Bias, Learned, Rotation, Steps, alibi, nope, rope
+from grape_compile.encoding import (
+    Bias,
+    Compose,
+    Encoding,
+    Gate,
+    Identity,
+    Learned,
+    LogSigmoid,
+    PathBias,
+    Rotation,
+    Steps,
+    alibi,
+    fox,
+    nope,
+    rope,
+)
 from grape_compile.operators import attend, reference_attend, reference_bias, reference_rotate, rotate
 from grape_compile.operators.blocks import BLOCK
 from grape_compile.operators.samples import (
     BATCH,
     BIASES,
     COMPOSITIONS,
+    GENERATORS,
     HEAD_DIM,
     HEADS,
     LENGTH,
@@ -51,7 +68,7 @@ def largest_difference(found: Tensor, wanted: Tensor) -> float:
 LARGEST_ANGLE = 60.0
 
 
-@pytest.mark.parametrize("sample", ROTATIONS, ids=lambda sample: sample.name)
+@pytest.mark.parametrize("sample", [*ROTATIONS, *GENERATORS], ids=lambda sample: sample.name)
 def test_rotation_in_float64(sample: Sample) -> None:
     slots = sample.slots()
     heads = leaves(*(tensor(BATCH, HEADS, LENGTH, HEAD_DIM, seed=seed) for seed in (1, 2)))
@@ -210,6 +227,14 @@ def test_path_attention_of_other_shapes(
     check_attention(sample, {"is_causal": True}, shape=shape, provider=provider)
 
 
+@pytest.mark.parametrize("sample", [*ROTATIONS, *GENERATORS], ids=lambda sample: sample.name)
+@pytest.mark.parametrize("queries", [3, LENGTH], ids=["few_queries", "all_queries"])
+def test_attention_turns_the_last_queries(sample: Sample, queries: int) -> None:
+    """Every rotation beside a bias in one call, values and the gradients of its slots."""
+    both = replace(sample, encoding=Compose((sample.encoding, alibi(HEADS))))
+    check_attention(both, {"is_causal": True}, shape=(queries, LENGTH, HEADS, HEAD_DIM))
+
+
 @pytest.mark.parametrize("provider", ["operator", "chunked"])
 def test_more_queries_than_keys(provider: str) -> None:
     """The first queries see no key when causal: zero."""
@@ -295,6 +320,53 @@ def test_blocks_are_merged_as_one_softmax(masked: bool) -> None:
     assert largest_difference(*results) < 1e-12
     for found, wanted in zip(*(gradients([result], [query, key, value]) for result in results), strict=True):
         assert largest_difference(found, wanted) < 1e-11
+
+
+def long_slots(length: int, steep: float) -> dict[str, Tensor]:
+    """Slots of two heads, the first of which forgets fast: its far past is left out."""
+    heads = torch.tensor([steep, 0.01], dtype=torch.float64)
+    spread = tensor(1, 2, length, seed=5).abs()
+    return {
+        "slopes": heads,
+        "log_forget": -heads[:, None] * spread,
+        "gate_query": spread,
+        "gate_key": tensor(1, 2, length, seed=6).abs(),
+        "path_query": tensor(1, 2, length, 4, seed=7),
+        "path_key": tensor(1, 2, length, 4, seed=8),
+    }
+
+
+LONG: dict[str, Encoding] = {
+    "slopes": Bias(Learned("slopes"), Steps()),
+    "fox": fox(),
+    "gated": Bias(Learned("slopes"), Steps(), Gate("gate_query", "gate_key")),
+    "gated_query": Bias(Learned("slopes"), Steps(), Gate("gate_query")),
+    "path": PathBias(LogSigmoid(), Learned("slopes"), 4),
+    "path_up": PathBias(Identity(), Learned("slopes"), 4),
+    "path_and_fox": Compose((PathBias(LogSigmoid(), Learned("slopes"), 4), fox())),
+}
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "masked"])
+@pytest.mark.parametrize("steep", [4.0, -4.0], ids=["falling", "rising"])
+@pytest.mark.parametrize("name", LONG)
+def test_long_sequences_leave_out_nothing_that_counts(name: str, steep: float, masked: bool) -> None:
+    """Several blocks and steps; keys whose weights underflow are left out, and no others, whatever the signs."""
+    length, encoding = 1100, LONG[name]
+    query, key, value = leaves(*(3 * tensor(1, 2, length, 4, seed=seed) for seed in range(3)))
+    filled = long_slots(length, steep)
+    slots = dict(zip(encoding.slots, leaves(*(filled[slot] for slot in encoding.slots)), strict=True))
+    mask = (torch.arange(length) != 700).expand(1, 1, 1, length) if masked else None
+    results = [
+        function(query, key, value, encoding, slots, mask=mask, is_causal=True)
+        for function in (attend, reference_attend)
+    ]
+    assert largest_difference(*results) < 1e-11
+    pairs = zip(
+        *(gradients([result], [query, key, value, *slots.values()]) for result in results), strict=True
+    )
+    for found, wanted in pairs:
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_error_of_a_bias_written_relative() -> None:
