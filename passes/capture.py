@@ -38,8 +38,7 @@ def capture_dynamo(module: fx.GraphModule, examples: Sequence[Any]) -> Program:
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     fakes = [node.meta.get("example_value", example) for node, example in zip(inputs, examples, strict=True)]
     try:
-        with fx.traceback.preserve_node_meta():
-            traced = make_fx(Retrace(module, fakes).run, pre_dispatch=True, tracing_mode="symbolic")(*fakes)
+        traced = _traced(Retrace(module, fakes), fakes)
     except Exception as failure:
         raise CaptureError(
             "retrace the Dynamo graph into ATen operators",
@@ -57,6 +56,22 @@ def capture_dynamo(module: fx.GraphModule, examples: Sequence[Any]) -> Program:
     }
     values = dict(zip(placeholders, examples, strict=True))
     return _program(traced, roles, values)
+
+
+def _traced(retrace: Retrace, fakes: Sequence[Any]) -> fx.GraphModule:
+    """The graph of the operators, one placeholder per input.
+
+    The inputs go in as one list: `make_fx` would make a function with as many arguments, whose frame, deep in the stack
+    and larger than one of the interpreter's blocks of frames, slows every call below it.
+    """
+    with fx.traceback.preserve_node_meta():
+        tracing = make_fx(lambda inputs: retrace.run(*inputs), pre_dispatch=True, tracing_mode="symbolic")
+        traced = tracing(list(fakes))
+    traced.graph.set_codegen(fx.graph.CodeGen())
+    output = traced.graph.output_node()
+    output.args = (tuple(output.args[0]),)  # type: ignore[arg-type]  # the list of the results
+    traced.recompile()
+    return traced
 
 
 def _dynamo_role(node: fx.Node, example: Any) -> Role:
