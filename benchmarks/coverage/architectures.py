@@ -100,7 +100,7 @@ def architectures(only: Sequence[str] = ()) -> Iterator[Architecture]:
     without = []
     for path in sorted(MODELS.glob("*/modeling_*.py")):
         folder = path.parent.name
-        if folder == "auto" or (only and not any(folder == name.split("/")[0] for name in only)):
+        if folder == "auto" or (only and folder not in {_folder(name) for name in only}):
             continue
         found = [
             each
@@ -127,9 +127,13 @@ def _of_module(folder: str, name: str) -> list[Architecture]:
         changes = {**CHANGES.get(folder, {}), **CHANGES.get(label, {})}
         found.append(Architecture(label, name, classes, changes, encodes))
     for label, (class_name, changes) in VARIANTS.items():
-        if re.split("[/@]", label)[0] == folder and hasattr(module, class_name):
+        if _folder(label) == folder and hasattr(module, class_name):
             found.append(Architecture(label, name, (class_name,), changes))
     return found
+
+
+def _folder(name: str) -> str:
+    return re.split("[/@]", name)[0]
 
 
 def _classes_by_config(module: ModuleType) -> dict[str, tuple[str, ...]]:
