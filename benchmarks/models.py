@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import MethodType
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,9 +12,10 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 VOCABULARY = 1000
-FAMILIES = ("llama", "bloom", "mpt")
+FAMILIES = ("llama", "bloom", "mpt", "gpt2")
 
 
 def build(family: str, *, hidden: int = 512, heads: int = 8, layers: int = 4) -> nn.Module:
@@ -21,6 +23,36 @@ def build(family: str, *, hidden: int = 512, heads: int = 8, layers: int = 4) ->
     torch.manual_seed(0)
     model: nn.Module = _make(family, hidden, heads, layers).eval()
     return model
+
+
+def without_bias(model: nn.Module) -> nn.Module:
+    """The same BLOOM or MPT with plain causal attention: what is left of its time when the bias costs nothing."""
+    for module in model.modules():
+        if isinstance(module, transformers.models.bloom.modeling_bloom.BloomAttention):
+            module.forward = MethodType(_plain_bloom, module)
+        elif isinstance(module, transformers.models.mpt.modeling_mpt.MptAttention):
+            module.forward = MethodType(_plain_mpt, module)
+    return model
+
+
+def _plain_bloom(
+    attention: Any, hidden_states: Tensor, residual: Tensor, **unused: object
+) -> tuple[Tensor, None]:
+    heads = attention.query_key_value(hidden_states).unflatten(-1, (attention.num_heads, 3, -1))
+    return residual + attention.dense(_plain_causal(*heads.unbind(-2))), None
+
+
+def _plain_mpt(
+    attention: Any, hidden_states: Tensor, position_bias: Tensor, **unused: object
+) -> tuple[Tensor, None]:
+    heads = attention.Wqkv(hidden_states).unflatten(-1, (3, attention.n_heads, -1))
+    return attention.out_proj(_plain_causal(*heads.unbind(-3))), None
+
+
+def _plain_causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """[B, T, H, D] in, [B, T, H * D] out."""
+    query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+    return scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).flatten(2)
 
 
 def token_ids(length: int) -> Tensor:
@@ -51,5 +83,10 @@ def _make(family: str, hidden: int, heads: int, layers: int) -> Any:
         sizes = {"n_layers": layers, "n_heads": heads, "max_seq_len": 4096}
         return transformers.MptForCausalLM(
             transformers.MptConfig(vocab_size=VOCABULARY, d_model=hidden, **sizes)
+        )
+    if family == "gpt2":
+        sizes = {"n_layer": layers, "n_head": heads}
+        return transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=hidden, **sizes)
         )
     raise ValueError(f"asked for the family {family!r}; there are {', '.join(FAMILIES)}")

@@ -25,6 +25,7 @@ from grape_compile.errors import CaptureError, GrapeError, ModelError, RefusalEr
 from grape_compile.passes.assignments import FunctionalAssignments
 from grape_compile.passes.capture import capture_dynamo, capture_export
 from grape_compile.passes.graph import Program
+from grape_compile.passes.loosen_views import LoosenViews
 from grape_compile.passes.lower import ShareAngles
 from grape_compile.passes.rewrite_biases import RewriteBiases
 from grape_compile.passes.rewrite_rotations import RewriteRotations
@@ -187,9 +188,9 @@ def _rewrite_program(program: Program) -> Report:
 def _run_passes(program: Program) -> Report:
     sites: list[Site] = []
     refusals: list[Refusal] = []
-    for step in (FunctionalAssignments(), RewriteRotations(), RewriteBiases()):
+    for step in (FunctionalAssignments(), RewriteRotations(), RewriteBiases(), LoosenViews()):
         outcome = step(program)
-        sites += outcome.sites
+        sites = [site for site in sites if not any(site is part for part in outcome.absorbed)] + outcome.sites
         refusals += outcome.refusals
     return Report(tuple(sites), tuple(refusals))
 

@@ -12,8 +12,8 @@ from typing import Any
 from torch import fx
 
 from grape_compile.passes.graph import Program, Taint, fake, op_name, require_fake
+from grape_compile.passes.score_terms import PASSED, ScoreTerm, constant, split_terms
 
-_PASSED = {"aten::to", "aten::_to_copy", "aten::clone", "aten::contiguous", "aten::type_as", "aten::alias"}
 _RESHAPED = {"aten::view", "aten::reshape", "aten::_unsafe_view", "aten::flatten", "aten::unflatten"}
 _BENDING = {
     "aten::tanh",
@@ -27,23 +27,6 @@ _BENDING = {
     "aten::gelu",
     "aten::pow",
 }
-
-
-@dataclass(frozen=True)
-class ScoreTerm:
-    """Something added to the scores: `factor * node`, or where `dead` the entries of a boolean mask set to `value`.
-
-    `dead` is None for an additive term, else the truth value that marks dead entries. `folded` is the batch and heads
-    of a term that still lives in the folded [B * H, ...] layout. A `finished` term holds mask and bias at once: as
-    a mask only its dead entries count.
-    """
-
-    node: fx.Node
-    factor: float = 1.0
-    dead: bool | None = None
-    value: float = 0.0
-    folded: bool = False
-    finished: bool = False
 
 
 @dataclass
@@ -75,7 +58,7 @@ class Attention:
 
 
 def find_attention(program: Program) -> list[Attention]:
-    """Every attention layer whose scores carry position-side terms."""
+    """Every attention layer whose scores carry terms beside the product of query and key."""
     found = []
     for node in program.graph.nodes:
         name = op_name(node)
@@ -98,7 +81,7 @@ def _fused(program: Program, node: fx.Node) -> Attention | None:
     if not isinstance(mask, fx.Node) or not all(isinstance(part, fx.Node) for part in (query, key, value)):
         return None
     value_of = fake(mask)
-    if value_of is None or not value_of.is_floating_point() or program.taints[mask] >= Taint.DATA:
+    if value_of is None or not value_of.is_floating_point():
         return None
     assert isinstance(query, fx.Node)
     assert isinstance(key, fx.Node)
@@ -113,7 +96,7 @@ def _fused(program: Program, node: fx.Node) -> Attention | None:
         node, node, query, key, value, False, float(scale) if scale is not None else width**-0.5
     )
     layer.is_causal = bool(given.get("is_causal", False))
-    layer.terms = _position_terms(program, mask, 1.0)
+    layer.terms = split_terms(program, mask, 1.0)
     if given.get("dropout_p", 0.0):
         layer.obstacle = f"attention weights are dropped out with probability {given['dropout_p']}"
     return layer
@@ -169,16 +152,16 @@ class _Reader:
             return self._product(node, name, factor)
         if name == "aten::einsum":
             return self._contraction(node, factor)
+        if name in ("aten::add", "aten::sub") and data:
+            return self._sum(node, name, data, factor)
         if len(data) != 1:
             return None
-        if name in _PASSED:
+        if name in PASSED:
             return self._scores(data[0], factor)
         if name in _RESHAPED:
             return self._unfold(node, data[0], factor)
         if name in ("aten::mul", "aten::div") and len(operands) == 1 and isinstance(args[1], int | float):
             return self._scores(data[0], factor * args[1] if name == "aten::mul" else factor / args[1])
-        if name in ("aten::add", "aten::sub"):
-            return self._added(node, name, data[0], factor)
         if name in ("aten::masked_fill", "aten::where"):
             return self._masked(node, name, data[0], factor)
         if name in _BENDING:
@@ -187,6 +170,30 @@ class _Reader:
             )
             return self._scores(data[0], factor)
         return None
+
+    def _sum(
+        self, node: fx.Node, name: str, data: list[fx.Node], factor: float
+    ) -> tuple[fx.Node, fx.Node, bool, float] | None:
+        """A sum with the scores on one side: of two activations, the one that leads to a product of query and key."""
+        found = []
+        held = self._state()
+        for candidate in dict.fromkeys(data):
+            self._restore(held)
+            core = self._added(node, name, candidate, factor)
+            if core is not None:
+                found.append((core, self._state()))
+        if len(found) != 1 or (len(data) == 2 and data[0] is data[1]):
+            self._restore(held)
+            return None
+        self._restore(found[0][1])
+        return found[0][0]
+
+    def _state(self) -> tuple[Any, ...]:
+        return list(self.terms), self.obstacle, self.batch_heads, self.folded, dict(self.orders)
+
+    def _restore(self, state: tuple[Any, ...]) -> None:
+        terms, self.obstacle, self.batch_heads, self.folded, orders = state
+        self.terms, self.orders = list(terms), dict(orders)
 
     def _added(
         self, node: fx.Node, name: str, data: fx.Node, factor: float
@@ -200,9 +207,9 @@ class _Reader:
             sign = alpha = 1.0
         if isinstance(other, int | float):
             return self._scores(data, factor)
-        if not isinstance(other, fx.Node) or self.program.taints[other] > Taint.PARAMETER:
+        if not isinstance(other, fx.Node) or fake(other) is None:
             return None
-        self.terms += _position_terms(self.program, other, factor * sign * alpha, self.folded)
+        self.terms += split_terms(self.program, other, factor * sign * alpha, self.folded)
         return self._scores(data, factor)
 
     def _masked(
@@ -215,7 +222,7 @@ class _Reader:
         )
         if filled is data:
             filled, dead = node.args[1], True
-        value = _constant(filled)
+        value = constant(filled)
         if not isinstance(mask, fx.Node) or self.program.taints[mask] >= Taint.PARAMETER or value is None:
             return None
         self.terms.append(ScoreTerm(mask, dead=dead, value=value * factor, folded=self.folded))
@@ -243,9 +250,7 @@ class _Reader:
                 return None
             beta, alpha = (float(number) for number in numbers)  # type: ignore[arg-type] # checked above
             if beta != 0 and isinstance(bias, fx.Node):
-                if self.program.taints[bias] > Taint.PARAMETER:
-                    return None
-                self.terms += _position_terms(self.program, bias, factor * beta, self.folded)
+                self.terms += split_terms(self.program, bias, factor * beta, self.folded)
             factor *= alpha
         query, key = operands[0], operands[1]
         if not isinstance(query, fx.Node) or not isinstance(key, fx.Node):
@@ -315,7 +320,7 @@ class _Reader:
                         self.obstacle
                         or f"attention weights are dropped out with probability {user.args[1]} in training"
                     )
-            elif op_name(user) not in _PASSED | _RESHAPED and not _keeps_shape(user):
+            elif op_name(user) not in PASSED | _RESHAPED and not _keeps_shape(user):
                 return None
             node = user
 
@@ -365,61 +370,3 @@ def einsum_letters(node: fx.Node) -> tuple[tuple[fx.Node, fx.Node], tuple[str, s
         if isinstance(first, fx.Node) and isinstance(second, fx.Node)
         else None
     )
-
-
-def _position_terms(program: Program, node: fx.Node, factor: float, folded: bool = False) -> list[ScoreTerm]:
-    """Split a position-side value along its sums, so that a bias and a mask added together are seen apart."""
-    name, args = op_name(node), node.args
-    if name in _PASSED and isinstance(args[0], fx.Node) and require_fake(args[0]).is_floating_point():
-        return _position_terms(program, args[0], factor, folded)
-    if (
-        name in ("aten::add", "aten::sub")
-        and all(isinstance(arg, fx.Node) for arg in args[:2])
-        and not node.kwargs
-    ):
-        value = require_fake(node)
-        if value.dim() >= 3:
-            first, second = args[0], args[1]
-            assert isinstance(first, fx.Node)
-            assert isinstance(second, fx.Node)
-            sign = -1.0 if name == "aten::sub" else 1.0
-            return _position_terms(program, first, factor, folded) + _position_terms(
-                program, second, factor * sign, folded
-            )
-    if name in ("aten::masked_fill", "aten::where"):
-        mask, kept, filled, dead = (
-            (args[1], args[0], args[2], True)
-            if name == "aten::masked_fill"
-            else (args[0], args[1], args[2], False)
-        )
-        if _constant(kept) is not None and _constant(filled) is None:
-            kept, filled, dead = filled, kept, not dead
-        value_of, kept_of = _constant(filled), _constant(kept)
-        if (
-            value_of is not None
-            and value_of <= -1e4
-            and kept_of is None
-            and isinstance(mask, fx.Node)
-            and isinstance(kept, fx.Node)
-        ):
-            return [
-                ScoreTerm(mask, dead=dead, value=value_of * factor, folded=folded),
-                *_position_terms(program, kept, factor, folded),
-            ]
-    return [ScoreTerm(node, factor, folded=folded)]
-
-
-def _constant(value: Any) -> float | None:
-    """A number, or a scalar tensor made of one."""
-    if isinstance(value, int | float):
-        return float(value)
-    if not isinstance(value, fx.Node):
-        return None
-    name = op_name(value)
-    if name in ("aten::full", "aten::zeros") and require_fake(value).dim() == 0:
-        return _constant(value.args[1]) if name == "aten::full" else 0.0
-    if name == "aten::scalar_tensor":
-        return _constant(value.args[0])
-    if name in ("aten::lift_fresh_copy", "aten::to", "aten::_to_copy", "aten::clone"):
-        return _constant(value.args[0])
-    return None

@@ -14,11 +14,15 @@ from grape_compile.passes.site import Refusal, Site
 
 @dataclass
 class Outcome:
-    """What a pass found and did. `modified` is measured by the base class, not promised by the pass."""
+    """What a pass found and did. `modified` is measured by the base class, not promised by the pass.
+
+    `absorbed` are sites of earlier passes that became part of a site of this one.
+    """
 
     sites: list[Site] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     modified: bool = False
+    absorbed: list[Site] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,9 @@ class Pass(ABC):
     def __call__(self, program: Program) -> Outcome:
         """Check, run, measure whether the graph changed, check again."""
         self.requires(program)
-        before = fingerprint(program.graph)
+        before = _snapshot(program.graph)
         outcome = self.run(program)
-        outcome.modified = fingerprint(program.graph) != before
+        outcome.modified = _snapshot(program.graph) != before
         if outcome.modified:
             program.forget()
             self.ensures(program)
@@ -49,11 +53,9 @@ class Pass(ABC):
         return outcome
 
 
-def fingerprint(graph: fx.Graph) -> int:
-    """Changes whenever a node, its operator or its operands change."""
-    return hash(
-        tuple((id(node), node.op, str(node.target), str(node.args), str(node.kwargs)) for node in graph.nodes)
-    )
+def _snapshot(graph: fx.Graph) -> list[tuple[object, ...]]:
+    """Differs whenever a node, its operator or its operands changed: arguments of a node are never changed in place."""
+    return [(node, node.target, node.args, node.kwargs) for node in graph.nodes]
 
 
 def broken(what: str, found: str) -> CaptureError:

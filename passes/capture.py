@@ -15,11 +15,12 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
-from torch.fx.experimental.proxy_tensor import PythonKeyTracer, get_proxy_mode, make_fx, track_tensor_tree
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from grape_compile.errors import CaptureError
 from grape_compile.passes.graph import Program, Role
+from grape_compile.passes.retrace import Retrace
 
 _KINDS = {
     InputKind.PARAMETER: Role.PARAMETER,
@@ -38,7 +39,7 @@ def capture_dynamo(module: fx.GraphModule, examples: Sequence[Any]) -> Program:
     fakes = [node.meta.get("example_value", example) for node, example in zip(inputs, examples, strict=True)]
     try:
         with fx.traceback.preserve_node_meta():
-            traced = make_fx(_Retrace(module, fakes).run, pre_dispatch=True, tracing_mode="symbolic")(*fakes)
+            traced = make_fx(Retrace(module, fakes).run, pre_dispatch=True, tracing_mode="symbolic")(*fakes)
     except Exception as failure:
         raise CaptureError(
             "retrace the Dynamo graph into ATen operators",
@@ -56,48 +57,6 @@ def capture_dynamo(module: fx.GraphModule, examples: Sequence[Any]) -> Program:
     }
     values = dict(zip(placeholders, examples, strict=True))
     return _program(traced, roles, values)
-
-
-class _Retrace(fx.Interpreter):
-    """Interprets a Dynamo graph; a custom autograd function stays one call, with the backward its author wrote."""
-
-    def __init__(self, module: fx.GraphModule, fakes: Sequence[Any]) -> None:
-        super().__init__(module)
-        mode = torch._guards.detect_fake_mode(fakes)
-        kept = [node for node in module.graph.nodes if _is_custom_function(node)]
-        # Made before tracing starts, in the mode the retrace uses: their own fakes belong to Dynamo's.
-        self.kept = {
-            node: pytree.tree_map(lambda value: _fresh(value, mode), node.meta["example_value"])
-            for node in kept
-        }
-
-    def run_node(self, n: fx.Node) -> Any:
-        mode = get_proxy_mode()
-        if n not in self.kept or mode is None:
-            return super().run_node(n)
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        tracer = mode.tracer
-        assert isinstance(tracer, PythonKeyTracer)
-        root = tracer.root
-        for body in args:
-            if isinstance(body, fx.GraphModule):
-                root.register_module(f"body_{len(list(root.children()))}", body)
-        operands, options = pytree.tree_map(tracer.unwrap_proxy, (args, kwargs))
-        call = tracer.create_proxy("call_function", n.target, operands, options)
-        return track_tensor_tree(self.kept[n], call, constant=None, tracer=tracer)
-
-
-def _is_custom_function(node: fx.Node) -> bool:
-    return node.op == "call_function" and getattr(node.target, "__name__", "") == "autograd_function_apply"
-
-
-def _fresh(value: Any, mode: Any) -> Any:
-    """A fake tensor of the given mode with the metadata of another."""
-    if not isinstance(value, torch.Tensor) or mode is None:
-        return value
-    with mode:
-        fresh = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-    return fresh.requires_grad_(value.requires_grad)
 
 
 def _dynamo_role(node: fx.Node, example: Any) -> Role:

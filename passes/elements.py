@@ -52,6 +52,7 @@ SUMS = {"aten::add", "aten::sub", "aten::neg", "aten::sum", "aten::rsub", "aten:
 PRODUCTS = {"aten::mul", "aten::div", "aten::multiply", "aten::divide", "aten::true_divide"}
 PICKS = {"aten::index_select"}
 SCATTERS = {"aten::slice_scatter", "aten::select_scatter"}
+PADS = {"aten::pad", "aten::constant_pad_nd"}
 _MASKED = {"aten::masked_fill", "aten::where"}
 _DETACHES = {"aten::detach", "aten::detach_"}
 _SUM_LIMIT = 8
@@ -78,7 +79,7 @@ class Reader:
             return [unit(rows, source=(node, index))]
         if self.program.taints[node] <= Taint.POSITION:
             return [unit(rows, Factor(node, index))]
-        return self._pull(node, index, rows, lambda operand, at, who: self.linear(operand, stop, at, who))
+        return self.pull(node, index, rows, lambda operand, at, who: self.linear(operand, stop, at, who))
 
     def position(self, node: fx.Node, index: Index, rows: Tensor) -> list[Term]:
         """Elements of a position-side value as products of elements of the leaves it is made of."""
@@ -93,7 +94,7 @@ class Reader:
             return [unit(rows)]
         if not self._goes_on(node, name):
             return [self._leaf(node, index, rows)]
-        return self._pull(node, index, rows, self.position)
+        return self.pull(node, index, rows, self.position)
 
     def product(self, node: fx.Node, index: Index, rows: Tensor) -> list[Term]:
         """Elements of a position-side value as products of elements of the two values the model multiplies last."""
@@ -101,7 +102,7 @@ class Reader:
         if not self._goes_on(node, name):
             return [unit(rows, Factor(node, index))]
         further = name in MOVEMENTS or name in _MASKED or name == "aten::neg" or name in _DETACHES
-        return self._pull(
+        return self.pull(
             node,
             index,
             rows,
@@ -130,7 +131,7 @@ class Reader:
     def _goes_on(self, node: fx.Node, name: str) -> bool:
         """Whether reading a position-side value goes on behind this operator."""
         if name in _DETACHES:
-            return True
+            return self.program.taints[node] <= Taint.PARAMETER
         if name in _MASKED:
             return self.alive and self._kept(node, name) is not None
         if name in IDENTITIES:
@@ -150,7 +151,7 @@ class Reader:
 
     # -- one step back -----------------------------------------------------------------------------------------------
 
-    def _pull(self, node: fx.Node, index: Index, rows: Tensor, back: Back) -> list[Term]:
+    def pull(self, node: fx.Node, index: Index, rows: Tensor, back: Back) -> list[Term]:
         name = op_name(node)
         if name in _DETACHES and self.program.taints[node] <= Taint.PARAMETER:
             return back(operand_of(node, 0), index, rows)
@@ -176,6 +177,8 @@ class Reader:
             return back(operand_of(node, 0), self._picked(node, index), rows)
         if name in SCATTERS:
             return self._scatter(node, name, index, rows, back)
+        if name in PADS:
+            return self._padded(node, name, index, rows, back)
         outer = self._outer(node, name)
         if outer is not None:
             left, right = outer(index)
@@ -196,6 +199,23 @@ class Reader:
         axes, dim = list(index), ints(node.args[1])[0]
         axes[dim] = self.replay.tensor(places)[axes[dim]]
         return tuple(axes)
+
+    def _padded(self, node: fx.Node, name: str, index: Index, rows: Tensor, back: Back) -> list[Term]:
+        """Elements inside come from the operand, the others are zero: no term at all."""
+        operand, rest = operand_of(node, 0), [*node.args[2:], *node.kwargs.values()]
+        raise_if(any(value not in (None, 0, 0.0, "constant") for value in rest), "padding by more than zeros")
+        amounts = node.args[1]
+        raise_if(
+            not isinstance(amounts, list | tuple) or any(map(is_symbolic, amounts)),
+            "padding of symbolic width",
+        )
+        shape, axes, inside = self.shape(operand), list(index), torch.ones_like(rows, dtype=torch.bool)
+        for number, before in enumerate(ints(amounts)[::2]):
+            dim = len(shape) - 1 - number
+            axes[dim] = axes[dim] - before
+            inside = inside & (axes[dim] >= 0) & (axes[dim] < shape[dim])
+        keep = inside.nonzero().flatten()
+        return back(operand, tuple(axis[keep] for axis in axes), rows[keep]) if keep.numel() else []
 
     def _scatter(self, node: fx.Node, name: str, index: Index, rows: Tensor, back: Back) -> list[Term]:
         """Elements inside of the slice come from what was written, the others from the tensor written to."""

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import enum
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import fx
+
+from grape_compile.passes.site import Site
 
 
 class Role(enum.Enum):
@@ -27,7 +29,8 @@ class Role(enum.Enum):
 class Taint(enum.IntEnum):
     """What a value depends on, ordered: a result carries the largest taint of its operands.
 
-    STRUCTURE: shapes, constants, buffers, aranges. POSITION: integer and boolean inputs as well (positions, masks).
+    STRUCTURE: shapes, constants, buffers, aranges. POSITION: integer and boolean inputs as well (positions, masks),
+    and the cosines and sines of learned or accumulated angles.
     PARAMETER: weights. DATA: activations.
     """
 
@@ -50,6 +53,7 @@ class Program:
     values: Mapping[fx.Node, Any]
     no_grad: frozenset[fx.Node] = frozenset()
     renamed: dict[str, str] = field(default_factory=dict)
+    rotated: dict[fx.Node, Site] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:
@@ -76,7 +80,8 @@ class Program:
         for node in self.graph.nodes:
             key: Any = node
             if node.op == "call_function" and self.taints[node] <= Taint.PARAMETER and is_pure(node):
-                key = (node.target, _freeze(node.args, numbers), _freeze(node.kwargs, numbers))
+                args, kwargs = (frozen(each, numbers.__getitem__) for each in (node.args, node.kwargs))
+                key = (node.target, args, kwargs)
             try:
                 numbers[node] = table.setdefault(key, len(table))
             except TypeError:
@@ -148,7 +153,19 @@ def is_pure(node: fx.Node) -> bool:
         node.target is torch.ops.aten.detach_.default
     ):  # `torch.tensor(...)` in a forward: writes nothing anyone reads
         return True
-    return not node.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in node.target.tags
+    if node.target._schema.is_mutable:
+        return False
+    return torch.Tag.nondeterministic_seeded not in node.target.tags or _never_draws(node)
+
+
+def _never_draws(node: fx.Node) -> bool:
+    """A dropout that is switched off, and attention without one."""
+    name = op_name(node)
+    if name == "aten::dropout":
+        return node.args[1] in (0, 0.0) or node.args[2] is False
+    if name != "aten::scaled_dot_product_attention":
+        return False
+    return node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0) in (0, 0.0)
 
 
 def _writes(node: fx.Node) -> bool:
@@ -168,6 +185,28 @@ def require_fake(node: fx.Node) -> torch.Tensor:
     if value is None:
         raise Unreadable(f"{node.name} is not a tensor")
     return value
+
+
+def frozen(argument: Any, value: Callable[[Any], object]) -> object:
+    """Arguments as something to compare and to look up by, with `value` for every node, tensor and symbol in them."""
+    if isinstance(argument, fx.Node | torch.Tensor | torch.SymInt | torch.SymFloat | torch.SymBool):
+        return ("value", value(argument))
+    if isinstance(argument, list | tuple):
+        return (type(argument), *(frozen(item, value) for item in argument))
+    if isinstance(argument, dict):
+        return tuple((key, frozen(item, value)) for key, item in argument.items())
+    if isinstance(argument, slice):
+        return ("slice", frozen((argument.start, argument.stop, argument.step), value))
+    return (type(argument), repr(argument) if isinstance(argument, float) else argument)
+
+
+def layout(tensor: torch.Tensor) -> tuple[object, ...]:
+    """What an operator is decided by besides values: equal for tensors that differ in their values alone."""
+    if tensor.layout is not torch.strided:
+        raise Unreadable("a sparse tensor")
+    sizes = (*tensor.shape, *tensor.stride(), tensor.storage_offset())
+    numbers = tuple(size if isinstance(size, int) else size.node.expr for size in sizes)
+    return numbers, tensor.dtype, tensor.device, tensor.is_conj(), tensor.is_neg()
 
 
 def module_path(node: fx.Node) -> str:
@@ -230,7 +269,15 @@ _SHAPE_ONLY = {
     "aten::sym_size", "aten::sym_numel", "aten::sym_stride", "aten::size", "aten::zeros_like", "aten::ones_like",
     "aten::full_like", "aten::empty_like", "aten::new_zeros", "aten::new_ones", "aten::new_full", "aten::new_empty",
 }  # fmt: skip
-_ANGLES = {"aten::cos", "aten::sin", "aten::polar"}
+ANGLES = {"aten::cos", "aten::sin", "aten::polar"}
+PHASES = {
+    "aten::cumsum", "aten::mul", "aten::div", "aten::neg", "aten::add", "aten::sub", "aten::einsum", "aten::outer",
+    "aten::matmul", "aten::unsqueeze", "aten::squeeze", "aten::view", "aten::reshape", "aten::unflatten",
+    "aten::flatten", "aten::permute", "aten::transpose", "aten::mT", "aten::expand", "aten::repeat",
+    "aten::repeat_interleave", "aten::cat", "aten::stack", "aten::slice", "aten::select", "aten::pad",
+    "aten::constant_pad_nd", "aten::to", "aten::_to_copy", "aten::clone", "aten::contiguous", "aten::type_as",
+    "aten::detach",
+}  # fmt: skip
 _LOOKUPS = {
     "aten::embedding": (0, 1),
     "aten::index_select": (0, 2),
@@ -255,11 +302,26 @@ def _taint(node: fx.Node, taints: Mapping[fx.Node, Taint], roles: Mapping[fx.Nod
     if name in ("aten::type_as", "aten::expand_as", "aten::view_as", "aten::to") and node.args:
         return _of(node.args[0], taints)
     worst = max(operands, default=Taint.STRUCTURE)
-    if worst is Taint.PARAMETER and name in _ANGLES:
+    if name in ANGLES and (worst is Taint.PARAMETER or (worst is Taint.DATA and _is_phase(node, taints))):
         return Taint.POSITION
     if worst is Taint.PARAMETER and name in _LOOKUPS:
         return _lookup_taint(node, taints, *_LOOKUPS[name])
     return worst
+
+
+def _is_phase(node: fx.Node, taints: Mapping[fx.Node, Taint]) -> bool:
+    """Whether the activation an angle is made of holds a running sum: content tells the time, as positions else."""
+    stack, seen = list(node.all_input_nodes), set()
+    while stack:
+        step = stack.pop()
+        if step in seen or taints[step] is not Taint.DATA:
+            continue
+        seen.add(step)
+        if op_name(step) == "aten::cumsum":
+            return True
+        if op_name(step) in PHASES:
+            stack += step.all_input_nodes
+    return False
 
 
 def _of(argument: Any, taints: Mapping[fx.Node, Taint]) -> Taint:
@@ -283,15 +345,3 @@ def _input_taint(node: fx.Node, roles: Mapping[fx.Node, Role]) -> Taint:
     if role is Role.BUFFER or not isinstance(value, torch.Tensor):
         return Taint.STRUCTURE
     return Taint.DATA if value.is_floating_point() or value.is_complex() else Taint.POSITION
-
-
-def _freeze(argument: Any, numbers: Mapping[fx.Node, int]) -> Any:
-    if isinstance(argument, fx.Node):
-        return ("value", numbers[argument])
-    if isinstance(argument, list | tuple):
-        return tuple(_freeze(item, numbers) for item in argument)
-    if isinstance(argument, dict):
-        return tuple((key, _freeze(item, numbers)) for key, item in argument.items())
-    if isinstance(argument, slice):
-        return ("slice", _freeze((argument.start, argument.stop, argument.step), numbers))
-    return (type(argument), argument)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from grape_compile.passes.graph import Program, Sizes, Unreadable, require_fake
+from grape_compile.passes.graph import Program, Sizes, Unreadable, frozen, layout, require_fake
 from grape_compile.passes.terms import Index
 
 aten = torch.ops.aten
@@ -108,6 +108,7 @@ class Emitter:
     sizes: Sizes
     cache: dict[Any, fx.Node] = field(default_factory=dict)
     ranks: dict[fx.Node, float] = field(default_factory=dict)
+    fakes: dict[object, Any] = field(default_factory=dict)
 
     def call(
         self, after: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
@@ -137,7 +138,17 @@ class Emitter:
         for name in ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn"):
             if name in origin.meta:
                 node.meta[name] = origin.meta[name]
-        node.meta["val"] = fake_value(node)
+        node.meta["val"] = self._fake(node)
+
+    def _fake(self, node: fx.Node) -> Any:
+        """The fake value of a node, found once for all nodes that differ in the values of their operands alone."""
+        try:
+            key = (node.target, frozen((node.args, node.kwargs), _layout))
+            if key not in self.fakes:
+                self.fakes[key] = fake_value(node)
+            return self.fakes[key]
+        except (Unreadable, TypeError):
+            return fake_value(node)
 
     def rotated(self, operand: Operand, target: fx.Node, planes: int) -> fx.Node:
         """The operand shaped to broadcast against `target.shape[:-1]`, with a plane axis where it asks for one."""
@@ -189,6 +200,15 @@ class Emitter:
             raise Unreadable("a table cut to a symbolic length")
         stop = axis.offset + axis.stride * (count - 1) + 1
         return self.call(node, aten.slice.Tensor, (node, dimension, axis.offset, stop, axis.stride))
+
+
+def _layout(value: Any) -> object:
+    """What a fake result depends on: sizes, strides and types of tensors, expressions of symbols."""
+    if isinstance(value, fx.Node):
+        value = value.meta["val"]
+    if isinstance(value, Tensor):
+        return layout(value)
+    return value.node.expr if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) else value
 
 
 def fake_value(node: fx.Node) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from grape_compile.passes.graph import Program, Sizes, Taint, Unreadable, fake, op_name
+from grape_compile.passes.graph import ANGLES, Program, Sizes, Taint, Unreadable, fake, op_name
 
 _LARGEST = 1 << 27
 """Elements of one value: 1 GiB in fp64. A larger value is not worth an oracle."""
@@ -83,6 +83,7 @@ class Replay:
     def _metadata_only(self, node: fx.Node, operand: fx.Node) -> bool:
         return (
             operand not in self.known
+            and op_name(node) not in ANGLES
             and self._taint(node) < Taint.DATA
             and self._taint(operand) is Taint.DATA
         )

@@ -15,30 +15,21 @@ from typing import Any
 import torch
 from torch import fx
 
-from grape_compile.encoding import Absolute, Bias, Learned, Positions, Steps, Table, describe_slopes
-from grape_compile.operators import reference_attend
-from grape_compile.passes.attention import ScoreTerm
 from grape_compile.passes.base import Outcome, Pass
-from grape_compile.passes.biases import DEAD, BiasPlan, added_rows, detect_biases, last_row
-from grape_compile.passes.graph import (
-    Program,
-    Sizes,
-    Taint,
-    Unreadable,
-    module_path,
-    require_fake,
-    source_line,
-)
+from grape_compile.passes.bias_slots import BiasSlots
+from grape_compile.passes.biases import BiasPlan, detect_biases
+from grape_compile.passes.evaluated_biases import TablePart
+from grape_compile.passes.graph import Program, Sizes, Unreadable, module_path, require_fake, source_line
 from grape_compile.passes.operands import Emitter
 from grape_compile.passes.plans import Miss
 from grape_compile.passes.replay import Replay
 from grape_compile.passes.rewrite_rotations import mutation_between, refusal, remove_unused
+from grape_compile.passes.score_terms import ScoreTerm
+from grape_compile.passes.scores import DEAD
 from grape_compile.passes.site import Site
-from grape_compile.passes.verify import difference
+from grape_compile.passes.verify_biases import verify_bias
 
 aten = torch.ops.aten
-_SLOPE_TOLERANCE = 1e-6
-_LARGEST_REPLAY = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -51,9 +42,11 @@ class RewriteBiases(Pass):
         emitter = Emitter(program, Sizes())
         replay = Replay(program)
         outputs = []
+        turned: list[fx.Node] = []
         for plan in plans:
+            layer = _Layer(program, plan, emitter, replay)
             try:
-                site = _Layer(program, plan, emitter, replay).replace()
+                site = layer.replace()
             except Unreadable as reason:
                 outcome.refusals.append(
                     refusal(
@@ -64,7 +57,9 @@ class RewriteBiases(Pass):
                 continue
             outcome.sites.append(site)
             outputs.append(plan.layer.output)
+            turned += layer.turned
         remove_unused(program.graph, [*outputs, *reversed(list(emitter.ranks))])
+        outcome.absorbed = [program.rotated[node] for node in dict.fromkeys(turned) if node._erased]
         return outcome
 
 
@@ -72,6 +67,7 @@ class _Layer:
     def __init__(self, program: Program, plan: BiasPlan, emitter: Emitter, replay: Replay) -> None:
         self.program, self.plan, self.layer = program, plan, plan.layer
         self.emitter, self.replay = emitter, replay
+        self.turned: list[fx.Node] = []
         self.folded = require_fake(self.layer.query).dim() == 3
 
     def replace(self) -> Site:
@@ -81,20 +77,21 @@ class _Layer:
         if hazard is not None:
             raise Unreadable(f"{hazard.name} changes query, key or value in place inside the layer")
         query, key, value = self._four_axes()
-        slopes, positions = self._slots(query, key)
-        operator_encoding = self._operator()
-        slots = [node for node in (slopes, positions) if node is not None]
+        emitted = BiasSlots(plan, self.emitter, self.replay).emit()
         mask = self._mask(query)
         output = require_fake(layer.output)
         place = max(
-            [node for node in (query, key, value, *slots, mask) if node is not None],
+            [node for node in (query, key, value, *emitted.operands, mask) if node is not None],
             key=self.emitter.position,
         )
         kwargs = {"mask": mask, "is_causal": plan.is_causal, "scale": layer.scale, "window": plan.window}
         call = self.emitter.call(
-            place, torch.ops.grape.attend.default, (query, key, value, slots, str(operator_encoding)), kwargs
+            place,
+            torch.ops.grape.attend.default,
+            (query, key, value, emitted.operands, str(emitted.operator)),
+            kwargs,
         )
-        error = self._verify(operator_encoding, (query, key, value), slots, mask)
+        error = verify_bias(plan, emitted, (query, key, value), mask, self.replay)
         result = self._ordered(self.emitter.call(call, operator.getitem, (call, 0)), "output")
         if self.folded:
             result = self.emitter.call(result, aten.reshape.default, (result, self._folded_sizes()))
@@ -104,12 +101,12 @@ class _Layer:
             if name in layer.output.meta:
                 call.meta[name] = result.meta[name] = layer.output.meta[name]
         layer.output.replace_all_uses_with(result)
+        self.turned = [turn.value for turn in emitted.turns]
         self.program.renamed[layer.output.name] = result.name
-        described = self._describe(slopes, positions)
-        evidence = "tables" if plan.table is not None else "proved"
+        evidence = "tables" if any(isinstance(part, TablePart) for part in plan.parts) else "proved"
         return Site(
             "bias",
-            described,
+            emitted.described,
             module_path(layer.output),
             source_line(layer.output),
             evidence,
@@ -171,60 +168,8 @@ class _Layer:
             node, aten.reshape.default, (node, [-1 if 0 in symbolic else batch, heads, tokens, target[3]])
         )
 
-    def _slots(self, query: fx.Node, key: fx.Node) -> tuple[fx.Node, fx.Node | None]:
-        plan = self.plan
-        shape = (*require_fake(query).shape[:3], require_fake(key).shape[2])
-        counts: dict[str | int, Any] = dict(enumerate(shape))
-        if plan.table is not None:
-            return self._from_table(counts)
-        assert plan.slopes is not None
-        slopes = self.emitter.operand(plan.slopes, [0, 1], counts)
-        number = plan.number
-        if isinstance(plan.distance, Absolute):
-            return self._scaled(slopes, -number), None
-        if plan.clock is None:
-            return self._scaled(slopes, number), None
-        if not isinstance(shape[2], int) and 2 in plan.clock.token_axes:
-            raise Unreadable("a matrix of distances of symbolic size")
-        clock = self.emitter.operand(last_row(plan.clock, self.replay.sizes(shape[2])), [0, 3], counts)
-        if self._falls(clock):
-            clock, number = self._scaled(clock, -1.0), -number
-        return self._scaled(slopes, number), clock
-
-    def _falls(self, clock: fx.Node) -> bool:
-        """A clock that counts down from key to key (`t - j`)."""
-        value = self.replay.tensor(clock).double()
-        if value.shape[-1] < 2 or self.plan.given:
-            return False
-        rises = value[..., 1:] - value[..., :-1]
-        return bool((rises < 0).sum() > (rises > 0).sum())
-
-    def _from_table(self, counts: dict[str | int, Any]) -> tuple[fx.Node, None]:
-        """The slope as the mean rise over the last row of a finished table, by steps."""
-        assert self.plan.table is not None
-        keys = counts[3]
-        if not isinstance(keys, int):
-            raise Unreadable("a table of biases of symbolic size")
-        row = self.emitter.operand(self.plan.table, [0, 1, 3], counts)
-        if require_fake(row).dim() == 1:
-            row = self.emitter.call(row, aten.unsqueeze.default, (row, 0))
-        first = self.emitter.call(row, aten.select.int, (row, -1, 0))
-        last = self.emitter.call(row, aten.select.int, (row, -1, keys - 1))
-        rise = self.emitter.call(last, aten.sub.Tensor, (last, first))
-        return self._scaled(rise, self.plan.number / (keys - 1)), None
-
     def _scaled(self, node: fx.Node, number: float) -> fx.Node:
         return node if number == 1.0 else self.emitter.call(node, aten.mul.Tensor, (node, number))
-
-    def _operator(self) -> Bias:
-        clock = (
-            Steps()
-            if self.plan.clock is None or isinstance(self.plan.distance, Absolute)
-            else Positions("positions")
-        )
-        operand = self.plan.slopes
-        learned = operand is not None and self.program.taints[operand.node] is Taint.PARAMETER
-        return Bias(Learned("slopes") if learned else Table("slopes"), clock, distance=self.plan.distance)
 
     # -- masks ---------------------------------------------------------------------------------------------------------
 
@@ -281,81 +226,3 @@ class _Layer:
             if len(shape) == 3
             else term.node
         )
-
-    # -- verification --------------------------------------------------------------------------------------------------
-
-    def _verify(
-        self,
-        encoding: Bias,
-        tensors: tuple[fx.Node, fx.Node, fx.Node],
-        slots: list[fx.Node],
-        mask: fx.Node | None,
-    ) -> float:
-        """Random query, key and value through the original region and through the reference, in fp64."""
-        layer, sizes = self.layer, self.replay.sizes
-        scores = torch.Size((*sizes.shape(tensors[0])[:-1], sizes.shape(tensors[1])[2])).numel()
-        if scores > _LARGEST_REPLAY:
-            return self._verify_rows(encoding, slots, mask)
-        generator = torch.Generator().manual_seed(0)
-        bound = {
-            node: torch.randn(sizes.shape(node), dtype=torch.float64, generator=generator)
-            for node in dict.fromkeys((layer.query, layer.key, layer.value))
-        }
-        replay = self.replay.branch(bound)
-        original = replay.tensor(layer.output)
-        query, key, value = (replay.tensor(node) for node in tensors)
-        values = dict(zip(encoding.slots, (self.replay.tensor(node) for node in slots), strict=True))
-        rewritten = reference_attend(
-            query, key, value, encoding, values, mask=None if mask is None else self.replay.tensor(mask),
-            is_causal=self.plan.is_causal, scale=layer.scale, window=self.plan.window,
-        )  # fmt: skip
-        rewritten = rewritten.permute(layer.orders.get("output", (0, 1, 2, 3))).reshape(original.shape)
-        return difference(original, rewritten, self.plan.table is not None)
-
-    def _verify_rows(self, encoding: Bias, slots: list[fx.Node], mask: fx.Node | None) -> float:
-        """A layer too long to replay: what is added to the scores of a few queries, up to a constant per row."""
-        layer, sizes = self.layer, self.replay.sizes
-        count = sizes(require_fake(layer.query).shape[1] if self.folded else layer.size("query", 2))
-        queries = sorted({0, 1, count // 3, count // 2, count - 1} & set(range(count)))
-        model = added_rows(self.program, self.replay, layer, queries)
-        keys = model.shape[-1]
-        slopes = self.replay.tensor(slots[0])
-        clock = self.replay.tensor(slots[1]) if len(slots) > 1 else torch.arange(keys)
-        rows = torch.tensor(queries)[:, None] + keys - count
-        if isinstance(encoding.distance, Absolute):
-            bias = -slopes[..., None, None] * (torch.arange(keys) - rows).abs()
-        else:
-            bias = slopes[..., None, None] * clock.double()[..., None, None, :]
-        ours = bias.reshape(-1, *bias.shape[-3:]).expand(-1, -1, len(queries), -1).clone()
-        if mask is not None:
-            value = self.replay.tensor(mask).double()
-            value = value[..., queries, :] if value.shape[-2] > 1 else value
-            ours = ours + torch.where(value <= DEAD, -torch.inf, value)
-        if self.plan.is_causal:
-            offset = torch.arange(keys) - rows
-            seen = (offset <= 0) & (offset > -(self.plan.window or keys))
-            ours = ours.masked_fill(~seen, -torch.inf)
-        model, ours = torch.broadcast_tensors(model, ours)
-        if not torch.equal(model.isinf(), ours.isinf()):
-            raise Unreadable("the masks of the model and of the operator differ")
-        first = (~ours.isinf()).int().argmax(-1, keepdim=True)
-        model, ours = (each - each.gather(-1, first) for each in (model, ours))
-        live = ~ours.isinf() & ~ours.isnan()
-        return difference(model[live], ours[live], self.plan.table is not None)
-
-    def _describe(self, slopes: fx.Node, positions: fx.Node | None) -> Bias:
-        operator_encoding = self._operator()
-        clock = Steps() if positions is None or self._is_steps(positions) else Positions("positions")
-        if isinstance(operator_encoding.slopes, Learned):
-            return Bias(operator_encoding.slopes, clock, distance=self.plan.distance)
-        values = self.replay.tensor(slopes)
-        flat = values.reshape(-1, values.shape[-1]) if values.dim() else values.reshape(1, 1)
-        if bool((flat != flat[:1]).any()):
-            return Bias(Table("slopes"), clock, distance=self.plan.distance)
-        return Bias(describe_slopes(flat[0].tolist(), _SLOPE_TOLERANCE), clock, distance=self.plan.distance)
-
-    def _is_steps(self, positions: fx.Node) -> bool:
-        if self.plan.clock is not None and self.program.taints[self.plan.clock.node] > Taint.STRUCTURE:
-            return False
-        value = self.replay.tensor(positions).double()
-        return bool((value[..., 1:] - value[..., :-1] == 1).all())

@@ -70,8 +70,9 @@ class RewriteRotations(Pass):
                     )
                 )
         for group in _groups(program, emitter, ready):
-            _replace(program, emitter, group)
-            outcome.sites += [_site(item) for item in group]
+            sites = [_site(item) for item in group]
+            program.rotated.update(zip(_replace(program, emitter, group), sites, strict=True))
+            outcome.sites += sites
         remove_unused(program.graph, [*(item.plan.output for item in ready), *emitter.ranks])
         return outcome
 
@@ -156,7 +157,9 @@ def _fits(emitter: Emitter, group: list[_Ready]) -> bool:
     return all(start < use for use in uses) and len({item.plan.input for item in group}) == len(group)
 
 
-def _replace(program: Program, emitter: Emitter, group: list[_Ready]) -> None:
+def _replace(program: Program, emitter: Emitter, group: list[_Ready]) -> list[fx.Node]:
+    """Call the operator and redirect the consumers; the turned tensors."""
+    turned = []
     graph = program.graph
     tensors = [_cast(emitter, item.plan.input, require_fake(item.plan.output).dtype) for item in group]
     place = max([*tensors, *group[0].operands], key=emitter.position)
@@ -166,6 +169,7 @@ def _replace(program: Program, emitter: Emitter, group: list[_Ready]) -> None:
     for position, item in enumerate(group):
         output = item.plan.output
         value = emitter.call(call, operator.getitem, (call, position))
+        turned.append(value)
         value = _cast(emitter, value, require_fake(output).dtype)
         for name in ("stack_trace", "nn_module_stack"):
             if name in output.meta:
@@ -173,6 +177,7 @@ def _replace(program: Program, emitter: Emitter, group: list[_Ready]) -> None:
         output.replace_all_uses_with(value)
         if graph.find_nodes(op="output") and value.name != output.name:
             program.renamed[output.name] = value.name
+    return turned
 
 
 def _cast(emitter: Emitter, node: fx.Node, dtype: torch.dtype) -> fx.Node:

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from grape_compile.passes.elements import COMPLEX, PICKS, PRODUCTS, SCATTERS, SUMS, Reader
-from grape_compile.passes.graph import Program, Taint, Unreadable, fake, is_pure, op_name
+from grape_compile.passes.graph import Program, Taint, Unreadable, fake, frozen, is_pure, op_name
 from grape_compile.passes.movement import JOINS, MOVEMENTS
 from grape_compile.passes.planes import name_rotation
 from grape_compile.passes.plans import Entry, Miss, Reading, RotationPlan
@@ -190,15 +190,11 @@ class _Finder:
         place = {node: number for number, node in enumerate(region)}
         numbers = self.program.value_numbers
 
-        def freeze(argument: object) -> object:
-            if isinstance(argument, fx.Node):
-                return ("region", place[argument]) if argument in place else ("value", numbers[argument])
-            if isinstance(argument, list | tuple):
-                return tuple(freeze(item) for item in argument)
-            return (type(argument), argument)
+        def value_of(node: fx.Node) -> object:
+            return ("region", place[node]) if node in place else numbers[node]
 
         body = tuple(
-            (node.target, freeze(node.args), freeze(tuple(node.kwargs.items()))) for node in region[1:]
+            (node.target, frozen(node.args, value_of), frozen(node.kwargs, value_of)) for node in region[1:]
         )
         value = fake(region[0])
         return body, None if value is None else (tuple(map(str, value.shape)), value.dtype)
@@ -317,6 +313,9 @@ class _Reading:
     def _classify(self, columns: list[list[Entry]]) -> RotationPlan | Miss:
         through: dict[int, int] = {}
         mixed: dict[int, list[Entry]] = {}
+        factors = [entry.factors for column in columns for entry in column]
+        if len(factors) > 1 and all(_equal(each, factors[0]) for each in factors[1:]):
+            return Miss("mixing", "all channels are scaled alike", 0)
         for out, entries in enumerate(columns):
             if len(entries) == 2 and entries[0].source != entries[1].source:
                 mixed[out] = sorted(entries, key=lambda entry: entry.source)

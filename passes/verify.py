@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from grape_compile.operators import reference_rotate
-from grape_compile.passes.graph import Unreadable
+from grape_compile.passes.graph import ANGLES, PHASES, Program, Taint, Unreadable, op_name
 from grape_compile.passes.plans import RotationPlan
 from grape_compile.passes.replay import Replay
 
@@ -18,11 +18,37 @@ so what is left is fp64 rounding (1e-15 times the length of the longest sum)."""
 def verify_rotation(plan: RotationPlan, operands: tuple[fx.Node, ...], replay: Replay) -> float:
     """Largest absolute difference between the region and the operator on random input; Unreadable if either fails."""
     shape = replay.sizes.shape(plan.input)
-    query = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    original = replay.branch({plan.input: query}).tensor(plan.output)
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(shape, dtype=torch.float64, generator=generator)
+    phases = {
+        node: torch.randn(replay.sizes.shape(node), dtype=torch.float64, generator=generator)
+        for node in _phases(plan, replay.program)
+    }
+    if phases:
+        replay = Replay(replay.program, replay.sizes, phases)
+    original = replay.branch({plan.input: query, **phases}).tensor(plan.output)
     slots = dict(zip(plan.operator.slots, (replay.tensor(node) for node in operands), strict=True))
     (rewritten,) = reference_rotate([query], plan.operator, slots)
     return difference(original, rewritten)
+
+
+def _phases(plan: RotationPlan, program: Program) -> list[fx.Node]:
+    """The activations the angle is made of: clocks handed on, and what the angles of tables are summed from."""
+    nodes = [operand.node for operand in plan.operands]
+    found = [node for node in nodes if program.taints[node] is Taint.DATA]
+    seen, stack = set(nodes), [node for node in nodes if program.taints[node] is not Taint.DATA]
+    while stack:
+        node = stack.pop()
+        inside = program.taints[node] is Taint.DATA or op_name(node) in ANGLES
+        for operand in node.all_input_nodes:
+            if operand in seen or (program.taints[operand] is Taint.DATA and not inside):
+                continue
+            seen.add(operand)
+            if program.taints[operand] is not Taint.DATA or op_name(operand) in PHASES:
+                stack.append(operand)
+            else:
+                found.append(operand)
+    return list(dict.fromkeys(found))
 
 
 TABLE_TOLERANCE = 3e-6

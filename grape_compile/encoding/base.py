@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, Field, dataclass, fields
-from typing import Any, Final
+from dataclasses import MISSING, Field, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from grape_compile.errors import EncodingError
+
+if TYPE_CHECKING:
+    from grape_compile.encoding.clock import Clock
 
 #: Metadata of a dataclass field that holds the name of a tensor (or None).
 SLOT: Final[Mapping[str, bool]] = {"slot": True}
@@ -68,6 +71,16 @@ class Multiplicative(Encoding, ABC):
     @abstractmethod
     def head_dim(self) -> int:
         """Number of coordinates of the head."""
+
+    if TYPE_CHECKING:
+
+        @property
+        def clock(self) -> Clock:
+            """Its clock; a field of every subclass, which an inherited property would give a default."""
+
+    def by(self, clock: Clock) -> Self:
+        """Return the same rotation by another clock."""
+        return replace(self, clock=clock)  # type: ignore[call-arg] # a field of every subclass
 
 
 def slot_roles(value: object) -> Iterator[tuple[str, str]]:

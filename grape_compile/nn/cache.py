@@ -12,10 +12,10 @@ from torch import Tensor
 from grape_compile.encoding import (
     Accumulated,
     Bias,
-    Clock,
     Compose,
     Encoding,
     Euclidean,
+    Multiplicative,
     Nope,
     PathBias,
     Positions,
@@ -117,19 +117,20 @@ class StreamingCache:
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, slots: Slots, options: dict[str, Any]
     ) -> Tensor:
-        start, count = self.length, key.shape[-2]
+        count = key.shape[-2]
         biases: list[Encoding] = []
         filled: Slots = {}
         for number, part in enumerate(parts(self.encoding)):
             name = str(number)
-            if isinstance(part, Bias):
-                found, tensors = self._bias(part, slots, name, count)
-            elif isinstance(part, PathBias):
-                found, tensors = self._path(part, slots, name, start, count)
-            else:
-                turning, own = self._turning(part, slots, name, start, count)
+            if isinstance(part, Multiplicative):
+                turning, own = self._turning(part, slots, name, key)
                 query, key = rotate([query, key], turning, own)
                 continue
+            if isinstance(part, PathBias):
+                found, tensors = self._path(part, slots, name)
+            else:
+                assert isinstance(part, Bias), "an encoding turns or adds"
+                found, tensors = self._bias(part, slots, name, count)
             biases.append(found)
             filled |= tensors
         keys, values = self._append("key", key, -2, 0), self._append("value", value, -2, 0)
@@ -154,23 +155,21 @@ class StreamingCache:
         return sums if clock.inclusive else torch.nn.functional.pad(sums[..., :-1], (1, 0))
 
     def _turning(
-        self, part: Encoding, slots: Slots, name: str, start: int, count: int
+        self, part: Multiplicative, slots: Slots, name: str, tokens: Tensor
     ) -> tuple[Encoding, Slots]:
-        """Return a rotation for the new tokens alone, and its slots."""
+        """Return a rotation for the new tokens [..., T, D] alone, and its slots."""
         own = {slot: slots[slot] for slot in part.slots}
-        clock: Clock = part.clock  # type: ignore[attr-defined] # every rotation has one
+        clock, count = part.clock, tokens.shape[-2]
         if isinstance(clock, Steps):
-            like = next(iter(own.values()), None)
-            device = None if like is None else like.device
-            times = torch.arange(start, start + count, device=device)
-            return replace(part, clock=Positions("steps")), {**own, "steps": times}  # type: ignore[call-arg]
+            times = torch.arange(self.length, self.length + count, device=tokens.device)
+            return part.by(Positions("steps")), {**own, "steps": times}
         if not isinstance(clock, Accumulated):
             return part, own
         rates = own[clock.slot]
         sums = self._sums(clock, rates, f"{name}.sums", count, max(rates.dim() - 3, 0))[..., -count:]
         # The rates whose inclusive sums are these: the first one holds all that was.
         steps = torch.cat([sums[..., :1], sums.diff(dim=-1)], -1)
-        return replace(part, clock=Accumulated(clock.slot, True)), {**own, clock.slot: steps}  # type: ignore[call-arg]
+        return part.by(Accumulated(clock.slot, True)), {**own, clock.slot: steps}
 
     def _bias(self, bias: Bias, slots: Slots, name: str, count: int) -> tuple[Encoding, Slots]:
         """Return the bias over all keys so far, and its slots."""
@@ -193,9 +192,7 @@ class StreamingCache:
             filled[gate.key] = self._append(f"{name}.gate", by_key, -1, 0)
         return replace(bias, clock=clock), filled
 
-    def _path(
-        self, path: PathBias, slots: Slots, name: str, start: int, count: int
-    ) -> tuple[Encoding, Slots]:
+    def _path(self, path: PathBias, slots: Slots, name: str) -> tuple[Encoding, Slots]:
         """Return the path bias over the turned edges so far, and its slots."""
         query, edges = slots[path.query], slots[path.key]
         if path.normalised == "both":
@@ -203,7 +200,7 @@ class StreamingCache:
         if path.normalised != "none":
             edges = by_root_mean_square(edges)
         if path.turn is not None:
-            turning, own = self._turning(path.turn, slots, f"{name}.turn", start, count)
+            turning, own = self._turning(path.turn, slots, f"{name}.turn", edges)
             (edges,) = rotate([edges], turning, own)
         edges = edges.reshape((1,) * (4 - edges.dim()) + tuple(edges.shape))
         filled = {slot: slots[slot] for slot in path.slopes.slots}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,10 +15,10 @@ from grape_compile.encoding import (
     Encoding,
     Euclidean,
     Learned,
+    Multiplicative,
     Nope,
     PathBias,
     Positions,
-    Rotation,
     Signed,
     Slopes,
     Steps,
@@ -57,7 +56,7 @@ def turned(query: Tensor, key: Tensor, encoding: Encoding, slots: Slots) -> tupl
     Raises OperandError for more queries than keys.
     """
     for part in parts(encoding):
-        if isinstance(part, Bias | PathBias):
+        if not isinstance(part, Multiplicative):
             continue
         if query.shape[-2] == key.shape[-2]:
             query, key = rotate([query, key], part, slots)
@@ -73,24 +72,17 @@ def turned(query: Tensor, key: Tensor, encoding: Encoding, slots: Slots) -> tupl
     return query, key
 
 
-def _last(part: Encoding, slots: Slots, count: int, key: Tensor) -> tuple[Encoding, Slots]:
+def _last(part: Multiplicative, slots: Slots, count: int, key: Tensor) -> tuple[Encoding, Slots]:
     """Return a rotation of the last `count` of the keys' tokens alone, and its slots."""
-    if not isinstance(part, Rotation):
-        raise OperandError(
-            f"{part} of queries and keys",
-            "fewer queries than keys",
-            "as many queries as keys, or a streaming cache",
-        )
     clock, length = part.clock, key.shape[-2]
     if isinstance(clock, Tables):
         cut = {name: _tail(slots[name], -2, count, length) for name in (clock.cos, clock.sin)}
         return part, {**slots, **cut}
-    name = "steps" if isinstance(clock, Steps) else clock.slot  # type: ignore[attr-defined] # clocks but these have one
-    if isinstance(clock, Steps):
-        times = torch.arange(length - count, length, device=key.device)
-    else:
-        times = _tail(accumulate(clock, slots[name], (length,)), -1, count, length)
-    return replace(part, clock=Positions(name)), {**slots, name: times}
+    if isinstance(clock, Positions | Accumulated):
+        times = _tail(accumulate(clock, slots[clock.slot], (length,)), -1, count, length)
+        return part.by(Positions(clock.slot)), {**slots, clock.slot: times}
+    steps = torch.arange(length - count, length, device=key.device)
+    return part.by(Positions("steps")), {**slots, "steps": steps}
 
 
 def _tail(slot: Tensor, axis: int, count: int, length: int) -> Tensor:

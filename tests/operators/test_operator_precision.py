@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -224,6 +225,14 @@ def test_path_attention_of_other_shapes(
     provider: str, sample: Sample, shape: tuple[int, int, int, int]
 ) -> None:
     check_attention(sample, {"is_causal": True}, shape=shape, provider=provider)
+
+
+@pytest.mark.parametrize("sample", [*ROTATIONS, *GENERATORS], ids=lambda sample: sample.name)
+@pytest.mark.parametrize("queries", [3, LENGTH], ids=["few_queries", "all_queries"])
+def test_attention_turns_the_last_queries(sample: Sample, queries: int) -> None:
+    """Every rotation beside a bias in one call, values and the gradients of its slots."""
+    both = replace(sample, encoding=Compose((sample.encoding, alibi(HEADS))))
+    check_attention(both, {"is_causal": True}, shape=(queries, LENGTH, HEADS, HEAD_DIM))
 
 
 @pytest.mark.parametrize("provider", ["operator", "chunked"])

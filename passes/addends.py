@@ -1,0 +1,205 @@
+"""Read what is added to the scores as a sum of products of values that see one of query and key each.
+
+An added value b[b, h, t, j] is followed back through sums, products and movement until every part depends on the
+query or on the key alone, or cannot be followed further. What results is a polynomial
+
+    sum of number * product of atoms,
+
+an atom being a value seen through the axes batch, head and one of query and key (or both, where reading stopped).
+ALiBi, gated slopes, forgetting and sums of them are different shapes of this one reading. Indices are read, never data,
+so what is found holds for activations as for constants, and at every length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from grape_compile.passes.contractions import contraction, renamed
+from grape_compile.passes.elements import PADS, PRODUCTS, Reader
+from grape_compile.passes.graph import Taint, Unreadable, fake, op_name
+from grape_compile.passes.movement import SINGLE, SPLITS, is_frozen, keeps_numbers, move, operand_of
+from grape_compile.passes.operands import Operand
+from grape_compile.passes.score_terms import ScoreTerm
+from grape_compile.passes.scores import KEY, QUERY, Scores
+from grape_compile.passes.terms import Factor, Index, Term, multiply, unit
+
+_LONGEST_SUM = 8
+
+
+@dataclass(frozen=True)
+class Addend:
+    """`number` times a product of views: per head, along the query, along the key, and along both."""
+
+    number: float
+    heads: tuple[Operand, ...] = ()
+    queries: tuple[Operand, ...] = ()
+    keys: tuple[Operand, ...] = ()
+    pairs: tuple[Operand, ...] = ()
+
+
+class AddendReader:
+    """Reads the terms of one layer."""
+
+    def __init__(self, scores: Scores) -> None:
+        self.scores = scores
+        self.program = scores.program
+        self.reader = Reader(scores.program, scores.replay)
+
+    def read(self, terms: Sequence[ScoreTerm]) -> list[Addend]:
+        """The polynomial of the sum of all terms, equal products merged; Unreadable where an element is of no view."""
+        total: dict[Addend, float] = {}
+        for term in terms:
+            lead, index, rows = self.scores.samples(term)
+            for addend in self._read(term.node, index, rows, lead):
+                key = Addend(1.0, addend.heads, addend.queries, addend.keys, addend.pairs)
+                total[key] = total.get(key, 0.0) + addend.number * term.factor
+        return [
+            Addend(number, key.heads, key.queries, key.keys, key.pairs)
+            for key, number in total.items()
+            if number != 0.0
+        ]
+
+    def operand(self, view: Operand, lead: Index, node: fx.Node) -> list[Addend]:
+        """The polynomial of another value, seen as `view` sees its own (the operand of an elementwise operation)."""
+        return self.elements(node, self.scores.along(view, lead), lead)
+
+    def elements(self, node: fx.Node, index: Index, lead: Index) -> list[Addend]:
+        """The polynomial of chosen elements of a value."""
+        return self._read(node, index, torch.arange(lead[0].numel()), lead)
+
+    def _read(self, node: fx.Node, index: Index, rows: Tensor, lead: Index) -> list[Addend]:
+        def back(operand: fx.Node, at: Index, who: Tensor) -> list[Term]:
+            return self._back(operand, at, who, lead)
+
+        return [self._addend(term, len(rows), lead) for term in back(node, index, rows)]
+
+    def _back(self, node: fx.Node, index: Index, rows: Tensor, lead: Index) -> list[Term]:
+        view = self.scores.view(Factor(node, index), tuple(axis[rows] for axis in lead))
+        leaf = None if view is None else [unit(rows, Factor(node, index))]
+        if leaf is not None and view is not None and not self._opens(node, view):
+            return leaf
+        if leaf is not None and op_name(node) in PADS:
+            return leaf
+        try:
+            return self._pull(node, index, rows, lead)
+        except Unreadable:
+            if leaf is None:
+                raise
+            return leaf
+
+    def _pull(self, node: fx.Node, index: Index, rows: Tensor, lead: Index) -> list[Term]:
+        """One step back; products of tensors over a few elements are sums of products."""
+
+        def back(operand: fx.Node, at: Index, who: Tensor) -> list[Term]:
+            return self._back(operand, at, who, lead)
+
+        moved = renamed(node, index)
+        if moved is not None:
+            return back(*moved, rows)
+        product = contraction(node, self.scores.sizes)
+        if product is None or not 1 < product.size <= _LONGEST_SUM or self._data(node) > 1:
+            return self.reader.pull(node, index, rows, back)
+        terms: list[Term] = []
+        for place in range(product.size):
+            at = torch.full_like(rows, place)
+            left = back(product.left, product.left_at(index, at), rows)
+            terms += multiply(left, back(product.right, product.right_at(index, at), rows))
+        return terms
+
+    def _data(self, node: fx.Node) -> int:
+        """How many activations a node takes."""
+        return sum(self.program.taints[each] is Taint.DATA for each in node.all_input_nodes)
+
+    def _opens(self, node: fx.Node, view: Operand) -> bool:
+        """Whether reading goes on behind a value: where it mixes query and key, or multiplies slope and clock."""
+        if op_name(node).startswith("aten::detach"):
+            return False
+        roles = set(view.token_axes)
+        if {QUERY, KEY} <= roles:
+            return True
+        if not roles & {QUERY, KEY}:
+            return False
+        return self._scales(node)
+
+    def _scales(self, node: fx.Node) -> bool:
+        """A product in which an activation has one part at most, whatever moves the product about afterwards."""
+        while op_name(node) in SINGLE and fake(node) is not None:
+            operand = node.all_input_nodes[0]
+            if fake(operand) is None:
+                return False
+            node = operand
+        if op_name(node) == "aten::neg":
+            return True
+        if op_name(node) not in PRODUCTS:
+            return False
+        return self._data(node) < 2 and node.args[0] is not node.args[1]
+
+    def _addend(self, term: Term, samples: int, lead: Index) -> Addend:
+        number = term.constant()
+        if number is None or len(term.rows) != samples:
+            raise Unreadable("some entries of the bias are made otherwise than others")
+        kinds: dict[str, list[Operand]] = {"heads": [], "queries": [], "keys": [], "pairs": []}
+        for factor in term.factors:
+            view = self.scores.view(factor, lead)
+            if view is None:
+                raise Unreadable(f"{factor.node.name} is not read along the axes of the scores")
+            view = self.stripped(view, lead)
+            roles = set(view.token_axes) & {QUERY, KEY}
+            kind = (
+                "pairs" if len(roles) == 2 else "queries" if QUERY in roles else "keys" if roles else "heads"
+            )
+            kinds[kind].append(view)
+        return Addend(number, *(self._sorted(views) for views in kinds.values()))
+
+    def product(self, one: Addend, other: Addend) -> Addend:
+        """The product of two addends."""
+        return Addend(
+            one.number * other.number,
+            self._sorted(one.heads + other.heads),
+            self._sorted(one.queries + other.queries),
+            self._sorted(one.keys + other.keys),
+            self._sorted(one.pairs + other.pairs),
+        )
+
+    def _sorted(self, views: Sequence[Operand]) -> tuple[Operand, ...]:
+        order = self.program.order
+        return tuple(sorted(views, key=lambda view: (order.get(view.node, -1), str(view.axes), view.part)))
+
+    def stripped(self, view: Operand, lead: Index, plane: Tensor | None = None, planes: int = 1) -> Operand:
+        """The same elements seen in the earliest value that holds them and nothing beside them: what it is known by."""
+        while True:
+            moved = self._moved(view.node, self.scores.along(view, lead, plane))
+            if moved is None:
+                return view
+            operand, index = moved
+            earlier = self.scores.view(Factor(operand, index, view.part), lead, plane, planes)
+            if earlier is None or not self.scores.is_full(earlier, planes):
+                return view
+            view = earlier
+
+    def _moved(self, node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
+        """One movement back, at any size."""
+        name = op_name(node)
+        if name not in SINGLE:
+            return renamed(node, index)
+        if name == "getitem" and op_name(node.all_input_nodes[0]) not in SPLITS:
+            return None
+        try:
+            if is_frozen(node, name) or not keeps_numbers(node):
+                return None
+            operand, moved = move(node, name, index, self.scores.sizes)
+        except Unreadable:
+            return None
+        return None if fake(operand) is None else (operand, moved)
+
+
+def cumsum_dim(node: fx.Node) -> int | None:
+    """The dimension a cumulative sum runs along; None for anything else."""
+    if op_name(node) != "aten::cumsum" or not isinstance(node.args[1], int):
+        return None
+    value = fake(operand_of(node, 0))
+    return None if value is None or value.dim() == 0 else node.args[1] % value.dim()

@@ -1,0 +1,386 @@
+"""Name what is added to the scores: which biases of the algebra a polynomial of addends is the sum of.
+
+What softmax ignores is ignored here too: an addend without the key is a constant of its row. The others are
+
+    slope_h * clock_j                                            a bias by a clock (GRAPE 4.2, App. C, 5)
+    slope_h * gate_t * clock_j                                   the same under a gate of the query (GRAPE 4.6)
+    slope_h * gate_j * clock_j  -  slope_h * gate_j * clock_t    the same under a gate of the key
+    -slope_h * |clock_j - clock_t|, with or without gates        a mirrored bias
+
+    -slope_h * |place_j - place_t| on several axes               a distance (GRAPE App. G)
+
+path integrals (paths.py) apart, anything else is no bias of the algebra. A clock counts keys, is given, or is a running
+sum; a gate is an activation, and no running sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+import torch
+from torch import fx
+
+from grape_compile.encoding import Absolute, Distance, Euclidean, Signed
+from grape_compile.passes.addends import Addend, AddendReader
+from grape_compile.passes.causal import CausalMasks, same_count
+from grape_compile.passes.clocks import counted_by, counts, is_given
+from grape_compile.passes.distances import cut_off, places_of
+from grape_compile.passes.graph import Program, Role, Taint, Unreadable, op_name
+from grape_compile.passes.movement import operand_of
+from grape_compile.passes.operands import Operand
+from grape_compile.passes.paths import PathPart, Paths
+from grape_compile.passes.plans import Miss
+from grape_compile.passes.running_sums import RunningSums
+from grape_compile.passes.score_terms import ScoreTerm
+from grape_compile.passes.scores import BATCH, HEAD, KEY, QUERY, Scores, as_key
+from grape_compile.passes.terms import Index
+
+
+@dataclass(frozen=True)
+class BiasPart:
+    """number * prod(slopes) * gate * distance(clock_j, clock_t).
+
+    `clock` sees the keys; None counts them. Where `inclusive` is not None it is the rate of a running sum. `given`
+    marks positions the model is given. `places` are positions on several axes, for a distance between them.
+    """
+
+    number: float
+    slopes: tuple[Operand, ...]
+    clock: Operand | None = None
+    inclusive: bool | None = None
+    gate_query: Operand | None = None
+    gate_key: Operand | None = None
+    distance: Distance = field(default_factory=Signed)
+    given: bool = False
+    places: tuple[Operand, ...] = ()
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        """Everything this is made of."""
+        views = (*self.slopes, self.clock, self.gate_query, self.gate_key, *self.places)
+        return tuple(view for view in views if view is not None)
+
+
+@dataclass(frozen=True)
+class Clock:
+    """A clock by itself: `number` times the count of the keys (`view` None), given positions or a running sum."""
+
+    number: float
+    view: Operand | None
+    inclusive: bool | None = None
+    given: bool = False
+
+
+class Namer:
+    """Names the addends of one layer. `alive` are the entries its masks leave."""
+
+    def __init__(
+        self,
+        scores: Scores,
+        reader: AddendReader,
+        lead: Index,
+        alive: torch.Tensor,
+        masks: Sequence[ScoreTerm],
+    ) -> None:
+        self.scores, self.reader, self.lead, self.alive, self.masks = scores, reader, lead, alive, masks
+        self.program, self.causal = scores.program, CausalMasks(scores, reader)
+        self.paths = Paths(scores, reader, lead, masks, self.causal)
+        self.sums = RunningSums(self.program, reader.reader, lead, scores.shape, KEY)
+
+    def parts(self, addends: list[Addend]) -> list[BiasPart | PathPart] | Miss:
+        """The biases whose sum the addends are, up to a constant per row."""
+        rest = [addend for addend in addends if addend.keys or addend.pairs]
+        self.rows = [addend for addend in addends if not addend.keys and not addend.pairs]
+        self.used: list[Addend] = []
+        parts: list[BiasPart | PathPart] = []
+        while rest:
+            found: tuple[BiasPart | PathPart, list[Addend]] | None = (
+                self._mirrored(rest)
+                or self._apart_in_space(rest)
+                or self._key_gate(rest)
+                or self._plain(rest)
+                or self.paths.find(rest)
+            )
+            if found is None:
+                return self._miss(rest)
+            part, used = found
+            parts.append(part)
+            self.used += used
+            rest = [addend for addend in rest if addend not in used]
+        return self._untouched() or _merged(parts)
+
+    def _untouched(self) -> Miss | None:
+        """A constant per row made of weights that nothing else in the layer depends on: they would lose their gradient.
+
+        It is zero, but an optimiser and a parallel trainer tell a zero gradient from none.
+        """
+        program, layer = self.program, self.scores.layer
+        known = {
+            view.node
+            for addend in self.used
+            for view in (*addend.heads, *addend.queries, *addend.keys, *addend.pairs)
+        }
+        rows = {view.node for addend in self.rows for view in (*addend.heads, *addend.queries)}
+        left = {node for node in rows - known if program.taints[node] >= Taint.PARAMETER}
+        if not left:
+            return None
+        kept = _weights(program, {*known, layer.query, layer.key, layer.value})
+        if _weights(program, left) <= kept:
+            return None
+        return Miss(
+            "gradient",
+            "what is added to a row as a whole is made of weights that no other part of the layer reads: without it "
+            "they would have no gradient",
+            3,
+            "a bias of one clock, at the key and at the query",
+        )
+
+    # -- one part at a time --------------------------------------------------------------------------------------------
+
+    def _plain(self, rest: list[Addend]) -> tuple[BiasPart, list[Addend]] | None:
+        """slope * clock_j, or slope * gate_t * clock_j."""
+        for addend in rest:
+            if addend.pairs or len(addend.keys) != 1 or len(addend.queries) > 1:
+                continue
+            clock = self.clock(addend.keys[0], addend)
+            if clock is None:
+                continue
+            gate = addend.queries[0] if addend.queries else None
+            if gate is not None and (not self._is_gate(gate) or not self.scores.is_square):
+                continue
+            return self._part(addend, clock, gate_query=gate), [addend]
+        return None
+
+    def _key_gate(self, rest: list[Addend]) -> tuple[BiasPart, list[Addend]] | None:
+        """slope * gate_j * clock_j and its counterpart with the clock of the query."""
+        for addend in rest:
+            if addend.pairs or len(addend.keys) != 2 or addend.queries or not self.scores.is_square:
+                continue
+            for view, gate in (addend.keys, addend.keys[::-1]):
+                partner = next((each for each in rest if self._is_partner(addend, each, view, gate)), None)
+                clock = self.clock(view, None) if partner is not None and self._is_gate(gate) else None
+                if clock is not None and partner is not None:
+                    return self._part(addend, clock, gate_key=gate), [addend, partner]
+        return None
+
+    def _is_partner(self, addend: Addend, other: Addend, clock: Operand, gate: Operand) -> bool:
+        return (
+            other.number == -addend.number
+            and other.heads == addend.heads
+            and other.keys == (gate,)
+            and not other.pairs
+            and len(other.queries) == 1
+            and as_key(other.queries[0]) == clock
+        )
+
+    def _mirrored(self, rest: list[Addend]) -> tuple[BiasPart, list[Addend]] | None:
+        """-slope * |clock_j - clock_t|, times a gate; or the part of it a causal mask leaves."""
+        for addend in rest:
+            if (
+                len(addend.pairs) != 1
+                or len(addend.queries) + len(addend.keys) > 1
+                or not self.scores.is_square
+            ):
+                continue
+            gates = (*addend.queries, *addend.keys)
+            found = self._apart(addend.pairs[0])
+            if found is None or not all(map(self._is_gate, gates)):
+                continue
+            clock, distance = found
+            part = self._part(
+                addend,
+                clock,
+                gate_query=addend.queries[0] if addend.queries else None,
+                gate_key=addend.keys[0] if addend.keys else None,
+            )
+            return replace(part, distance=distance), [addend]
+        return None
+
+    def _apart(self, pair: Operand) -> tuple[Clock, Distance] | None:
+        """The clock of |clock_j - clock_t|, or of a difference cut off at zero that is whole for every key seen."""
+        name = op_name(pair.node)
+        try:
+            cut = name == "aten::abs" or cut_off(pair.node)
+            inside = self.reader.operand(pair, self.lead, operand_of(pair.node, 0)) if cut else []
+        except Unreadable:
+            return None
+        keys = [addend for addend in inside if len(addend.keys) == 1 and not addend.queries]
+        queries = [addend for addend in inside if len(addend.queries) == 1 and not addend.keys]
+        if len(inside) != 2 or len(keys) != 1 or len(queries) != 1 or keys[0].number != -queries[0].number:
+            return None
+        (key,), (query,) = keys, queries
+        clock = self.clock(key.keys[0], None)
+        if clock is None or key.heads or query.heads or key.pairs or query.pairs:
+            return None
+        same = as_key(query.queries[0]) == key.keys[0]
+        if not same and not (clock.view is None and same_count(query.queries[0].node, key.keys[0].node)):
+            return None
+        number = clock.number * key.number
+        past = clock.view is None and self.causal.hide_the_future(self.masks)
+        if name == "aten::abs":
+            return replace(clock, number=-abs(number)), Signed() if past else Absolute()
+        return (replace(clock, number=number), Signed()) if past and number < 0 else None
+
+    def _apart_in_space(self, rest: list[Addend]) -> tuple[BiasPart, list[Addend]] | None:
+        """-slope * |place_j - place_t|, on several axes."""
+        for addend in rest:
+            if len(addend.pairs) != 1 or addend.queries or addend.keys or not self.scores.is_square:
+                continue
+            try:
+                places = places_of(self.reader, addend.pairs[0], self.lead)
+            except Unreadable:
+                continue
+            if places and all(map(self._is_place, places)) and len({view.token_axes for view in places}) == 1:
+                part = BiasPart(-addend.number, addend.heads, distance=Euclidean(), given=True, places=places)
+                return part, [addend]
+        return None
+
+    def _is_place(self, view: Operand) -> bool:
+        if view.part != "value" or HEAD in view.token_axes:
+            return False
+        return self.program.taints[view.node] <= Taint.POSITION or self._is_coordinate(view, None)
+
+    def _part(self, addend: Addend, clock: Clock, **gates: Operand | None) -> BiasPart:
+        return BiasPart(
+            addend.number * clock.number,
+            addend.heads,
+            clock.view,
+            clock.inclusive,
+            gates.get("gate_query"),
+            gates.get("gate_key"),
+            given=clock.given,
+        )
+
+    # -- what plays the part of clock and gate -------------------------------------------------------------------------
+
+    def clock(self, view: Operand, addend: Addend | None) -> Clock | None:
+        """A value along the keys as a clock; `addend` is what holds it, where its counterpart is a row constant."""
+        if view.part != "value":
+            return None
+        alone = view.token_axes == (KEY,)
+        stride = next(axis.stride for axis in view.axes if axis.role == KEY)
+        steps = counted_by(view.node) if alone and stride == 1 else None
+        if steps is not None:
+            return Clock(float(steps), None)
+        if is_given(view.node) or self._is_coordinate(view, addend):
+            return Clock(1.0, view, given=True) if HEAD not in view.token_axes else None
+        total = self.sums.read(view)
+        if total is not None:
+            return Clock(total.number, total.rates, total.inclusive)
+        if HEAD not in view.token_axes and self._counts(view):
+            return Clock(1.0, view)
+        placed = self.program.taints[view.node] <= Taint.POSITION and addend is not None
+        if placed and HEAD not in view.token_axes and self._has_counterpart(view, addend):
+            return Clock(1.0, view, given=True)
+        return None
+
+    def _is_coordinate(self, view: Operand, addend: Addend | None) -> bool:
+        """Real positions given to the model: used as a difference, so that it is no mask that is added."""
+        if view.node.op != "placeholder" or self.program.roles.get(view.node) is not Role.INPUT:
+            return False
+        return addend is None or self._has_counterpart(view, addend)
+
+    def _has_counterpart(self, view: Operand, addend: Addend | None) -> bool:
+        """Whether the same value is taken off at the query: a difference of places."""
+        return addend is not None and any(
+            row.number == -addend.number
+            and row.heads == addend.heads
+            and len(row.queries) == 1 + len(addend.queries)
+            and any(as_key(query) == view for query in row.queries)
+            for row in self.rows
+        )
+
+    def _counts(self, view: Operand) -> bool:
+        """A computed clock that counts whatever it is given, and moves by one step from live key to live key."""
+        if self.program.taints[view.node] >= Taint.PARAMETER or QUERY in view.token_axes:
+            return False
+        if not self.program.is_constant(view.node) and not counts(self.program, view):
+            return False
+        if set(view.token_axes) - {BATCH, KEY}:
+            return False
+        value = self.scores.aligned(view)
+        rises = value[..., 1:] - value[..., :-1]
+        alive = self.alive
+        both = alive[..., 1:] & alive[..., :-1] if alive.shape[-1] > 1 else alive
+        shape = torch.broadcast_shapes(rises.shape, both.shape)
+        return bool((rises.abs().expand(shape)[both.expand(shape)] == 1).all())
+
+    def _is_gate(self, view: Operand) -> bool:
+        if self.program.taints[view.node] is not Taint.DATA or view.part != "value":
+            return False
+        return self.sums.read(as_key(view)) is None
+
+    # -- why not -------------------------------------------------------------------------------------------------------
+
+    def _miss(self, rest: list[Addend]) -> Miss:
+        """The sentence for addends that are no bias; depth 0 where nothing about them speaks of positions."""
+        nodes = [view.node for addend in rest for view in (*addend.queries, *addend.keys, *addend.pairs)]
+        near = any(map(self._is_positional, nodes))
+        names = ", ".join(sorted({_said(node) for node in nodes}))
+        return Miss(
+            "terms",
+            "what is added to the scores is not a slope per head times a clock, with or without gates: "
+            f"it holds {names}",
+            3 if near else 0,
+            "a bias by steps, by given positions or by a running sum",
+        )
+
+    def _is_positional(self, node: fx.Node) -> bool:
+        """Whether a value is made of positions or of a running sum."""
+        seen, stack = {node}, [(node, 0)]
+        while stack:
+            step, depth = stack.pop()
+            if op_name(step) in ("aten::cumsum", "aten::arange") or is_given(step):
+                return True
+            if depth < _LOOK:
+                new = [each for each in step.all_input_nodes if each not in seen]
+                seen.update(new)
+                stack += [(each, depth + 1) for each in new]
+        return False
+
+
+_LOOK = 8
+"""Operations to look back for positions, for the sake of a sentence."""
+
+
+def _weights(program: Program, nodes: set[fx.Node]) -> set[fx.Node]:
+    """The parameters some values are made of."""
+    seen, stack = set(nodes), list(nodes)
+    while stack:
+        new = [operand for operand in stack.pop().all_input_nodes if operand not in seen]
+        seen.update(new)
+        stack += new
+    return {node for node in seen if program.roles.get(node) is Role.PARAMETER}
+
+
+def _said(node: fx.Node) -> str:
+    return op_name(node).removeprefix("aten::") or f"the input {node.name}"
+
+
+def _merged(parts: list[BiasPart | PathPart]) -> list[BiasPart | PathPart]:
+    """The two halves of a gate of query and key as one part."""
+    merged: list[BiasPart | PathPart] = []
+    for part in parts:
+        for place, held in enumerate(merged):
+            both = _both(held, part) or _both(part, held)
+            if both is not None:
+                merged[place] = both
+                break
+        else:
+            merged.append(part)
+    return merged
+
+
+def _both(one: BiasPart | PathPart, other: BiasPart | PathPart) -> BiasPart | None:
+    """One part gated by the query, the other by the key, and nothing else between them."""
+    if not isinstance(one, BiasPart) or not isinstance(other, BiasPart):
+        return None
+    if (
+        one.gate_query is None
+        or one.gate_key is not None
+        or other.gate_key is None
+        or other.gate_query is not None
+    ):
+        return None
+    joined = replace(one, gate_key=other.gate_key)
+    return joined if joined == replace(other, gate_query=one.gate_query) else None

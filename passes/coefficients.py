@@ -1,0 +1,164 @@
+"""The coefficients of a per-token matrix: what each is made of, and when two of them are equal or opposite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from grape_compile.passes.graph import Taint, Unreadable, op_name, require_fake
+from grape_compile.passes.movement import is_symbolic, operand_of
+from grape_compile.passes.plans import Entry, Reading
+from grape_compile.passes.replay import Replay
+from grape_compile.passes.terms import Factor, Index, Term, multiply, unit
+
+Read = Callable[[fx.Node, Index, Tensor], list[Term]]
+
+_EQUAL = 1e-9
+_LOOKUPS = {"aten::embedding": 0, "aten::index_select": 0, "aten::index": 0}
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A coefficient followed to its end: `kind` is cos, sin or table; no `leaf` where it is a product of several."""
+
+    kind: str
+    number: float
+    leaf: Factor | None
+
+
+class Coefficients:
+    """Entries of a matrix by output and input channel, followed back to their ends."""
+
+    def __init__(self, reading: Reading, mixed: dict[int, list[Entry]]) -> None:
+        self.reading, self.mixed = reading, mixed
+        self.program = reading.program
+        self.samples = torch.arange(reading.lead[0].numel())
+        self.resolved: dict[tuple[int, int], Resolved] = {}
+
+    def values(self, at: tuple[int, int]) -> Tensor:
+        entry = self.entry(at)
+        values = [element_values(self.reading.replay, factor) for factor in entry.factors]
+        return entry.number * torch.stack(values).prod(0)
+
+    def entry(self, at: tuple[int, int]) -> Entry:
+        return next(entry for entry in self.mixed[at[0]] if entry.source == at[1])
+
+    def compare(self, one: tuple[int, int], other: tuple[int, int]) -> int:
+        """1 if two coefficients are equal, -1 if opposite, 0 otherwise: by what they are, or by all they hold."""
+        first, second = self.resolve(*one), self.resolve(*other)
+        if (
+            first.kind == second.kind
+            and abs(first.number) == abs(second.number)
+            and self.same_element(first.leaf, second.leaf)
+        ):
+            return 1 if first.number == second.number else -1
+        if first.kind != "table" or second.kind != "table":
+            return 0
+        if first.leaf is None or second.leaf is None:
+            return 0
+        left, right = self._column(first.leaf), self._column(second.leaf)
+        if left is None or right is None or left.shape != right.shape:
+            return 0
+        return _same_or_opposite(first.number * left, second.number * right)
+
+    def _column(self, leaf: Factor) -> Tensor | None:
+        """Everything a table holds for one channel, at every position it has: what stored tables are compared by."""
+        channel = leaf.index[-1] if leaf.index else None
+        if channel is None or leaf.part != "value" or bool((channel != channel[0]).any()):
+            return None
+        node = leaf.node
+        if (
+            op_name(node) in _LOOKUPS
+            and require_fake(node).shape[-1]
+            == require_fake(operand_of(node, _LOOKUPS[op_name(node)])).shape[-1]
+        ):
+            node = operand_of(node, _LOOKUPS[op_name(node)])
+        if self.program.taints[node] is not Taint.STRUCTURE or any(
+            map(is_symbolic, require_fake(node).shape)
+        ):
+            return None
+        return self.reading.replay.tensor(node)[..., int(channel[0])]
+
+    def same_element(self, one: Factor | None, other: Factor | None) -> bool:
+        if one is None or other is None:
+            return False
+        if one.part != other.part:
+            return False
+        return self._same_place(one, other) or (one.part in ("cos", "sin") and self.same_angle(one, other))
+
+    def _same_place(self, one: Factor, other: Factor) -> bool:
+        """The same elements of the same value."""
+        numbers = self.program.value_numbers
+        return numbers[one.node] == numbers[other.node] and all(
+            torch.equal(a, b) for a, b in zip(one.index, other.index, strict=True)
+        )
+
+    def same_angle(self, one: Factor | None, other: Factor | None) -> bool:
+        if one is not None and other is not None and self._same_place(one, other):
+            return True
+        first, second = self.angle(one), self.angle(other)
+        if first is None or second is None or first[0] != second[0] or len(first[1]) != len(second[1]):
+            return False
+        return all(self.same_element(a, b) for a, b in zip(first[1], second[1], strict=True))
+
+    def angle(
+        self, factor: Factor | None, read: Read | None = None
+    ) -> tuple[float, tuple[Factor, ...]] | None:
+        """The angle as number times a product of elements, or None when it is a sum; `read` goes back to the leaves."""
+        if factor is None:
+            return None
+        terms = (read or self.reading.reader.position)(factor.node, factor.index, self.samples)
+        if (
+            len(terms) != 1
+            or len(terms[0].rows) != len(self.samples)
+            or any(leaf.part in ("cos", "sin") for leaf in terms[0].factors)
+        ):
+            return None
+        number = terms[0].constant()
+        return None if number is None else (number, terms[0].factors)
+
+    def resolve(self, out: int, source: int) -> Resolved:
+        """Follow one coefficient back to a trigonometric function of an angle, or to a table."""
+        key = (out, source)
+        if key not in self.resolved:
+            self.resolved[key] = self._resolve(self.entry(key))
+        return self.resolved[key]
+
+    def _resolve(self, entry: Entry) -> Resolved:
+        table = Resolved("table", entry.number, entry.factors[0] if len(entry.factors) == 1 else None)
+        terms = [unit(self.samples)]
+        try:
+            for factor in entry.factors:
+                terms = multiply(terms, self.reading.reader.element(factor, self.samples))
+        except Unreadable:
+            return table
+        if len(terms) != 1 or len(terms[0].factors) != 1 or len(terms[0].rows) != len(self.samples):
+            return table
+        number, leaf = terms[0].constant(), terms[0].factors[0]
+        if number is None:
+            return table
+        return Resolved(leaf.part if leaf.part in ("cos", "sin") else "table", entry.number * number, leaf)
+
+
+def _same_or_opposite(left: Tensor, right: Tensor) -> int:
+    """1 if equal, -1 if opposite, 0 if neither or nothing but zeros."""
+    bound = _EQUAL * max(float(left.abs().max()), 1e-30)
+    if not bool((left.abs() > bound).any()):
+        return 0
+    if float((left - right).abs().max()) <= bound:
+        return 1
+    return -1 if float((left + right).abs().max()) <= bound else 0
+
+
+def element_values(replay: Replay, factor: Factor) -> Tensor:
+    """Values of the elements a factor addresses, in fp64."""
+    value = replay.tensor(factor.node)
+    element = value[factor.index] if factor.index else value.reshape(1)
+    if factor.part in ("cos", "sin"):
+        return torch.cos(element) if factor.part == "cos" else torch.sin(element)
+    if factor.part in ("real", "imag"):
+        return element.real if factor.part == "real" else element.imag
+    return 1 / element if factor.part == "reciprocal" else element

@@ -1,0 +1,236 @@
+"""Name a bias by its values, where the model multiplies slope and clock out of sight of a structural reading.
+
+What: one term that is affine in the key, row by row at the captured size (or mirrored at the query), and is a
+    product of a slope and a value that counts keys; or a constant table, whose slope is its mean rise.
+Leaves alone: everything that depends on activations, and sums of several biases.
+Cost: one evaluation of the term in fp64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx
+
+from grape_compile.encoding import Absolute, Distance, Signed
+from grape_compile.passes.bias_parts import BiasPart
+from grape_compile.passes.clocks import counted_by, counts, is_given
+from grape_compile.passes.elements import Reader
+from grape_compile.passes.graph import Program, Taint, Unreadable
+from grape_compile.passes.operands import Operand
+from grape_compile.passes.plans import Miss
+from grape_compile.passes.score_terms import ScoreTerm
+from grape_compile.passes.scores import BATCH, DEAD, HEAD, KEY, QUERY, Scores, last_row
+from grape_compile.passes.terms import Factor, Index, Term
+
+_AFFINE = 1e-6
+
+
+@dataclass(frozen=True)
+class TablePart:
+    """A finished table [B, H, Tk] of biases by steps, times `number`: the slope is its mean rise."""
+
+    number: float
+    table: Operand
+
+
+def evaluated(scores: Scores, biases: list[ScoreTerm], alive: Tensor) -> list[BiasPart | TablePart] | Miss:
+    """The one bias that a term without activations is."""
+    learned = next((term for term in biases if _is_learned(scores.program, term.node)), None)
+    if len(biases) > 1:
+        if learned is not None:
+            return _miss(scores, learned)
+        return Miss("terms", f"{len(biases)} biases are added to the scores of one layer", 2)
+    return _Term(scores, biases[0], alive).part()
+
+
+class _Term:
+    def __init__(self, scores: Scores, term: ScoreTerm, alive: Tensor) -> None:
+        self.scores, self.term, self.alive = scores, term, alive
+        self.program = scores.program
+
+    def part(self) -> list[BiasPart | TablePart] | Miss:
+        scores, term = self.scores, self.term
+        value = scores.value(term).clamp_min(-1e30)
+        distance = self._distance(value)
+        if distance is None:
+            return _miss(scores, term)
+        views = self._views()
+        if views is None:
+            return self._table(distance)
+        number, slopes, clock = views
+        if isinstance(distance, Absolute):
+            return self._mirrored(number, slopes, clock)
+        given = is_given(clock.node)
+        stride = next(axis.stride for axis in clock.axes if axis.role == KEY)
+        steps = counted_by(clock.node) if clock.token_axes == (KEY,) and stride == 1 else None
+        if steps is not None:
+            return [BiasPart(term.factor * number * steps, (slopes,))]
+        if not given and not (self._unit(clock) and self._counting(clock)):
+            return Miss(
+                "steps",
+                "the slope is multiplied by something that does not count keys one by one",
+                3,
+                "ALiBi at every key position",
+            )
+        if QUERY in clock.token_axes and not scores.is_static:
+            return Miss(
+                "sizes", "a matrix of distances of symbolic size is not proved from one length", 3, "ALiBi"
+            )
+        clock = last_row(clock, scores.shape[QUERY])
+        number *= term.factor
+        if not given and self._falls(clock):
+            clock, number = replace(clock, scale=-1.0), -number
+        return [BiasPart(number, (slopes,), clock, given=given)]
+
+    def _mirrored(self, number: float, slopes: Operand, clock: Operand) -> list[BiasPart | TablePart] | Miss:
+        """-slope * |j - t|, where the graph runs at one length only."""
+        if not self.scores.is_static:
+            return Miss(
+                "sizes",
+                "a mirrored bias of symbolic length cannot be proved from one length",
+                3,
+                "ALiBi by absolute distance",
+            )
+        sign = -1.0 if float(self.scores.aligned(clock).max()) > 0 else 1.0
+        return [BiasPart(self.term.factor * number * sign, (slopes,), distance=Absolute())]
+
+    def _distance(self, value: Tensor) -> Distance | None:
+        """Signed when every row is affine in the key, Absolute when it is mirrored at the query; one slope per head."""
+        alive = self.alive
+        _, _, queries, keys = self.scores.shape
+        rises = value[..., 1:] - value[..., :-1] if value.shape[-1] > 1 else value[..., :0]
+        both = (alive[..., 1:] & alive[..., :-1]) if alive.shape[-1] > 1 else alive
+        shape = torch.broadcast_shapes(rises.shape, both.shape)
+        if torch.Size(shape).numel() == 0:
+            return Signed()
+        seen, steps = both.expand(shape), rises.expand(shape)
+        scale = _AFFINE * float(torch.where(value > DEAD, value, 0.0).abs().max())
+        high = torch.where(seen, steps, -torch.inf).amax(dim=(-2, -1))
+        low = torch.where(seen, steps, torch.inf).amin(dim=(-2, -1))
+        if bool(((high - low)[torch.isfinite(high)] <= scale).all()):
+            return Signed()
+        if queries != keys:
+            return None
+        offset = torch.arange(keys) - torch.arange(queries)[:, None]
+        mirrored = torch.where(offset[:, :-1] < 0, steps, -steps)
+        high = torch.where(seen, mirrored, -torch.inf).amax(dim=(-2, -1))
+        low = torch.where(seen, mirrored, torch.inf).amin(dim=(-2, -1))
+        return Absolute() if bool(((high - low)[torch.isfinite(high)] <= scale).all()) else None
+
+    def _views(self) -> tuple[float, Operand, Operand] | None:
+        """Slope and clock as operands, when the term is a product of the two."""
+        lead, index, rows = self.scores.samples(self.term)
+        reader = Reader(self.program, self.scores.replay, alive=True)
+        for read in (reader.position, reader.product):
+            found = _factors(read, self.term.node, index, rows)
+            if found is None:
+                continue
+            number, factors = found
+            views = [self.scores.view(factor, lead) for factor in factors]
+            if views[0] is None or views[1] is None:
+                continue
+            slopes, clock = (views[0], views[1]) if KEY in views[1].token_axes else (views[1], views[0])
+            if reader.frozen and not _shiftable(slopes, clock):
+                continue
+            if (
+                set(slopes.token_axes) <= {BATCH, HEAD}
+                and KEY in clock.token_axes
+                and HEAD not in clock.token_axes
+            ):
+                return number, slopes, clock
+        return None
+
+    def _counting(self, clock: Operand) -> bool:
+        """A clock that counts whatever it is given, or one made of constants alone, seen whole."""
+        return self.program.is_constant(clock.node) or counts(self.program, clock)
+
+    def _unit(self, clock: Operand) -> bool:
+        """Live keys of a row are one step apart."""
+        value = self.scores.aligned(clock)
+        rises = value[..., 1:] - value[..., :-1]
+        both = self.alive[..., 1:] & self.alive[..., :-1] if self.alive.shape[-1] > 1 else self.alive
+        shape = torch.broadcast_shapes(rises.shape, both.shape)
+        return bool((rises.abs().expand(shape)[both.expand(shape)] == 1).all())
+
+    def _falls(self, clock: Operand) -> bool:
+        """A clock that counts down from key to key (`t - j`)."""
+        value = self.scores.aligned(clock)
+        rises = value[..., 1:] - value[..., :-1]
+        return bool((rises < 0).sum() > (rises > 0).sum())
+
+    def _table(self, distance: Distance) -> list[BiasPart | TablePart] | Miss:
+        """A finished table: the slope is taken from its last row."""
+        if not self.program.is_constant(self.term.node):
+            return Miss(
+                "buffer",
+                "the finished biases are kept in a tensor that may change after compilation",
+                3,
+                "ALiBi computed from its slopes",
+            )
+        if isinstance(distance, Absolute) or self.scores.shape[KEY] < 2:
+            return Miss(
+                "product",
+                "the bias is affine in the key, but slope and position cannot be told apart",
+                3,
+                "ALiBi",
+            )
+        lead, index, _ = self.scores.samples(self.term)
+        view = self.scores.view(Factor(self.term.node, index), lead)
+        if view is None:
+            return Miss(
+                "product", "the table of biases is not regular enough to be handed to an operator", 3, "ALiBi"
+            )
+        return [TablePart(self.term.factor, last_row(view, self.scores.shape[QUERY]))]
+
+
+def _miss(scores: Scores, term: ScoreTerm) -> Miss:
+    if _is_learned(scores.program, term.node):
+        return Miss(
+            "table", "the bias is looked up in a learned table of relative positions: it has no slope", 2
+        )
+    value = scores.value(term).clamp_min(-1e30)
+    steps = value[..., 1:] - value[..., :-1]
+    spread = float((steps.amax(-1) - steps.amin(-1)).max())
+    return Miss(
+        "affine",
+        f"the bias is not one slope per head times the key position: from one key to the next it changes by "
+        f"amounts that differ by up to {spread:.3g} within a row",
+        3,
+        "ALiBi: a bias that changes by the same slope from every key to the next",
+    )
+
+
+def _is_learned(program: Program, node: fx.Node) -> bool:
+    """A value made of weights, directly or by looking them up."""
+    seen, stack = {node}, [node]
+    while stack:
+        step = stack.pop()
+        if program.taints[step] is Taint.PARAMETER:
+            return True
+        new = [operand for operand in step.all_input_nodes if operand not in seen]
+        seen.update(new)
+        stack += new
+    return False
+
+
+def _factors(
+    read: Callable[[fx.Node, Index, Tensor], list[Term]], node: fx.Node, index: Index, rows: Tensor
+) -> tuple[float, tuple[Factor, ...]] | None:
+    """A number and exactly two elements whose product a term is, for every sampled row."""
+    try:
+        terms = read(node, index, rows)
+    except Unreadable:
+        return None
+    if len(terms) != 1 or len(terms[0].rows) != len(rows) or len(terms[0].factors) != 2:
+        return None
+    number = terms[0].constant()
+    return None if number is None else (number, terms[0].factors)
+
+
+def _shiftable(slopes: Operand, clock: Operand) -> bool:
+    """An offset known for the captured sizes only does no harm to a count of the keys: softmax ignores it."""
+    counting = clock.token_axes == (KEY,) and counted_by(clock.node) is not None
+    return counting and all(axis.offset == 0 and axis.stride == 1 for axis in slopes.axes)

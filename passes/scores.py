@@ -1,0 +1,212 @@
+"""The scores of an attention layer as a target of four axes (batch, head, query, key), and values seen through them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grape_compile.passes.attention import Attention
+from grape_compile.passes.graph import Program, Sizes, Taint, require_fake
+from grape_compile.passes.movement import is_symbolic
+from grape_compile.passes.operands import Axis, Operand, fit
+from grape_compile.passes.replay import Replay
+from grape_compile.passes.score_terms import ScoreTerm
+from grape_compile.passes.terms import Factor, Index, broadcast
+
+BATCH, HEAD, QUERY, KEY = range(4)
+DEAD = -1e4
+"""An added value this low marks a dead entry."""
+
+
+class Scores:
+    """Axes, sizes and samples of the scores of one layer."""
+
+    def __init__(self, program: Program, replay: Replay, layer: Attention) -> None:
+        self.program, self.replay, self.layer = program, replay, layer
+        self.sizes = Sizes()
+        self.symbolic = self._symbolic()
+        batch, heads, queries, keys = (self.sizes(size) for size in self.symbolic)
+        self.shape = (batch, heads, queries, keys)
+
+    def _symbolic(self) -> tuple[Any, Any, Any, Any]:
+        """Batch, heads, queries, keys, as the graph has them."""
+        layer = self.layer
+        query, value = require_fake(layer.query).shape, require_fake(layer.value).shape
+        if len(query) == 4:
+            return (
+                layer.size("query", 0),
+                layer.size("query", 1),
+                layer.size("query", 2),
+                layer.size("value", 2),
+            )
+        if layer.batch_heads is None:
+            return 1, query[0], query[1], value[-2]
+        return layer.batch_heads[0], layer.batch_heads[1], query[1], value[-2]
+
+    @property
+    def is_square(self) -> bool:
+        """As many queries as keys, whatever the sizes."""
+        return str(self.symbolic[QUERY]) == str(self.symbolic[KEY])
+
+    @property
+    def is_static(self) -> bool:
+        """The graph runs at no other number of queries and keys."""
+        return all(isinstance(self.symbolic[axis], int) for axis in (QUERY, KEY))
+
+    def is_full(self, view: Operand, planes: int = 1) -> bool:
+        """A view that takes every element of its axes, at any size."""
+        sizes: dict[str | int, Any] = {**dict(enumerate(self.symbolic)), "plane": planes}
+        shape = require_fake(view.node).shape
+        return all(
+            axis.role == "fixed"
+            or ((axis.offset, axis.stride) == (0, 1) and str(size) == str(sizes[axis.role]))
+            for axis, size in zip(view.axes, shape, strict=True)
+        )
+
+    # -- values at the captured size -----------------------------------------------------------------------------------
+
+    def split(self) -> tuple[list[ScoreTerm], list[ScoreTerm]]:
+        """Masks and biases apart. What depends on activations is a bias; it has no value here."""
+        masks, biases = [], []
+        for term in self.layer.terms:
+            if term.dead is not None:
+                masks.append(term)
+                continue
+            if self.program.taints[term.node] is Taint.DATA:
+                biases.append(term)
+                continue
+            value = self.value(term)
+            live = value[value > DEAD]
+            if live.numel() == 0 or bool((live == 0).all()):
+                masks.append(term)
+            elif bool((value <= DEAD).any()):
+                masks.append(replace(term, finished=True))
+                biases.append(term)
+            elif value.shape[-1] > 1 and bool((value != value[..., :1]).any()):
+                biases.append(term)
+        return masks, biases
+
+    def value(self, term: ScoreTerm, replay: Replay | None = None) -> Tensor:
+        """What a term adds, with four axes: [B or 1, H or 1, Tq or 1, Tk or 1], without its factor."""
+        value = (replay or self.replay).tensor(term.node)
+        if self.layer.is_folded(term):
+            while value.dim() < 3:
+                value = value.unsqueeze(0)
+            return (
+                value.unsqueeze(0)
+                if value.shape[0] == 1
+                else value.reshape(*self.shape[:2], *value.shape[1:])
+            )
+        while value.dim() < 4:
+            value = value.unsqueeze(0)
+        return value
+
+    def alive(self, masks: list[ScoreTerm]) -> Tensor:
+        """Entries a query can see."""
+        alive = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+        if self.layer.is_causal:
+            alive = torch.ones(self.shape[QUERY], self.shape[KEY], dtype=torch.bool).tril()[None, None]
+        for term in masks:
+            value = self.value(term)
+            dead = value.bool() == term.dead if term.dead is not None else value * term.factor <= DEAD
+            alive = alive & ~dead
+        return alive
+
+    def added(self, replay: Replay, queries: list[int]) -> Tensor:
+        """Everything added to the scores of some queries in fp64, [B or 1, H or 1, queries, Tk]; dead is -inf."""
+        total = torch.zeros(1, 1, len(queries), self.shape[KEY], dtype=torch.float64)
+        if self.layer.is_causal:
+            future = torch.arange(self.shape[KEY]) > torch.tensor(queries)[:, None]
+            total = total.masked_fill(future, -torch.inf)
+        for term in self.layer.terms:
+            value = self.value(term, replay)
+            value = value[:, :, queries] if value.shape[QUERY] > 1 else value
+            if term.dead is not None:
+                total = torch.where(value.bool() == term.dead, -torch.inf, total)
+            else:
+                added = value * term.factor
+                total = total + torch.where(added <= DEAD, -torch.inf, added)
+        return total
+
+    # -- elements ------------------------------------------------------------------------------------------------------
+
+    def places(self) -> Index:
+        """Sampled batch, head, query and key numbers, all combinations."""
+        choices = [
+            torch.tensor(sorted({0, 1, size // 2, size - 1} & set(range(size)))) for size in self.shape
+        ]
+        grid = torch.cartesian_prod(*choices).reshape(-1, 4)
+        return tuple(grid[:, axis] for axis in range(4))
+
+    def samples(self, term: ScoreTerm) -> tuple[Index, Index, Tensor]:
+        """Sampled (batch, head, query, key), and the element of the term each of them sees."""
+        lead = self.places()
+        full: Index = lead
+        if self.layer.is_folded(term):
+            full = (lead[0] * self.shape[HEAD] + lead[1], lead[2], lead[3])
+        return lead, broadcast(full, self.sizes.shape(term.node)), torch.arange(lead[0].numel())
+
+    def view(
+        self, factor: Factor, lead: Index, plane: Tensor | None = None, planes: int = 1
+    ) -> Operand | None:
+        """A value as an operand, when its elements lie along the axes; `lead` says for which places they were read."""
+        if factor.part not in ("value", "reciprocal"):
+            return None
+        node = self.program.representative(factor.node)
+        plane = torch.zeros_like(lead[0]) if plane is None else plane
+        axes = fit(self.program, node, factor.index, lead, plane, self.sizes, (*self.shape, planes))
+        if axes is None or any(
+            axis.role == "fixed" and axis.offset and is_symbolic(size)
+            for axis, size in zip(axes, require_fake(node).shape, strict=True)
+        ):
+            return None  # a place counted from an end that moves
+        return Operand(node, axes, factor.part)
+
+    def along(self, view: Operand, lead: Index, plane: Tensor | None = None) -> Index:
+        """The elements of a value that a view reads for some places."""
+        where: dict[str | int, Tensor] = {
+            **dict(enumerate(lead)),
+            "plane": torch.zeros_like(lead[0]) if plane is None else plane,
+        }
+        return tuple(
+            torch.full_like(lead[0], axis.offset)
+            if axis.role == "fixed"
+            else axis.offset + axis.stride * where[axis.role]
+            for axis in view.axes
+        )
+
+    def aligned(self, view: Operand) -> Tensor:
+        """The value of a view with axes batch, head, query, key."""
+        value = self.replay.tensor(view.node)
+        kept: list[int] = []
+        for dimension in reversed(range(len(view.axes))):
+            axis = view.axes[dimension]
+            if axis.role == "fixed":
+                value = value.select(dimension, axis.offset)
+                continue
+            kept.insert(0, int(axis.role))
+            count = self.shape[int(axis.role)]
+            value = value.index_select(dimension, axis.offset + axis.stride * torch.arange(count))
+        value = value.permute([kept.index(role) for role in sorted(kept)])
+        for role in range(4):
+            if role not in kept:
+                value = value.unsqueeze(role)
+        return value.double()
+
+
+def last_row(view: Operand, queries: int) -> Operand:
+    """The view with its query axis fixed at the last query, which sees every key."""
+    axes = tuple(
+        Axis("fixed", axis.offset + axis.stride * (queries - 1)) if axis.role == QUERY else axis
+        for axis in view.axes
+    )
+    return replace(view, axes=axes)
+
+
+def as_key(view: Operand) -> Operand:
+    """What a view along the queries is along the keys: the same value, read at the number of the key."""
+    axes = tuple(replace(axis, role=KEY) if axis.role == QUERY else axis for axis in view.axes)
+    return replace(view, axes=axes)

@@ -1,0 +1,68 @@
+"""Biases that depend on content, alone and added up, at lengths the graph was not captured with."""
+
+import copy
+
+import pytest
+import torch
+from attention_layers import HIDDEN, example, sharpen
+from kin_spellings import KIN_SPELLINGS, KinSpelling
+from torch import Tensor, nn
+
+from grape_compile import grape_compile, inspect, report
+from grape_compile.encoding import parse
+
+spellings = pytest.mark.parametrize("spelling", KIN_SPELLINGS, ids=lambda row: row.name)
+
+
+@spellings
+def test_it_is_found_and_named(spelling: KinSpelling) -> None:
+    found = inspect(sharpen(spelling.make()), (example(),))
+    assert found.refusals == (), str(found)
+    assert len(found.sites) == 1, str(found)
+    encoding = found.sites[0].encoding
+    assert all(text in str(encoding) for text in spelling.text), str(encoding)
+    assert parse(str(encoding)) == encoding
+
+
+@spellings
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_it_equals_itself_at_every_length(spelling: KinSpelling, dynamic: bool) -> None:
+    """Outputs and gradients in float64."""
+    plain = sharpen(spelling.make()).double()
+    compiled = grape_compile(copy.deepcopy(plain), backend="eager", dynamic=dynamic)
+    for length in (12, 12, 19, 7):
+        x = example(length).double()
+        gradients = []
+        for layer in (plain, compiled):
+            layer.zero_grad()
+            torch.autograd.backward(layer(x), example(length, seed=1).double())
+            gradients.append({name: p.grad for name, p in layer.named_parameters() if p.grad is not None})
+        torch.testing.assert_close(compiled(x), plain(x), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-9)
+    assert len(report(compiled).sites) == 1, str(report(compiled))
+
+
+class GivenPlaces(nn.Module):
+    """Attention over given places [B, T, 2], by distance."""
+
+    slopes: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("slopes", torch.tensor([0.5, 0.25]))
+        self.qkv = nn.Linear(HIDDEN, 3 * HIDDEN, bias=False)
+
+    def forward(self, x: Tensor, places: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        distance = (places[:, :, None] - places[:, None]).norm(dim=-1)
+        scores = query @ key.mT / 4 - self.slopes[:, None, None] * distance[:, None]
+        return scores.softmax(-1) @ value
+
+
+def test_distances_of_given_places() -> None:
+    plain = sharpen(GivenPlaces()).double()
+    places = torch.randn(2, 12, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    compiled = grape_compile(copy.deepcopy(plain), backend="eager")
+    torch.testing.assert_close(compiled(example().double(), places), plain(example().double(), places))
+    (site,) = report(compiled).sites
+    assert "euclidean" in str(site.encoding)
