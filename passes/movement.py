@@ -29,6 +29,9 @@ PERMUTES = {
     "aten::movedim", "aten::moveaxis",
 }  # fmt: skip
 SPLITS = {"aten::split", "aten::split_with_sizes", "aten::chunk", "aten::unbind", "aten::tensor_split"}
+GRIDS = {"aten::meshgrid"}
+# Operators with several results whose offsets are no sizes.
+UNCUT = GRIDS | {"aten::unbind"}
 JOINS = {"aten::cat", "aten::concat", "aten::concatenate", "aten::stack"}
 CUTS = {"aten::slice", "aten::select", "aten::narrow"}
 REPEATS = {"aten::repeat", "aten::tile", "aten::repeat_interleave"}
@@ -81,12 +84,11 @@ def is_frozen(node: fx.Node, name: str) -> bool:
             and name != "aten::repeat"
         )
     if name == "getitem":
-        dim, parts = split_dim(operand_of(node, 0)), operand_of(node, 0).meta["val"]
-        return (
-            any(is_symbolic(part.shape[dim]) for part in parts)
-            if op_name(operand_of(node, 0)) != "aten::unbind"
-            else False
-        )
+        split = operand_of(node, 0)
+        if op_name(split) in UNCUT:
+            return False
+        dim = split_dim(split)
+        return any(is_symbolic(part.shape[dim]) for part in split.meta["val"])
     if name in JOINS - {"aten::stack"}:
         dim = join_dim(node)
         return any(is_symbolic(part.meta["val"].shape[dim]) for part in join_parts(node)[:-1])
@@ -204,6 +206,8 @@ def _repeat_interleave(node: fx.Node, index: Index, shape: tuple[int, ...], size
 
 def _part(node: fx.Node, split: fx.Node, index: Index, sizes: Sizes) -> tuple[fx.Node, Index]:
     name, which = op_name(split), node.args[1]
+    if name in GRIDS and isinstance(which, int):
+        return _axis_of_grid(split, which, index)
     if name not in SPLITS or not isinstance(which, int):
         raise Unreadable(f"output of {name or split.op}")
     dim, parts = split_dim(split), list(split.meta["val"])
@@ -214,6 +218,14 @@ def _part(node: fx.Node, split: fx.Node, index: Index, sizes: Sizes) -> tuple[fx
     else:
         axes[dim] = axes[dim] + sum(sizes(part.shape[dim]) for part in parts[:which])
     return operand_of(split, 0), tuple(axes)
+
+
+def _axis_of_grid(grid: fx.Node, which: int, index: Index) -> tuple[fx.Node, Index]:
+    """One coordinate of a grid: the axis it was made of, at the index along its own dimension."""
+    axes = join_parts(grid)
+    which = which % len(axes)
+    dim = {0: 1, 1: 0}.get(which, which) if grid.kwargs.get("indexing") == "xy" else which
+    return axes[which], (index[dim],) if axes[which].meta["val"].dim() else ()
 
 
 def _order(node: fx.Node, name: str, rank: int) -> list[int]:

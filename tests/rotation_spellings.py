@@ -15,6 +15,7 @@ from torch import Tensor, nn
 HALF = HEAD_DIM // 2
 HALVES = f"half({HEAD_DIM})"
 NEIGHBOURS = f"interleaved({HEAD_DIM})"
+TWO_BLOCKS = tuple((block + j, block + j + HALF // 2) for block in (0, HALF) for j in range(HALF // 2))
 
 
 @dataclass(frozen=True)
@@ -267,6 +268,30 @@ class CosAndSinTables(nn.Module):
         return x * self.cos[positions][:, None] + rotate_half(x) * self.sin[positions][:, None]
 
 
+class FirstTokenLearned(nn.Module):
+    """Tables whose first token turns by an angle of its own, as a class token beside patches does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.angle = nn.Parameter(torch.linspace(0.2, 2.0, HALF)[None])
+
+    def forward(self, x: Tensor, angle: Tensor) -> Tensor:
+        own, others = wide(self.angle), wide(angle[1:])
+        cos, sin = (torch.cat(tables) for tables in zip(own, others, strict=True))
+        return x * cos + rotate_half(x) * sin
+
+
+def axis_after_axis(x: Tensor, angle: Tensor) -> Tensor:
+    """Two axes in tables one behind the other, cut apart to turn each part of the channels for itself."""
+    axes = angle[:, : HALF // 2], angle.flip(0)[:, HALF // 2 :]
+    tables = (
+        torch.cat(columns, dim=-1).split(HALF, dim=-1) for columns in zip(*map(wide, axes), strict=True)
+    )
+    cosines, sines = tables
+    parts = zip(x.split(HALF, dim=-1), cosines, sines, strict=True)
+    return torch.cat([part * cos + rotate_half(part) * sin for part, cos, sin in parts], dim=-1)
+
+
 class HeadsLast(nn.Module):
     """Everything in [B, T, H, D] until the scores, with queries, keys and values from one projection."""
 
@@ -350,6 +375,7 @@ OTHER_PLANES = (
     _row(neighbours_in_halves_out, NEIGHBOURS),
     _row(first_quarter, f"partial(half(8), 0, {HEAD_DIM})"),
     _row(last_half, f"partial(half(8), 8, {HEAD_DIM})"),
+    _row(axis_after_axis, f"pairs({TWO_BLOCKS}, {HEAD_DIM})"),
     _row(in_the_middle, f"partial(interleaved(8), 4, {HEAD_DIM})"),
 )
 ANGLES = (
@@ -357,12 +383,15 @@ ANGLES = (
     _by("angles_by_broadcast", lambda steps, freq: steps[:, None] * freq),
     _by("angles_by_matmul", lambda steps, freq: (freq[None, :, None] @ steps[None, None, :]).mT[0]),
     _by("angles_by_addition", lambda steps, freq: torch.ones_like(steps)[:, None].mul(freq).cumsum(0) - freq),
+    _by("angles_by_grid", lambda steps, freq: torch.mul(*torch.meshgrid(steps, freq, indexing="ij"))),
+    _by("angles_by_turned_grid", lambda steps, freq: torch.mul(*torch.meshgrid(freq, steps, indexing="xy"))),
     _looked_up("angles_sliced", lambda table, steps: table[: steps.shape[0]]),
     _looked_up("angles_indexed", lambda table, steps: table[steps]),
     _looked_up("angles_embedded", lambda table, steps: nn.functional.embedding(steps, table)),
     _looked_up("angles_selected", lambda table, steps: table.index_select(0, steps)),
     _angles("angles_learned", LearnedAngles),
     Spelling("cos_and_sin_tables", lambda: RotaryAttention(CosAndSinTables())),
+    Spelling("first_token_learned", lambda: RotaryAttention(FirstTokenLearned())),
 )
 AROUND = (
     Spelling("grouped_queries", lambda: RotaryAttention(plain, kv_heads=1)),
