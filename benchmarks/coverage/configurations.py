@@ -23,6 +23,7 @@ def _alike(size: int, names: str) -> dict[str, int]:
     return dict.fromkeys(names.split(), size)
 
 
+# As many experts as are chosen: a routing that tips over on a rounding error would drown what is measured.
 SIZES: dict[str, int] = {
     **_alike(
         64,
@@ -58,7 +59,7 @@ SIZES: dict[str, int] = {
         "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads "
         "encoder_num_attention_heads decoder_num_attention_heads attention_heads num_global_query_heads "
         "swa_num_attention_heads index_n_heads mamba_d_conv linear_num_value_heads patch_size spatial_patch_size "
-        "frames_per_clip num_experts num_local_experts n_routed_experts moe_num_experts num_routed_experts",
+        "frames_per_clip",
     ),
     **_alike(
         2,
@@ -67,7 +68,8 @@ SIZES: dict[str, int] = {
         "n_layers num_layers depth encoder_layers decoder_layers num_blocks encoder_num_hidden_layers "
         "decoder_num_hidden_layers num_decoder_layers num_encoder_layers type_vocab_size zero_expert_num "
         "n_mamba_heads linear_num_key_heads num_codebooks audio_num_codebooks tubelet_size num_experts_per_tok moe_k "
-        "moe_topk top_k_experts num_experts_per_token moe_top_k",
+        "moe_topk top_k_experts num_experts_per_token moe_top_k num_experts num_local_experts n_routed_experts "
+        "moe_num_experts num_routed_experts",
     ),
     **_alike(1, "n_group topk_group first_k_dense_replace num_dense_layers mamba_n_groups n_groups"),
     **_alike(0, "num_nextn_predict_layers num_mtp_layers num_kv_shared_layers"),
@@ -85,7 +87,7 @@ SIZES: dict[str, int] = {
 
 MISSING = {
     "num_experts_per_tok": 2,
-    "n_routed_experts": 4,
+    "n_routed_experts": 2,
     "n_group": 1,
     "topk_group": 1,
     "n_shared_experts": 1,

@@ -9,6 +9,15 @@ def _scaled(kind: str, **parameters: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **parameters}}
 
 
+_BY_KIND_OF_LAYER = {
+    "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+}
+_ONE_SPARSE = {"mlp_layer_types": ["dense", "sparse"]}
+_TWO_EXPERTS = {"num_experts": 2, "top_k_experts": 2, "moe_intermediate_size": 32}
+_FOUR_AXES = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2, 2]}}
 _SHORT_WINDOW = {"sliding_window": 8}
 _CONVOLUTION_AND_ATTENTION = {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}
 _ROTARY_POSITIONS = {"position_embeddings_type": "rotary"}
@@ -17,13 +26,13 @@ CHANGES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "chameleon": {"vocabulary_map": {"<image>": 100, "IMGIMGA": 101}},
     "clvp/ClvpEncoder": {"hidden_size": 256, "projection_dim": 256},
-    "cohere_compass/CohereCompassText": {
-        "rope_parameters": {
-            "full_attention": {"rope_type": "default", "rope_theta": 1e6},
-            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-        }
-    },
+    "cohere_compass/CohereCompass": {"text_config": _BY_KIND_OF_LAYER},
+    "cohere_compass/CohereCompassText": _BY_KIND_OF_LAYER,
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0, "kv_n_heads": 2}},
+    "deepseek_ocr2/DeepseekOcr2": {"text_config": _ONE_SPARSE},
+    "deepseek_ocr2/DeepseekOcr2Text": _ONE_SPARSE,
+    "diffusion_gemma/DiffusionGemma": {"text_config": _TWO_EXPERTS},
+    "diffusion_gemma/DiffusionGemmaText": _TWO_EXPERTS,
     "emu3": {"vocabulary_map": {"<image>": 100}},
     "esm/Esm": {
         "__init__": {"vocab_size": 128, "pad_token_id": 1, "mask_token_id": 32},
@@ -32,6 +41,13 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "gemma4/Gemma4Vision": {"default_output_length": 16, "pooling_kernel_size": 2},
     "granitemoehybrid": {"num_hidden_layers": 2, "layer_types": ["mamba", "attention"]},
+    "granite4_vision/Granite4Vision": {
+        "deepstack_layer_map": [],
+        "spatial_target_layers": [],
+        "downsample_rate": "1/2",
+    },
+    "hunyuan_vl/HunYuanVL": {"text_config": _FOUR_AXES},
+    "hunyuan_vl/HunYuanVLText": _FOUR_AXES,
     "lfm2": _CONVOLUTION_AND_ATTENTION,
     "lfm2_moe": _CONVOLUTION_AND_ATTENTION,
     "llama4/Llama4Vision": {"intermediate_size": 256},
