@@ -71,13 +71,13 @@ def keeps_numbers(node: fx.Node) -> bool:
 
 
 def is_frozen(node: fx.Node, name: str) -> bool:
-    """True when the indices of a movement depend on a symbolic offset."""
+    """True when the indices of a movement depend on a symbolic offset, or on the values of a tensor."""
     if name in CUTS:
         return any(is_symbolic(argument) for argument in node.args[2:3]) or any(
             map(is_symbolic, node.args[4:5])
         )
     if name == "aten::repeat_interleave":
-        return is_symbolic(node.args[1])
+        return _repeat(node) is None
     if name in ("aten::flip", "aten::roll", "aten::repeat", "aten::tile"):
         return (
             any(is_symbolic(size) for size in operand_of(node, 0).meta["val"].shape)
@@ -196,12 +196,22 @@ def _roll(node: fx.Node, index: Index, shape: tuple[int, ...]) -> Index:
 
 
 def _repeat_interleave(node: fx.Node, index: Index, shape: tuple[int, ...], sizes: Sizes) -> Index:
-    dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else None)
-    if (isinstance(node.args[1], fx.Node) and fake(node.args[1]) is not None) or not isinstance(dim, int):
+    found = _repeat(node)
+    if found is None:
         raise Unreadable("repeat_interleave with tensor repeats or of the flattened tensor")
+    repeats, dim = found
     axes = list(index)
-    axes[dim % len(shape)] = axes[dim % len(shape)] // sizes(node.args[1])
+    axes[dim % len(shape)] = axes[dim % len(shape)] // sizes(repeats)
     return tuple(axes)
+
+
+def _repeat(node: fx.Node) -> tuple[Any, int] | None:
+    """How often a `repeat_interleave` repeats every entry and along which dimension, where neither is a tensor's."""
+    dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else None)
+    repeats = node.args[1] if len(node.args) > 1 else None
+    if repeats is None or is_symbolic(repeats) or (isinstance(repeats, fx.Node) and fake(repeats) is not None):
+        return None
+    return (repeats, dim) if isinstance(dim, int) else None
 
 
 def _part(node: fx.Node, split: fx.Node, index: Index, sizes: Sizes) -> tuple[fx.Node, Index]:
