@@ -1,4 +1,4 @@
-"""Read distances between query and key that are no plain difference: Euclidean ones (GRAPE App. G), and cut-off ones."""
+"""Read distances between query and key that are no plain difference: Euclidean (GRAPE App. G) and cut-off ones."""
 
 from __future__ import annotations
 

@@ -62,13 +62,13 @@ class Reader:
     """Reads elements of one program at the sizes of its captured example.
 
     `alive` reads a masked value as if nothing were masked (what its live entries hold), and cuts at symbolic offsets at
-    the captured offset; `frozen` tells that this happened, and that offsets hold for the captured sizes only.
+    the captured offset; `masked` and `frozen` tell that this happened: what was read holds for the captured sizes only.
     """
 
     def __init__(self, program: Program, replay: Replay, alive: bool = False) -> None:
         self.program, self.replay, self.alive = program, replay, alive
         self.sizes = Sizes()
-        self.frozen = False
+        self.frozen = self.masked = False
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         return self.sizes.shape(node)
@@ -166,6 +166,7 @@ class Reader:
         if name in _MASKED and self.alive:
             kept = self._kept(node, name)
             if kept is not None:
+                self.masked = True
                 return self._at(kept, index, rows, back)
         if name in COMPLEX:
             return self._complex(node, name, index, rows, back)

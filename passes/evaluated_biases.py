@@ -135,6 +135,8 @@ class _Term:
             slopes, clock = (views[0], views[1]) if KEY in views[1].token_axes else (views[1], views[0])
             if reader.frozen and not _shiftable(slopes, clock):
                 continue
+            if reader.masked and not self.scores.is_static:
+                continue
             if (
                 set(slopes.token_axes) <= {BATCH, HEAD}
                 and KEY in clock.token_axes

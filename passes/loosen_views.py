@@ -2,7 +2,8 @@
 
 What: every `view` to a size becomes a `reshape`, which is a view wherever a view is possible.
 Why: tracing drops a `contiguous` that did nothing for the original layout, and a view of the new one would fail.
-Leaves alone: graphs without `grape::` operators, views that reinterpret a type.
+Leaves alone: graphs without `grape::` operators, views that reinterpret a type, views that something is written through
+    (a copy would not pass the write on).
 Cost: one pass over the graph; none at run time.
 """
 
@@ -11,9 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import fx
 
 from grape_compile.passes.base import Outcome, Pass
 from grape_compile.passes.graph import Program, op_name
+from grape_compile.passes.movement import SINGLE
 
 aten = torch.ops.aten
 
@@ -24,6 +27,20 @@ class LoosenViews(Pass):
 
     def run(self, program: Program) -> Outcome:
         if any(op_name(node).startswith("grape::") for node in program.graph.nodes):
+            written = _written(program)
             for node in program.graph.find_nodes(op="call_function", target=aten.view.default):
-                node.target = aten.reshape.default
+                if node not in written:
+                    node.target = aten.reshape.default
         return Outcome()
+
+
+def _written(program: Program) -> set[fx.Node]:
+    """Views between a write and the tensor it reaches."""
+    found: set[fx.Node] = set()
+    for write in program.mutations:
+        for operand in write.all_input_nodes[:1]:
+            node = operand
+            while op_name(node) in SINGLE and node.all_input_nodes:
+                found.add(node)
+                node = node.all_input_nodes[0]
+    return found

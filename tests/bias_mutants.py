@@ -96,6 +96,11 @@ def saturated_beyond(slopes: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return slopes * (key - query).clamp(min=-15)
 
 
+def saturated_by_where_beyond(slopes: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Linear in the key until the sixteenth."""
+    return slopes * torch.where(key < 16, key, 16)
+
+
 def bucketed_beyond(slopes: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """T5's buckets: exact for short distances, logarithmic for long ones."""
     distance = query - key
@@ -217,5 +222,6 @@ BIAS_MUTANTS: tuple[BiasMutant, ...] = (
 # Linear for as long as the sequence the graph was captured with: see the rotations of the same kind.
 LATE_MUTANTS: tuple[BiasMutant, ...] = (
     BiasMutant("saturated_beyond", added(saturated_beyond), refused=False),
+    BiasMutant("saturated_by_where_beyond", added(saturated_by_where_beyond), refused=False),
     BiasMutant("bucketed_beyond", added(bucketed_beyond), refused=False),
 )

@@ -38,7 +38,8 @@ class Kin(nn.Module):
 
     def edges(self, x: Tensor) -> Tensor:
         p = self.path(x).view(*x.shape[:2], HEADS, 4).transpose(1, 2)
-        return p @ p.mT / 4
+        product: Tensor = p @ p.mT / 4
+        return product
 
 
 @dataclass(frozen=True)

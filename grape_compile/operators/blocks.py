@@ -26,8 +26,8 @@ HIDDEN: Final = -1e30
 class Part:
     """One call of the kernel: some heads, some keys, the mask it reads, whether it is causal by itself.
 
-    Where `counted`, the `factors` act as coordinates and the mask holds the rest of the biases; otherwise the mask
-    holds all of them, and the factors are there for their gradients. The kernel's logits are those of the
+    The `factors` act as coordinates and the mask holds the rest of the biases, or with `whole` all of them, and the
+    user's mask as it is. The kernel's logits are those of the
     definition plus `shift` [1 or B, 1 or H, rows] (None: zero), a constant of each row. `gone` is True for rows
     that see none of these keys (the kernel gives them a logsumexp of 0); None: no such row.
     """
@@ -37,7 +37,7 @@ class Part:
     mask: Tensor | None
     causal: bool = False
     factors: tuple[Factor, ...] = ()
-    counted: bool = True
+    whole: bool = False
     shift: Tensor | None = None
     gone: Tensor | None = None
 
@@ -96,9 +96,7 @@ def _causal_blocks(call: AttendCall) -> Iterator[Block]:
         if square is None or not same_everywhere:
             square = call.bias_block(rows, at)
         length = at.stop - at.start
-        diagonal = Part(
-            everyone, at, square[..., :length, :length], True, _products(call, rows, at), counted=False
-        )
+        diagonal = Part(everyone, at, square[..., :length, :length], causal=True, whole=True)
         past = _factored(call, rows, slice(0, at.start)) if at.start else None
         parts = [] if past is None else [_narrowed(past, *run) for run in reach.runs(rows, past)]
         yield Block(rows, (diagonal, *parts))
@@ -122,19 +120,6 @@ def _factored(call: AttendCall, rows: slice, keys: slice, mask: Tensor | None = 
     if by_key is not None:
         mask = by_key.unsqueeze(2) if mask is None else by_key.unsqueeze(2) + mask
     return Part(slice(0, call.query.shape[1]), keys, mask, factors=tuple(products), shift=shift, gone=gone)
-
-
-def _products(call: AttendCall, rows: slice, keys: slice) -> tuple[Factor, ...]:
-    """Return the factors that need a number of the query, where their gradients are wanted."""
-    if not call.wants_bias_gradients:
-        return ()
-    return tuple(
-        factor
-        for bias in call.biases
-        if isinstance(bias, Additive)
-        for factor in bias.factors(rows, keys, call.offset).parts
-        if factor.by_query is not None
-    )
 
 
 def _narrowed(part: Part, heads: slice, begin: int) -> Part:
@@ -268,8 +253,7 @@ def _matrix_part(call: AttendCall, rows: slice, keys: slice, mask: Tensor | None
         slice(0, call.query.shape[1]),
         keys,
         matrix,
-        factors=_products(call, rows, keys),
-        counted=False,
+        whole=True,
         gone=_gone(mask),
     )
 

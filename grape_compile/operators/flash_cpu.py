@@ -82,11 +82,9 @@ def backward(call: AttendCall, gradient: Tensor, output: Tensor, logsumexp: Tens
 class Operands:
     """The tensors as the kernel wants them: one head size, repeated key heads, contiguous heads.
 
-    Behind the coordinates of the heads come those of the factors f g. Where they count, query and key hold
-    f / scale and g, whose product is added to the logit. A backward call has more of them: where the mask holds
-    the bias already, f / scale meets zero in the key and g / scale meets zero in the query, which adds nothing
-    and has their gradients all the same; and 1 / scale meets zero, whose gradient is each key's sum of logit
-    gradients.
+    Behind the coordinates of the heads come those of the factors f g, f / scale in the query and g in the key, whose
+    product is added to the logit. A backward call has two more: 1 / scale meets zero in the key and then in the query,
+    which adds nothing, and whose gradients are the sums of the logit gradients of each key and of each query.
     """
 
     def __init__(
@@ -94,7 +92,7 @@ class Operands:
     ) -> None:
         self.call, self.head = call, call.query.shape[3]
         self.products = product_count(call)
-        self.extra = 2 * self.products + 1 if call.wants_bias_gradients else self.products
+        self.extra = self.products + 2 * call.wants_bias_gradients
         size = max(self.head + self.extra, call.value.shape[3])
         if self.extra:
             size += -size % ROUND
@@ -105,24 +103,20 @@ class Operands:
         self.gradient = None if gradient is None else _padded(gradient.to(wide), size)
         self.output = None if output is None else _padded(output.to(wide), size)
         if call.wants_bias_gradients:
-            self.query[..., self.head + 2 * self.products] = 1.0 / call.scale
+            self.query[..., self.head + self.products] = 1.0 / call.scale
+            self.key[..., self.head + self.products + 1] = 1.0 / call.scale
 
     def place(self, rows: slice, part: Part) -> None:
         """Write the coordinates of the factors for the queries and keys of a part."""
         if not self.products:
             return
-        query, key = self.query[:, part.heads, rows], self.key[:, part.heads, part.keys]
-        end = self.head + 2 * self.products if self.call.wants_bias_gradients else self.head + self.products
-        query[..., self.head : end] = 0.0
-        key[..., self.head : end] = 0.0
+        if part.whole:
+            self.query[:, part.heads, rows, self.head : self.head + self.products] = 0.0
+            return
         for at, factor in enumerate(part.factors, self.head):
             assert factor.by_query is not None, "a factor of the key alone is part of the mask"
-            query[..., at] = of_heads(factor.by_query, part.heads) / self.call.scale
-            by_key = of_heads(factor.by_key, part.heads)
-            if part.counted:
-                key[..., at] = by_key
-            else:
-                key[..., at + self.products] = by_key / self.call.scale
+            self.query[:, part.heads, rows, at] = of_heads(factor.by_query, part.heads) / self.call.scale
+            self.key[:, part.heads, part.keys, at] = of_heads(factor.by_key, part.heads)
 
 
 def _merged(operands: Operands, block: Block) -> tuple[Tensor, Tensor]:
@@ -166,6 +160,9 @@ def _add_block(operands: Operands, block: Block, total: Tensor, sums: chunked.Su
     gathered = _Gathered(operands, block) if call.wants_bias_gradients else None
     for part in block.parts:
         heads, keys = part.heads, part.keys
+        if gathered is not None and part.whole:
+            _add_whole(operands, rows, part, total, sums)
+            continue
         operands.place(rows, part)
         query, key, value = _flash_backward(
             operands.gradient[:, heads, rows],
@@ -188,16 +185,41 @@ def _add_block(operands: Operands, block: Block, total: Tensor, sums: chunked.Su
         gathered.pull(sums)
 
 
-class _Gathered:
-    """The gradients of the coordinates of one block, over all of its parts, on their way into its biases.
+def _add_whole(operands: Operands, rows: slice, part: Part, total: Tensor, sums: chunked.Sums) -> None:
+    """Add the gradients of a part whose biases are in its mask, by its logits themselves.
 
-    The logit gradients of a row sum to zero over the parts of its block, so the constants of the rows have none.
+    As factors, times count from the first query of the block; close to the diagonal they are much larger than the
+    distances that matter there, and sums over them would lose digits.
     """
+    call, keys, dtype = operands.call, part.keys, operands.call.dtype
+    assert operands.gradient is not None, "a backward call has a cotangent"
+    assert operands.output is not None, "a backward call has an output"
+    query, key = call.query[:, :, rows].to(dtype), call.keys[:, :, keys].to(dtype)
+    cotangent, output = operands.gradient[:, :, rows], operands.output[:, :, rows]
+    logits = (query @ key.mT).mul_(call.scale)
+    if part.mask is not None:
+        logits += part.mask
+    if part.causal:
+        length = keys.stop - keys.start
+        later = torch.ones(length, length, dtype=torch.bool, device=query.device).triu_(1)
+        logits.masked_fill_(later, -math.inf)
+    weights = logits.sub_(total[..., None]).exp_()
+    sums.value[:, :, keys] += (weights.mT @ cotangent)[..., : call.value.shape[3]]
+    changes = (cotangent @ operands.value[:, :, keys].mT).sub_((cotangent * output).sum(-1, keepdim=True))
+    changes.mul_(weights)
+    sums.query[:, :, rows] += (changes @ key).mul_(call.scale)
+    sums.key[:, :, keys] += (changes.mT @ query).mul_(call.scale)
+    for number, bias in enumerate(call.biases):
+        sums.add_bias(number, chunked.block_gradients(bias, changes, rows, keys, call.offset))
+
+
+class _Gathered:
+    """The gradients of the coordinates of one block, over its parts with factors, on their way into the biases."""
 
     def __init__(self, operands: Operands, block: Block) -> None:
         self.call, self.rows = operands.call, block.rows
-        starts, stops = zip(*((part.keys.start, part.keys.stop) for part in block.parts), strict=True)
-        self.keys = slice(min(starts), max(stops))
+        spans = [(part.keys.start, part.keys.stop) for part in block.parts if not part.whole] or [(0, 0)]
+        self.keys = slice(min(start for start, _ in spans), max(stop for _, stop in spans))
         batch, heads = self.call.query.shape[:2]
         lengths = block.rows.stop - block.rows.start, self.keys.stop - self.keys.start
         self.by_query, self.by_key = (
@@ -211,15 +233,18 @@ class _Gathered:
         self.by_key[:, part.heads, part.keys.start - start : part.keys.stop - start] += key[..., :extra]
 
     def pull(self, sums: chunked.Sums) -> None:
-        """Add the gradients of the biases: those of their factors, pulled back."""
-        at, products = 0, product_count(self.call)
+        """Add the gradients of the biases: those of their factors and of the constants of the rows, pulled back."""
+        if self.keys.start == self.keys.stop:
+            return
+        at, plain = 0, product_count(self.call)
         for number, bias in enumerate(self.call.biases):
             assert isinstance(bias, Additive), "only sums of factors come here"
-            cotangents: list[Tensor] = []
-            for factor in bias.factors(self.rows, self.keys, self.call.offset).parts:
-                column = -1
+            found = bias.factors(self.rows, self.keys, self.call.offset)
+            cotangents = [(-self.by_query[..., plain + 1]).sum_to_size(found.shift.shape)]
+            for factor in found.parts:
+                column = plain
                 if factor.by_query is not None:
-                    by_query = self.by_query[..., at] / self.call.scale + self.by_query[..., at + products]
+                    by_query = self.by_query[..., at] / self.call.scale
                     cotangents.append(by_query.sum_to_size(factor.by_query.shape))
                     column, at = at, at + 1
                 cotangents.append(self.by_key[..., column].sum_to_size(factor.by_key.shape))
@@ -228,7 +253,7 @@ class _Gathered:
     def _numbers(self, bias: Additive) -> tuple[Tensor, ...]:
         found = bias.factors(self.rows, self.keys, self.call.offset)
         pairs = ((factor.by_query, factor.by_key) for factor in found.parts)
-        return tuple(each for pair in pairs for each in pair if each is not None)
+        return (found.shift, *(each for pair in pairs for each in pair if each is not None))
 
 
 def _padded(tensor: Tensor, size: int) -> Tensor:

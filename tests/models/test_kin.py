@@ -56,7 +56,8 @@ class GivenPlaces(nn.Module):
         query, key, value = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
         distance = (places[:, :, None] - places[:, None]).norm(dim=-1)
         scores = query @ key.mT / 4 - self.slopes[:, None, None] * distance[:, None]
-        return scores.softmax(-1) @ value
+        mixed: Tensor = scores.softmax(-1) @ value
+        return mixed
 
 
 def test_distances_of_given_places() -> None:
