@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := test
-.PHONY: demo test test-all lint format bench figures clean
+.PHONY: demo test test-all lint format bench coverage figures clean
 
 demo: $(READY)
 	$(BIN)/python examples/quickstart.py
@@ -35,6 +35,10 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run cost speed --out benchmarks/results/
+
+# Hours of one core: a run that was stopped goes on where it was; `make coverage FRESH=1` starts over.
+coverage: $(READY)
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.coverage --jobs $(JOBS) $(if $(FRESH),,--resume)
 
 figures: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'

@@ -30,6 +30,7 @@ from grape_compile.passes.lower import ShareAngles
 from grape_compile.passes.rewrite_biases import RewriteBiases
 from grape_compile.passes.rewrite_rotations import RewriteRotations
 from grape_compile.passes.site import Refusal, Site
+from grape_compile.passes.trace_run import capture_run
 from grape_compile.reporting import Report
 
 Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
@@ -124,9 +125,9 @@ def inspect(
 ) -> Report:
     """Find the position encodings of a model or exported program without changing it.
 
-    A module is captured by `torch.export` on `args` and `kwargs`, or through `torch.compile` where export refuses it.
-    Every site is verified against an fp64 replay (`Site.error`). Raises ModelError for anything else, CaptureError when
-    neither door takes the model.
+    A module is captured by `torch.export` on `args` and `kwargs`; where export refuses it, by watching it run on them:
+    the report is then about the branches this example takes. Every site is verified against an fp64 replay
+    (`Site.error`). Raises ModelError for anything else, CaptureError when no door takes the model.
     """
     if isinstance(model, ExportedProgram):
         return _rewrite_program(capture_export(model, args, kwargs))
@@ -139,7 +140,7 @@ def inspect(
                     model, tuple(args), kwargs or {}, dynamic_shapes=dynamic_shapes, strict=False
                 )
         except Exception as failure:
-            return _inspect_by_running(model, args, kwargs or {}, failure)
+            return _inspect_a_run(model, args, kwargs or {}, failure)
         return _rewrite_program(capture_export(program, args, kwargs))
 
 
@@ -270,10 +271,20 @@ def _renamed(signature: Any, names: dict[str, str]) -> Any:
     return signature
 
 
-def _inspect_by_running(
+def _inspect_a_run(
     model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], failure: Exception
 ) -> Report:
-    """The second door: run the model once under `torch.compile` and look at every graph it makes."""
+    """The second door: one run of the model, traced."""
+    try:
+        return _rewrite_program(capture_run(model, args, kwargs))
+    except CaptureError:
+        return _inspect_by_compiling(model, args, kwargs, failure)
+
+
+def _inspect_by_compiling(
+    model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], failure: Exception
+) -> Report:
+    """The third door: run the model once under `torch.compile` and look at every graph it makes."""
     reports: list[Report] = []
 
     def look(module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:

@@ -22,11 +22,12 @@ from grape_compile.encoding import (
 )
 from grape_compile.passes.clocks import is_steps, is_unit_clock
 from grape_compile.passes.coefficients import Coefficients, element_values
-from grape_compile.passes.graph import Taint, Unreadable, require_fake
+from grape_compile.passes.graph import Taint, Unreadable, op_name, require_fake
+from grape_compile.passes.movement import SINGLE, is_frozen, move
 from grape_compile.passes.operands import Operand, fit
 from grape_compile.passes.plans import Miss
 from grape_compile.passes.running_sums import RunningSums
-from grape_compile.passes.terms import Factor
+from grape_compile.passes.terms import Factor, Index
 
 _TABLE_TOLERANCE = 1e-5
 _FREQUENCY_TOLERANCE = 2e-6
@@ -139,8 +140,8 @@ class _Namer:
                 return Accumulated("rates", total.inclusive)
         return None
 
-    def _view(self, factors: list[Factor]) -> Operand | None:
-        """One value, seen from every plane, as an operand."""
+    def _view(self, factors: list[Factor], *, runs: bool = False) -> Operand | None:
+        """One value, seen from every plane, as an operand; with `runs` the planes may be channels in a few runs."""
         numbers = self.program.value_numbers
         node, part = self.program.representative(factors[0].node), factors[0].part
         if any(numbers[factor.node] != numbers[node] or factor.part != part for factor in factors):
@@ -152,7 +153,7 @@ class _Namer:
         lead = tuple(axis.repeat(planes) for axis in self.reading.lead)
         plane = torch.arange(planes).repeat_interleave(samples)
         counts = (*self.reading.shape[:-1], planes)
-        axes = fit(self.program, node, index, lead, plane, self.reading.reader.sizes, counts)
+        axes = fit(self.program, node, index, lead, plane, self.reading.reader.sizes, counts, runs=runs)
         return None if axes is None else Operand(node, axes, part)
 
     def _spectrum(self, operand: Operand, leaves: list[tuple[Factor, ...]], number: float) -> Spectrum:
@@ -230,14 +231,38 @@ class _Namer:
         resolved = [self.coefficients.resolve(*at) for at in entries]
         for choice in (
             factors,
+            self._before_moves(factors),
             [(end.number, end.leaf) for end in resolved if end.kind == "table" and end.leaf is not None],
         ):
             if len(choice) != len(entries) or len({number for number, _ in choice}) != 1:
                 continue
-            view = self._view([factor for _, factor in choice])
+            view = self._view([factor for _, factor in choice], runs=True)
             if view is not None:
                 return replace(view, planes=True, scale=orientation * choice[0][0])
         return None
+
+    def _before_moves(self, factors: list[tuple[float, Factor]]) -> list[tuple[float, Factor]]:
+        """The same elements in the latest value that all of them come from: tables that were cut apart by axis."""
+        paths = [self._path(factor) for _, factor in factors]
+        for node in paths[0] if paths else ():
+            if all(node in path for path in paths):
+                return [
+                    (number, replace(factor, node=node, index=path[node]))
+                    for (number, factor), path in zip(factors, paths, strict=True)
+                ]
+        return []
+
+    def _path(self, factor: Factor) -> dict[fx.Node, Index]:
+        """Where an element was before each movement, latest first."""
+        node, index, sizes = factor.node, factor.index, self.reading.reader.sizes
+        path = {node: index}
+        while factor.part == "value" and op_name(node) in SINGLE and not is_frozen(node, op_name(node)):
+            try:
+                node, index = move(node, op_name(node), index, sizes)
+            except Unreadable:
+                break
+            path[node] = index
+        return path
 
     def _table_tolerance(self, entries: list[tuple[int, int]]) -> float:
         """Rounding of the model's own tables: cos^2 + sin^2 of values of unit roundoff u is off by up to 4 u."""

@@ -78,6 +78,8 @@ def _plan(scores: Scores) -> BiasPlan | Miss | None:
         parts = values if isinstance(values, Miss) else [*values]
     if isinstance(parts, Miss):
         return parts
+    if not parts:  # only what is the same along a row, which softmax does not see
+        return None
     if layer.obstacle:
         return _obstacle(layer)
     causal, window = _causal(scores, alive, masks)

@@ -55,7 +55,7 @@ def capture_dynamo(module: fx.GraphModule, examples: Sequence[Any]) -> Program:
         for new, old, example in zip(placeholders, inputs, examples, strict=True)
     }
     values = dict(zip(placeholders, examples, strict=True))
-    return _program(traced, roles, values)
+    return program_of(traced, roles, values)
 
 
 def _traced(retrace: Retrace, fakes: Sequence[Any]) -> fx.GraphModule:
@@ -101,7 +101,7 @@ def capture_export(
             values[node] = examples.pop(0) if examples else None
         elif spec.target is not None:
             values[node] = program.state_dict.get(spec.target, program.constants.get(spec.target))
-    return _program(module, roles, values)
+    return program_of(module, roles, values)
 
 
 def _flat_examples(program: ExportedProgram, args: Sequence[Any], kwargs: dict[str, Any] | None) -> list[Any]:
@@ -113,7 +113,8 @@ def _flat_examples(program: ExportedProgram, args: Sequence[Any], kwargs: dict[s
     return list(pytree.tree_leaves((tuple(args), dict(kwargs or {}))))
 
 
-def _program(module: fx.GraphModule, roles: dict[fx.Node, Role], values: dict[fx.Node, Any]) -> Program:
+def program_of(module: fx.GraphModule, roles: dict[fx.Node, Role], values: dict[fx.Node, Any]) -> Program:
+    """A program of a flat graph; what its attributes hold is read off the module."""
     for node in module.graph.nodes:
         if node.op == "get_attr":
             value = _attribute(module, str(node.target))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
@@ -22,11 +22,16 @@ _LOOKUPS = {"aten::embedding": 0, "aten::index_select": 0, "aten::index": 0}
 
 @dataclass(frozen=True)
 class Resolved:
-    """A coefficient followed to its end: `kind` is cos, sin or table; no `leaf` where it is a product of several."""
+    """A coefficient followed to its end: `kind` is cos, sin or table; no `leaf` where it is a product of several.
+
+    A table joined along the tokens (a class token beside the patches) has its parts in `pieces`: the sampled tokens of
+    each, its number and its element.
+    """
 
     kind: str
     number: float
     leaf: Factor | None
+    pieces: tuple[Term, ...] = ()
 
 
 class Coefficients:
@@ -57,12 +62,26 @@ class Coefficients:
             return 1 if first.number == second.number else -1
         if first.kind != "table" or second.kind != "table":
             return 0
+        if first.pieces and len(first.pieces) == len(second.pieces):
+            return self._same_pieces(first, second)
         if first.leaf is None or second.leaf is None:
             return 0
         left, right = self._column(first.leaf), self._column(second.leaf)
         if left is None or right is None or left.shape != right.shape:
             return 0
         return _same_or_opposite(first.number * left, second.number * right)
+
+    def _same_pieces(self, one: Resolved, other: Resolved) -> int:
+        """1 if two joined tables are equal piece by piece, -1 if opposite, 0 otherwise."""
+        signs = set()
+        for first, second in zip(one.pieces, other.pieces, strict=True):
+            left, right = first.constant(), second.constant()
+            if left is None or right is None or not torch.equal(first.rows, second.rows):
+                return 0
+            if left == 0 or not self.same_element(first.factors[0], second.factors[0]):
+                return 0
+            signs.add(one.number * left / (other.number * right) if right else 0.0)
+        return int(signs.pop()) if signs in ({1.0}, {-1.0}) else 0
 
     def _column(self, leaf: Factor) -> Tensor | None:
         """Everything a table holds for one channel, at every position it has: what stored tables are compared by."""
@@ -110,10 +129,11 @@ class Coefficients:
         """The angle as number times a product of elements, or None when it is a sum; `read` goes back to the leaves."""
         if factor is None:
             return None
-        terms = (read or self.reading.reader.position)(factor.node, factor.index, self.samples)
+        rows = torch.arange(factor.index[0].numel()) if factor.index else self.samples
+        terms = (read or self.reading.reader.position)(factor.node, factor.index, rows)
         if (
             len(terms) != 1
-            or len(terms[0].rows) != len(self.samples)
+            or len(terms[0].rows) != len(rows)
             or any(leaf.part in ("cos", "sin") for leaf in terms[0].factors)
         ):
             return None
@@ -135,12 +155,24 @@ class Coefficients:
                 terms = multiply(terms, self.reading.reader.element(factor, self.samples))
         except Unreadable:
             return table
-        if len(terms) != 1 or len(terms[0].factors) != 1 or len(terms[0].rows) != len(self.samples):
+        if any(len(term.factors) != 1 for term in terms):
             return table
+        if len(terms) != 1 or len(terms[0].rows) != len(self.samples):
+            return self._joined(table, terms)
         number, leaf = terms[0].constant(), terms[0].factors[0]
         if number is None:
             return table
         return Resolved(leaf.part if leaf.part in ("cos", "sin") else "table", entry.number * number, leaf)
+
+    def _joined(self, table: Resolved, terms: list[Term]) -> Resolved:
+        """A table with its pieces, where every sampled token belongs to exactly one."""
+        if table.leaf is None or len(terms) < 2:
+            return table
+        rows = torch.cat([term.rows for term in terms])
+        if not torch.equal(rows.sort().values, self.samples):
+            return table
+        pieces = sorted(terms, key=lambda term: int(term.rows[0]))
+        return replace(table, pieces=tuple(pieces))
 
 
 def _same_or_opposite(left: Tensor, right: Tensor) -> int:

@@ -29,6 +29,9 @@ PERMUTES = {
     "aten::movedim", "aten::moveaxis",
 }  # fmt: skip
 SPLITS = {"aten::split", "aten::split_with_sizes", "aten::chunk", "aten::unbind", "aten::tensor_split"}
+GRIDS = {"aten::meshgrid"}
+# Operators with several results whose offsets are no sizes.
+UNCUT = GRIDS | {"aten::unbind"}
 JOINS = {"aten::cat", "aten::concat", "aten::concatenate", "aten::stack"}
 CUTS = {"aten::slice", "aten::select", "aten::narrow"}
 REPEATS = {"aten::repeat", "aten::tile", "aten::repeat_interleave"}
@@ -68,25 +71,24 @@ def keeps_numbers(node: fx.Node) -> bool:
 
 
 def is_frozen(node: fx.Node, name: str) -> bool:
-    """True when the indices of a movement depend on a symbolic offset."""
+    """True when the indices of a movement depend on a symbolic offset, or on the values of a tensor."""
     if name in CUTS:
         return any(is_symbolic(argument) for argument in node.args[2:3]) or any(
             map(is_symbolic, node.args[4:5])
         )
     if name == "aten::repeat_interleave":
-        return is_symbolic(node.args[1])
+        return _repeat(node) is None
     if name in ("aten::flip", "aten::roll", "aten::repeat", "aten::tile"):
         return (
             any(is_symbolic(size) for size in operand_of(node, 0).meta["val"].shape)
             and name != "aten::repeat"
         )
     if name == "getitem":
-        dim, parts = split_dim(operand_of(node, 0)), operand_of(node, 0).meta["val"]
-        return (
-            any(is_symbolic(part.shape[dim]) for part in parts)
-            if op_name(operand_of(node, 0)) != "aten::unbind"
-            else False
-        )
+        split = operand_of(node, 0)
+        if op_name(split) in UNCUT:
+            return False
+        dim = split_dim(split)
+        return any(is_symbolic(part.shape[dim]) for part in split.meta["val"])
     if name in JOINS - {"aten::stack"}:
         dim = join_dim(node)
         return any(is_symbolic(part.meta["val"].shape[dim]) for part in join_parts(node)[:-1])
@@ -194,16 +196,28 @@ def _roll(node: fx.Node, index: Index, shape: tuple[int, ...]) -> Index:
 
 
 def _repeat_interleave(node: fx.Node, index: Index, shape: tuple[int, ...], sizes: Sizes) -> Index:
-    dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else None)
-    if (isinstance(node.args[1], fx.Node) and fake(node.args[1]) is not None) or not isinstance(dim, int):
+    found = _repeat(node)
+    if found is None:
         raise Unreadable("repeat_interleave with tensor repeats or of the flattened tensor")
+    repeats, dim = found
     axes = list(index)
-    axes[dim % len(shape)] = axes[dim % len(shape)] // sizes(node.args[1])
+    axes[dim % len(shape)] = axes[dim % len(shape)] // sizes(repeats)
     return tuple(axes)
+
+
+def _repeat(node: fx.Node) -> tuple[Any, int] | None:
+    """How often a `repeat_interleave` repeats every entry and along which dimension, where neither is a tensor's."""
+    dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else None)
+    repeats = node.args[1] if len(node.args) > 1 else None
+    if repeats is None or is_symbolic(repeats) or (isinstance(repeats, fx.Node) and fake(repeats) is not None):
+        return None
+    return (repeats, dim) if isinstance(dim, int) else None
 
 
 def _part(node: fx.Node, split: fx.Node, index: Index, sizes: Sizes) -> tuple[fx.Node, Index]:
     name, which = op_name(split), node.args[1]
+    if name in GRIDS and isinstance(which, int):
+        return _axis_of_grid(split, which, index)
     if name not in SPLITS or not isinstance(which, int):
         raise Unreadable(f"output of {name or split.op}")
     dim, parts = split_dim(split), list(split.meta["val"])
@@ -214,6 +228,14 @@ def _part(node: fx.Node, split: fx.Node, index: Index, sizes: Sizes) -> tuple[fx
     else:
         axes[dim] = axes[dim] + sum(sizes(part.shape[dim]) for part in parts[:which])
     return operand_of(split, 0), tuple(axes)
+
+
+def _axis_of_grid(grid: fx.Node, which: int, index: Index) -> tuple[fx.Node, Index]:
+    """One coordinate of a grid: the axis it was made of, at the index along its own dimension."""
+    axes = join_parts(grid)
+    which = which % len(axes)
+    dim = {0: 1, 1: 0}.get(which, which) if grid.kwargs.get("indexing") == "xy" else which
+    return axes[which], (index[dim],) if axes[which].meta["val"].dim() else ()
 
 
 def _order(node: fx.Node, name: str, rank: int) -> list[int]:

@@ -20,12 +20,14 @@ aten = torch.ops.aten
 class Axis:
     """Where a dimension of the value goes: `role` is "fixed" (element `offset`), "plane", or a target axis number.
 
-    Along an axis the element read for position `i` is `offset + stride * i`.
+    Along an axis the element read for position `i` is `offset + stride * i`, or the `i`-th of the `runs`, each an
+    offset and a length.
     """
 
     role: str | int
     offset: int = 0
     stride: int = 1
+    runs: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,14 @@ def fit(
     plane: Tensor,
     sizes: Sizes,
     counts: Sequence[int],
+    *,
+    runs: bool = False,
 ) -> tuple[Axis, ...] | None:
     """Express every dimension of the read elements through the target's axes or the plane number, or give up.
 
     `lead` and `plane` say, row by row, for which target position and plane the element `index` was read; `counts` are
-    the sizes of the target's axes followed by the number of planes.
+    the sizes of the target's axes followed by the number of planes. With `runs` the planes may be channels in a few
+    runs.
     """
     axes: list[Axis] = []
     used: set[str | int] = set()
@@ -73,6 +78,8 @@ def fit(
     targets.append(("plane", plane, counts[-1]))
     for dimension, size in zip(index, sizes.shape(node), strict=True):
         axis = _fit_dimension(dimension, size, targets, used)
+        if axis is None and runs and "plane" not in used:
+            axis = _fit_runs(dimension, plane)
         if axis is None:
             return None
         used.add(axis.role)
@@ -99,6 +106,23 @@ def _fit_dimension(
         if stride > 0 and bool((offset + stride * positions == values).all()):
             return Axis(role, offset, stride)
     return None
+
+
+_MOST_RUNS = 8
+
+
+def _fit_runs(values: Tensor, plane: Tensor) -> Axis | None:
+    """Channels of a table that rise in a few runs: tables of several axes one behind the other."""
+    channels = torch.zeros(int(plane.max()) + 1, dtype=torch.int64)
+    channels[plane] = values
+    if not torch.equal(channels[plane], values):
+        return None
+    starts = [0, *(place + 1 for place, step in enumerate(channels.diff().tolist()) if step != 1)]
+    if len(starts) > _MOST_RUNS:
+        return None
+    ends = [*starts[1:], len(channels)]
+    runs = tuple((int(channels[start]), end - start) for start, end in zip(starts, ends, strict=True))
+    return Axis("plane", runs=runs)
 
 
 @dataclass
@@ -200,6 +224,12 @@ class Emitter:
         return node
 
     def _slice(self, node: fx.Node, axis: Axis, dimension: int, count: Any) -> fx.Node:
+        if axis.runs:
+            parts = [
+                self.call(node, aten.slice.Tensor, (node, dimension, offset, offset + length))
+                for offset, length in axis.runs
+            ]
+            return self.call(node, aten.cat.default, (parts, dimension))
         have = require_fake(node).shape[dimension]
         if axis.offset == 0 and axis.stride == 1 and _same(have, count):
             return node

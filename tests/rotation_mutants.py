@@ -152,6 +152,34 @@ def turned_twice_with_one_half_stale(x: Tensor, angle: Tensor) -> Tensor:
     return torch.cat((first, second * cos + first * sin), dim=-1)
 
 
+def one_token_among_many(x: Tensor, angle: Tensor) -> Tensor:
+    """The eighth token alone has a cosine that differs between the halves."""
+    cos, sin = wide(angle)
+    wrong = torch.cat((angle, 2 * angle), dim=-1).cos()
+    cos = torch.cat((cos[:7], wrong[7:8], cos[8:]))
+    first, second = halves(x)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def first_token_of_unequal_halves(x: Tensor, angle: Tensor) -> Tensor:
+    cos, sin = wide(angle)
+    own = torch.cat((angle[3:4], 2 * angle[3:4]), dim=-1)
+    cos, sin = torch.cat((own.cos(), cos[1:])), torch.cat((own.sin(), sin[1:]))
+    first, second = halves(x)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def axes_of_exchanged_sines(x: Tensor, angle: Tensor) -> Tensor:
+    """Two axes of tables, each turned by the cosine of one and the sine of the other."""
+    quarter = HALF // 2
+    axes = wide(angle[:, :quarter]), wide(angle.flip(0)[:, quarter:])
+    parts = []
+    for part, (cos, _), (_, sin) in zip(x.split(HALF, dim=-1), axes, axes[::-1], strict=True):
+        first, second = part.split(quarter, dim=-1)
+        parts.append(part * cos + torch.cat((-second, first), dim=-1) * sin)
+    return torch.cat(parts, dim=-1)
+
+
 def next_position(x: Tensor, angle: Tensor) -> Tensor:
     """The angle at position 1 on top: every token is turned as the one behind it."""
     return turn(x, angle + angle[1:2])
@@ -210,6 +238,9 @@ BROKEN: tuple[Turn, ...] = (
     fastest_plane_not_turned,
     slowest_plane_not_turned,
     turned_twice_with_one_half_stale,
+    one_token_among_many,
+    first_token_of_unequal_halves,
+    axes_of_exchanged_sines,
 )
 
 ROTATION_MUTANTS: tuple[RotationMutant, ...] = (

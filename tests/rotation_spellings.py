@@ -9,12 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from attention_layers import HEAD_DIM, HIDDEN, RotaryAttention, Turn, attend, inverse_frequencies
+from attention_layers import HEAD_DIM, HIDDEN, RotaryAttention, Turn, attend, causal, inverse_frequencies
 from torch import Tensor, nn
 
 HALF = HEAD_DIM // 2
 HALVES = f"half({HEAD_DIM})"
 NEIGHBOURS = f"interleaved({HEAD_DIM})"
+TWO_BLOCKS = tuple((block + j, block + j + HALF // 2) for block in (0, HALF) for j in range(HALF // 2))
 
 
 @dataclass(frozen=True)
@@ -267,6 +268,30 @@ class CosAndSinTables(nn.Module):
         return x * self.cos[positions][:, None] + rotate_half(x) * self.sin[positions][:, None]
 
 
+class FirstTokenLearned(nn.Module):
+    """Tables whose first token turns by an angle of its own, as a class token beside patches does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.angle = nn.Parameter(torch.linspace(0.2, 2.0, HALF)[None])
+
+    def forward(self, x: Tensor, angle: Tensor) -> Tensor:
+        own, others = wide(self.angle), wide(angle[1:])
+        cos, sin = (torch.cat(tables) for tables in zip(own, others, strict=True))
+        return x * cos + rotate_half(x) * sin
+
+
+def axis_after_axis(x: Tensor, angle: Tensor) -> Tensor:
+    """Two axes in tables one behind the other, cut apart to turn each part of the channels for itself."""
+    axes = angle[:, : HALF // 2], angle.flip(0)[:, HALF // 2 :]
+    tables = (
+        torch.cat(columns, dim=-1).split(HALF, dim=-1) for columns in zip(*map(wide, axes), strict=True)
+    )
+    cosines, sines = tables
+    parts = zip(x.split(HALF, dim=-1), cosines, sines, strict=True)
+    return torch.cat([part * cos + rotate_half(part) * sin for part, cos, sin in parts], dim=-1)
+
+
 class HeadsLast(nn.Module):
     """Everything in [B, T, H, D] until the scores, with queries, keys and values from one projection."""
 
@@ -312,6 +337,14 @@ class BeforeTheProjection(nn.Module):
         return attend(*(part.transpose(1, 2) for part in (query, key, heads)))
 
 
+def largest_score_subtracted(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Softmax made safe by hand: what is the same along a row is no bias."""
+    scores = query @ key.mT / HEAD_DIM**0.5
+    scores = scores.masked_fill(~causal(scores.shape[-1]), -torch.inf)
+    scores = scores - scores.max(dim=-1, keepdim=True).values
+    return scores.softmax(dim=-1) @ value
+
+
 def _row(turn: Turn, planes: str | None = HALVES, orientation: int = 1) -> Spelling:
     return Spelling(turn.__name__, lambda: RotaryAttention(turn), planes, orientation)
 
@@ -350,6 +383,7 @@ OTHER_PLANES = (
     _row(neighbours_in_halves_out, NEIGHBOURS),
     _row(first_quarter, f"partial(half(8), 0, {HEAD_DIM})"),
     _row(last_half, f"partial(half(8), 8, {HEAD_DIM})"),
+    _row(axis_after_axis, f"pairs({TWO_BLOCKS}, {HEAD_DIM})"),
     _row(in_the_middle, f"partial(interleaved(8), 4, {HEAD_DIM})"),
 )
 ANGLES = (
@@ -357,15 +391,19 @@ ANGLES = (
     _by("angles_by_broadcast", lambda steps, freq: steps[:, None] * freq),
     _by("angles_by_matmul", lambda steps, freq: (freq[None, :, None] @ steps[None, None, :]).mT[0]),
     _by("angles_by_addition", lambda steps, freq: torch.ones_like(steps)[:, None].mul(freq).cumsum(0) - freq),
+    _by("angles_by_grid", lambda steps, freq: torch.mul(*torch.meshgrid(steps, freq, indexing="ij"))),
+    _by("angles_by_turned_grid", lambda steps, freq: torch.mul(*torch.meshgrid(freq, steps, indexing="xy"))),
     _looked_up("angles_sliced", lambda table, steps: table[: steps.shape[0]]),
     _looked_up("angles_indexed", lambda table, steps: table[steps]),
     _looked_up("angles_embedded", lambda table, steps: nn.functional.embedding(steps, table)),
     _looked_up("angles_selected", lambda table, steps: table.index_select(0, steps)),
     _angles("angles_learned", LearnedAngles),
     Spelling("cos_and_sin_tables", lambda: RotaryAttention(CosAndSinTables())),
+    Spelling("first_token_learned", lambda: RotaryAttention(FirstTokenLearned())),
 )
 AROUND = (
     Spelling("grouped_queries", lambda: RotaryAttention(plain, kv_heads=1)),
+    Spelling("safe_softmax", lambda: RotaryAttention(plain, attention=largest_score_subtracted)),
     Spelling("heads_last_fused_qkv", HeadsLast),
     Spelling("values_turned_as_well", lambda: HeadsLast(turn_value=True), rotations=3),
     Spelling("before_the_projection", BeforeTheProjection, rotations=1),

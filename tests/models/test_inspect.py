@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from grape_compile import inspect
 from grape_compile.encoding import Bias, Rotation, parse
+from grape_compile.errors import CaptureError
 from grape_compile.reporting import Report
 
 
@@ -137,3 +138,39 @@ def test_a_padding_mask_changes_no_count(row: Architecture) -> None:
     mask[0, :5] = 0
     report = inspect(row.build(), (), inputs | {"attention_mask": mask})
     assert len(report.sites) == row.sites, str(report)
+
+
+class ChoosesByValue(nn.Module):
+    """Turns by frequencies chosen by the longest position: neither door of torch takes it in one graph."""
+
+    steps_seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = HALF_SPELLINGS[0].make()
+        self.register_buffer("steps_seen", torch.zeros(()))
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        self.steps_seen.copy_(positions.max() + 1)
+        scale = 2.0 if int(positions.max()) > 1000 else 1.0
+        for expert in positions.unique().tolist()[:2]:
+            x = x + scale * expert
+        out: Tensor = self.inner(x)
+        return out
+
+
+def test_what_no_door_of_torch_takes_is_watched_while_it_runs() -> None:
+    model = ChoosesByValue()
+    sharpen(model)
+    before = Fingerprint(model)
+    x = example()
+    report = inspect(model, (x,), {"positions": torch.arange(x.shape[1])})
+    assert [site.module for site in report.sites] == ["inner", "inner"], str(report)
+    assert all(re.search(r"attention_layers\.py:\d+$", site.source) for site in report.sites), str(report)
+    assert {site.evidence for site in report.sites} == {"proved"}
+    before.assert_still(model)
+
+
+def test_a_model_that_does_not_run_is_told() -> None:
+    with pytest.raises(CaptureError, match="arguments the model's forward accepts"):
+        inspect(ChoosesByValue(), (example(),))

@@ -1,0 +1,221 @@
+"""The doors a model goes through, one column of the table each.
+
+| door | what happens |
+|---|---|
+| static | `inspect`, the shapes of the example |
+| dynamic | `torch.export` with a symbolic sequence, `rewrite`, run at a longer sequence |
+| compile | `grape_compile(backend="eager")`, forward without gradients |
+| cache | the same, one token after a prefill of the plain model |
+| training | the same, gradients of every parameter for a random cotangent |
+| bf16 | the same, parameters in bfloat16 |
+
+Each counts its own truth by running the original through the same inputs.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect as python_inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.coverage.inputs import Inputs, lengthened, sequence_axes
+from benchmarks.coverage.oracle import Run, cast, measured, output_of
+from benchmarks.coverage.truth import Count, counting
+from grape_compile import grape_compile, inspect, report, rewrite
+from grape_compile.reporting import Report
+
+LONGER = 5
+PICTURE = ("grid_thw", "image_grid_thw")
+Outcome = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tiny model in eval mode, an input it runs on, and what it rotates and biases on it."""
+
+    model: nn.Module
+    inputs: Inputs
+    truth: Count
+
+    def fresh(self) -> nn.Module:
+        """A copy that nothing has been done to."""
+        return copy.deepcopy(self.model)
+
+
+def static(case: Case) -> Outcome:
+    """What `inspect` finds."""
+    return _found(inspect(case.model, (), case.inputs), case.truth)
+
+
+def dynamic(case: Case) -> Outcome:
+    """What `rewrite` finds in a program exported for any length, run at a longer one."""
+    axes = sequence_axes(case.inputs)
+    if not axes or any(name in case.inputs for name in PICTURE):
+        return {"skipped": "no input has a sequence of free length"}
+    shapes = {name: {axes[name]: torch.export.Dim.DYNAMIC} if name in axes else None for name in case.inputs}
+    try:
+        program = torch.export.export(case.fresh(), (), case.inputs, dynamic_shapes=shapes, strict=False)
+    except Exception as failure:
+        return {"skipped": f"torch.export refuses: {first_line(failure)}"}
+    rewritten, found = rewrite(program)
+    outcome = _found(found, case.truth)
+    if not found.sites:
+        return outcome
+    plain = program.module()
+    inputs = lengthened(case.inputs, LONGER)
+    try:
+        with torch.no_grad():
+            case.fresh()(**inputs), plain(**inputs)
+    except Exception:  # a length the model itself does not take
+        inputs = case.inputs
+    lengths = sorted({inputs[name].shape[axis] for name, axis in axes.items()})
+    verdict = measured(rewritten.module(), plain, case.fresh(), inputs, _forward)
+    return outcome | {"lengths": lengths} | verdict
+
+
+def compiled(case: Case) -> Outcome:
+    """A forward pass through `torch.compile`, rewritten and run as it is."""
+    return _through_compile(case, _forward)
+
+
+def cache(case: Case) -> Outcome:
+    """One more token after a prefill, the past kept in a cache."""
+    accepted = set(python_inspect.signature(case.model.forward).parameters)
+    ids = case.inputs.get("input_ids")
+    if not {"past_key_values", "use_cache"} <= accepted or not isinstance(ids, Tensor):
+        return {"skipped": "the model keeps no cache"}
+    if "decoder_input_ids" in case.inputs or ids.dim() != 2 or "pixel_values" in case.inputs:
+        return {"skipped": "no decoder of plain token ids"}
+    model, inputs = case.fresh(), {"input_ids": ids}
+    try:
+        with torch.no_grad(), counting(model) as truth:
+            filled = _prefilled(model, ids)
+            truth.rotations = truth.biases = 0
+            output_of(_step(model, ids, filled))
+    except Exception as failure:
+        return {"skipped": f"the original does not decode: {first_line(failure)}"}
+    return _through_compile(Case(model, inputs, truth), _decode)
+
+
+def training(case: Case) -> Outcome:
+    """Gradients of every parameter for a random cotangent of the output."""
+    model = case.fresh().train()
+    try:
+        with counting(model) as truth:
+            _gradients(model, model, case.inputs)
+    except Exception as failure:
+        return {"skipped": f"the original does not train: {first_line(failure)}"}
+    return _through_compile(Case(model, case.inputs, truth), _gradients)
+
+
+def bf16(case: Case) -> Outcome:
+    """A forward pass with parameters in bfloat16; buffers stay as a loaded checkpoint has them."""
+    model, inputs = case.fresh(), cast(case.inputs, torch.bfloat16)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    try:
+        with torch.no_grad(), counting(model) as truth:
+            output_of(model(**inputs))
+    except Exception as failure:
+        return {"skipped": f"the original does not run: {first_line(failure)}"}
+    return _through_compile(Case(model, inputs, truth), _forward, torch.bfloat16)
+
+
+DOORS: dict[str, Callable[[Case], Outcome]] = {
+    "static": static,
+    "dynamic": dynamic,
+    "compile": compiled,
+    "cache": cache,
+    "training": training,
+    "bf16": bf16,
+}
+
+
+def first_line(failure: BaseException) -> str:
+    """The kind of a failure and the first line of what it says."""
+    lines = str(failure).strip().splitlines()
+    return f"{type(failure).__name__}: {lines[0][:200] if lines else ''}"
+
+
+def _through_compile(case: Case, run: Run, dtype: torch.dtype = torch.float32) -> Outcome:
+    ours = grape_compile(case.fresh(), backend="eager")
+    try:
+        run(ours, case.model, case.inputs)
+    except Exception as failure:
+        return _alone(case, run, failure)
+    verdict = measured(ours, case.model, case.model, case.inputs, run, dtype)
+    return _found(report(ours), case.truth) | verdict
+
+
+def _alone(case: Case, run: Run, failure: Exception) -> Outcome:
+    """Whose failure it is: torch.compile alone may not take the model either."""
+    torch.compiler.reset()
+    plain = case.fresh()
+    plain.compile(backend="eager")
+    try:
+        run(plain, case.model, case.inputs)
+    except Exception as other:
+        return {"skipped": f"torch.compile alone fails: {first_line(other)}"}
+    return {"failed": first_line(failure)}
+
+
+def _found(found: Report, truth: Count) -> Outcome:
+    errors = [site.error for site in found.sites if site.error is not None]
+    return {
+        "rotations": sum(site.kind == "rotation" for site in found.sites),
+        "biases": sum(site.kind == "bias" for site in found.sites),
+        "truth": {"rotations": truth.rotations, "biases": truth.biases},
+        "replay": max(errors, default=None),
+        "encodings": sorted({str(site.encoding) for site in found.sites}),
+        "refusals": [
+            {
+                "rule": each.rule,
+                "reason": each.reason,
+                "module": each.module,
+                "source": each.source.rpartition("transformers/")[2],
+                "nearest": each.nearest,
+            }
+            for each in found.refusals
+        ],
+    }
+
+
+# -- ways to run a model: itself, a plain twin of the same weights, the inputs ----------------------------
+
+
+def _forward(model: nn.Module, plain: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+    with torch.no_grad():
+        return {"output": output_of(model(**inputs))}
+
+
+def _decode(model: nn.Module, plain: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+    ids = inputs["input_ids"]
+    with torch.no_grad():
+        return {"output": output_of(_step(model, ids, _prefilled(plain, ids)))}
+
+
+def _prefilled(model: nn.Module, ids: Tensor) -> Any:
+    """The cache after all tokens but the last."""
+    past = model(input_ids=ids[:, :-1], use_cache=True).past_key_values
+    if past is None:
+        raise ValueError("no cache came back")
+    return past
+
+
+def _step(model: nn.Module, ids: Tensor, past: Any) -> Any:
+    return model(input_ids=ids[:, -1:], past_key_values=past, use_cache=True)
+
+
+def _gradients(model: nn.Module, plain: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+    model.zero_grad()
+    output = output_of(model(**inputs))
+    cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output.dtype)
+    finite = output.isfinite()
+    torch.autograd.backward(output[finite], cotangent[finite])
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"output": output.detach(), **gradients}

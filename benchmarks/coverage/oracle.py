@@ -1,0 +1,163 @@
+"""The error contract: relative root-mean-square error against the original in float64, over several draws."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from benchmarks.coverage.inputs import Inputs, redrawn
+
+SEEDS = (0, 1, 2)
+MARGIN = 1.25
+FLOOR = 1e-7
+AGAINST_ORIGINAL = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+"""Largest difference to the original itself where no float64 run of it is possible: a few roundings of a sum each way
+(2^-24 and 2^-8 times the depth of the tiny models)."""
+
+
+class InDouble(TorchFunctionMode):
+    """Turns requests for float32 into ones for float64: `.double()` leaves the casts a model writes out."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        wider = {key: _widen(value) for key, value in (kwargs or {}).items()}
+        if func is Tensor.float:
+            return args[0].double()
+        return func(*(_widen(value) for value in args), **wider)
+
+
+def _widen(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
+
+
+def in_double(model: nn.Module) -> nn.Module:
+    """A copy of the model in float64; run it under `InDouble`."""
+    wide = copy.deepcopy(model).double()
+    if getattr(getattr(wide, "config", None), "_experts_implementation", None) is not None:
+        # The grouped matrix product knows no float64.
+        wide.set_experts_implementation("eager")  # type: ignore[operator]  # a method of transformers' models
+    return wide
+
+
+def cast(inputs: Any, dtype: torch.dtype) -> Any:
+    """The inputs with floating tensors in `dtype`."""
+    return pytree.tree_map(
+        lambda value: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value,
+        inputs,
+    )
+
+
+def output_of(result: Any) -> Tensor:
+    """The tensor a model is judged by: its logits, its last hidden state, or the first floating one it returns."""
+    if isinstance(result, Tensor):
+        return result
+    for name in ("logits", "last_hidden_state"):
+        value = getattr(result, name, None)
+        if isinstance(value, Tensor):
+            return value
+    values = result.to_tuple() if hasattr(result, "to_tuple") else result
+    floating = [
+        leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    ]
+    if not floating:
+        raise ValueError(f"a {type(result).__name__} without a floating tensor came back")
+    return floating[0]
+
+
+Run = Callable[[nn.Module, nn.Module, Inputs], dict[str, Tensor]]
+"""Runs a model, with a plain twin of the same weights at hand; returns its output, and gradients if asked for."""
+
+
+def measured(
+    ours: nn.Module,
+    original: nn.Module,
+    plain: nn.Module,
+    inputs: Inputs,
+    run: Run,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:
+    """Error of ours and of the original over `SEEDS`, the oracle they were measured against, the bound, the verdict.
+
+    `plain` is the model the oracle is made of: itself in float64, and where that does not run, as it is.
+    """
+    wide: nn.Module | None = in_double(plain)
+    errors = {"ours": Deviation(), "original": Deviation()}
+    for seed in SEEDS:
+        drawn = redrawn(inputs, seed)
+        runs = {
+            name: _seeded(run, model, plain, drawn)
+            for name, model in (("ours", ours), ("original", original))
+        }
+        reference = _in_double(run, wide, drawn) if wide is not None else None
+        if reference is None:
+            wide, reference = None, runs["original"]
+        for name, found in runs.items():
+            errors[name].add(found, reference)
+    error, other = errors["ours"].relative, errors["original"].relative
+    bound = MARGIN * other + FLOOR if wide is not None else AGAINST_ORIGINAL[dtype]
+    return {
+        "error": error,
+        "original": other,
+        "oracle": "original" if wide is None else "fp64",
+        "bound": bound,
+        "holds": error <= bound,
+    }
+
+
+def _seeded(run: Run, model: nn.Module, plain: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return run(model, plain, copy.deepcopy(inputs))
+
+
+def _in_double(run: Run, wide: nn.Module, inputs: Inputs) -> dict[str, Tensor] | None:
+    try:
+        with InDouble():
+            found = _seeded(run, wide, wide, cast(inputs, torch.float64))
+    except Exception:  # kernels without float64, casts to float32 that no mode sees
+        return None
+    return found if found["output"].dtype is torch.float64 else None
+
+
+@dataclass
+class Deviation:
+    """Mean over tensors and runs of the relative squared error: a large tensor does not hide a wrong small one."""
+
+    squares: list[float] = field(default_factory=list)
+
+    def add(self, found: dict[str, Tensor], reference: dict[str, Tensor]) -> None:
+        """Tensors that vanish beside the largest are rounding (the gradient of a bias softmax does not see)."""
+        sizes = {name: _mean_square(tensor) for name, tensor in reference.items()}
+        largest = max((size for name, size in sizes.items() if name != "output"), default=0.0)
+        for name, tensor in reference.items():
+            if name != "output" and sizes[name] <= 1e-12 * largest:
+                continue
+            self.squares.append(_difference(found.get(name), tensor) / max(sizes[name], 1e-300))
+
+    @property
+    def relative(self) -> float:
+        return math.sqrt(sum(self.squares) / max(len(self.squares), 1))
+
+
+def _difference(found: Tensor | None, reference: Tensor) -> float:
+    """Mean squared difference; entries that are not finite in the reference (masked logits) have to be the same."""
+    if (
+        found is None
+        or found.shape != reference.shape
+        or not torch.equal(found.isfinite(), reference.isfinite())
+    ):
+        return math.inf
+    return _mean_square(torch.where(reference.isfinite(), found.double() - reference.double(), 0.0))
+
+
+def _mean_square(x: Tensor) -> float:
+    x = x.double()
+    return torch.where(x.isfinite(), x, 0.0).square().mean().item() if x.numel() else 0.0
