@@ -349,7 +349,8 @@ def largest_score_subtracted(query: Tensor, key: Tensor, value: Tensor) -> Tenso
     scores = query @ key.mT / HEAD_DIM**0.5
     scores = scores.masked_fill(~causal(scores.shape[-1]), -torch.inf)
     scores = scores - scores.max(dim=-1, keepdim=True).values
-    return scores.softmax(dim=-1) @ value
+    mixed: Tensor = scores.softmax(dim=-1) @ value
+    return mixed
 
 
 def _row(turn: Turn, planes: str | None = HALVES, orientation: int = 1) -> Spelling:
