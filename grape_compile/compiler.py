@@ -13,7 +13,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast, overload
 
@@ -23,7 +23,7 @@ from torch.export import ExportedProgram
 
 from grape_compile.errors import CaptureError, GrapeError, ModelError, RefusalError
 from grape_compile.passes.assignments import FunctionalAssignments
-from grape_compile.passes.capture import capture_dynamo, capture_export
+from grape_compile.passes.capture import capture_dynamo, capture_export, has_unknown_sizes
 from grape_compile.passes.graph import Program
 from grape_compile.passes.loosen_views import LoosenViews
 from grape_compile.passes.lower import ShareAngles
@@ -125,9 +125,10 @@ def inspect(
 ) -> Report:
     """Find the position encodings of a model or exported program without changing it.
 
-    A module is captured by `torch.export` on `args` and `kwargs`; where export refuses it, by watching it run on them:
-    the report is then about the branches this example takes. Every site is verified against an fp64 replay
-    (`Site.error`). Raises ModelError for anything else, CaptureError when no door takes the model.
+    A module is captured by `torch.export` on `args` and `kwargs`; where export refuses it, or leaves sizes open that
+    depend on values, by watching it run on them: the report is then about what this example does. Every site is
+    verified against an fp64 replay (`Site.error`). Raises ModelError for anything else, CaptureError when no door takes
+    the model.
     """
     if isinstance(model, ExportedProgram):
         return _rewrite_program(capture_export(model, args, kwargs))
@@ -141,6 +142,9 @@ def inspect(
                 )
         except Exception as failure:
             return _inspect_a_run(model, args, kwargs or {}, failure)
+        if has_unknown_sizes(program):
+            with suppress(CaptureError):
+                return _rewrite_program(capture_run(model, args, kwargs or {}))
         return _rewrite_program(capture_export(program, args, kwargs))
 
 

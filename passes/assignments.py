@@ -1,6 +1,7 @@
-"""Turn assignments into slices of a fresh tensor into values: `out[..., ::2] = x` becomes a scatter that returns `out`.
+"""Turn writes into a fresh tensor into values: `out[..., ::2] = x` becomes a scatter that returns `out`.
 
-What: `copy_` into slices and selections of a tensor made in this graph, which nothing else sees through a view.
+What: `copy_` into slices and selections of a tensor made in this graph, which nothing else sees through a view, and
+    arithmetic in place (`omega /= 8`) on one that nothing has read before.
 Leaves alone: every write into an input, a buffer or a cache, and every base another view of which is read later.
 Ensures: the same values at every later use.
 Cost: one pass over the graph.
@@ -28,17 +29,50 @@ _FRESH = {
     "aten::new_empty",
     "aten::new_zeros",
 }
+_MADE = _FRESH | {
+    "aten::arange",
+    "aten::linspace",
+    "aten::ones",
+    "aten::ones_like",
+    "aten::full",
+    "aten::full_like",
+}
+_IN_PLACE = {
+    f"aten::{name}_": getattr(aten, name) for name in ("add", "sub", "mul", "div", "neg", "exp", "reciprocal")
+}
+_RESULTS = {getattr(packet, name) for packet in _IN_PLACE.values() for name in packet.overloads()}
 _SCATTERS = {"aten::slice": aten.slice_scatter.default, "aten::select": aten.select_scatter.default}
 
 
 @dataclass(frozen=True)
 class FunctionalAssignments(Pass):
-    """Assignments into slices of fresh tensors become scatters."""
+    """Writes into fresh tensors become the operators that return what was written."""
 
     def run(self, program: Program) -> Outcome:
+        for node in program.graph.nodes:
+            if op_name(node) in _IN_PLACE:
+                _out_of_place(program.graph, node)
         for node in program.graph.find_nodes(op="call_function", target=aten.copy_.default):
             _functionalise(program.graph, node)
         return Outcome()
+
+
+def _out_of_place(graph: fx.Graph, write: fx.Node) -> None:
+    """Arithmetic in place on a tensor made here whose first reader it is: no view of it can be waiting."""
+    base = write.args[0]
+    if not isinstance(base, fx.Node) or (op_name(base) not in _MADE and base.target not in _RESULTS):
+        return
+    function = getattr(_IN_PLACE[op_name(write)], str(write.target).rpartition(".")[2], None)
+    if function is None or min(base.users) is not write or base in write.args[1:]:
+        return
+    with graph.inserting_before(write):
+        value = _call(graph, function, write.args, write, dict(write.kwargs))
+    if require_fake(value).dtype != require_fake(base).dtype:  # in place keeps the type
+        graph.erase_node(value)
+        return
+    base.replace_all_uses_with(value, delete_user_cb=lambda user: user not in (write, value))
+    write.replace_all_uses_with(value)
+    graph.erase_node(write)
 
 
 def _functionalise(graph: fx.Graph, write: fx.Node) -> None:
@@ -97,8 +131,10 @@ def _matching(graph: fx.Graph, value: fx.Node, view: fx.Node) -> fx.Node:
     return value
 
 
-def _call(graph: fx.Graph, target: Any, args: tuple[Any, ...], origin: fx.Node) -> fx.Node:
-    node = graph.call_function(target, args)
+def _call(
+    graph: fx.Graph, target: Any, args: tuple[Any, ...], origin: fx.Node, kwargs: dict[str, Any] | None = None
+) -> fx.Node:
+    node = graph.call_function(target, args, kwargs)
     node.meta = {
         name: origin.meta[name] for name in ("stack_trace", "nn_module_stack") if name in origin.meta
     }

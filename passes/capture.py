@@ -16,6 +16,7 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from grape_compile.errors import CaptureError
@@ -102,6 +103,12 @@ def capture_export(
         elif spec.target is not None:
             values[node] = program.state_dict.get(spec.target, program.constants.get(spec.target))
     return program_of(module, roles, values)
+
+
+def has_unknown_sizes(program: ExportedProgram) -> bool:
+    """Whether a tensor of the program has a size that depends on values, such as the patches of a grid of images."""
+    fakes = (node.meta.get("val") for node in program.graph.nodes)
+    return any(free_unbacked_symbols(fake) for fake in fakes if isinstance(fake, torch.Tensor))
 
 
 def _flat_examples(program: ExportedProgram, args: Sequence[Any], kwargs: dict[str, Any] | None) -> list[Any]:

@@ -209,7 +209,11 @@ def _repeat(node: fx.Node) -> tuple[Any, int] | None:
     """How often a `repeat_interleave` repeats every entry and along which dimension, where neither is a tensor's."""
     dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else None)
     repeats = node.args[1] if len(node.args) > 1 else None
-    if repeats is None or is_symbolic(repeats) or (isinstance(repeats, fx.Node) and fake(repeats) is not None):
+    if (
+        repeats is None
+        or is_symbolic(repeats)
+        or (isinstance(repeats, fx.Node) and fake(repeats) is not None)
+    ):
         return None
     return (repeats, dim) if isinstance(dim, int) else None
 

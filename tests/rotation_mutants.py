@@ -212,6 +212,12 @@ class DrawnTable(nn.Module):
         return self.angles[torch.arange(length, device=x.device)]
 
 
+def seen_through_a_view(steps: Tensor) -> Tensor:
+    view = steps[1:]
+    steps += 3
+    return torch.cat((steps[:1], view))
+
+
 def _layer(query: Turn, key: Turn | None = None) -> Callable[[], nn.Module]:
     return lambda: RotaryAttention(query, key, expose=True)
 
@@ -253,6 +259,7 @@ ROTATION_MUTANTS: tuple[RotationMutant, ...] = (
     RotationMutant("off_by_one_on_k", _layer(turn, next_position), refused=False, ordinary=1),
     RotationMutant("position_squared", _clock(torch.square), refused=False),
     RotationMutant("position_shifted", _clock(lambda steps: steps + 5), refused=False),
+    RotationMutant("position_shifted_behind_a_view", _clock(seen_through_a_view), refused=False, told=False),
     RotationMutant("position_doubled", _clock(lambda steps: 2 * steps), refused=False, ordinary=2),
     RotationMutant("position_negated", _clock(torch.neg), refused=False, ordinary=2),
     RotationMutant("position_saturated", _clock(lambda steps: steps.clamp(max=7)), refused=False),

@@ -226,6 +226,13 @@ class AnglesBy(nn.Module):
         return self.rule(torch.arange(length, device=x.device).to(x.dtype), self.inv_freq)
 
 
+def frequencies_in_place(steps: Tensor) -> Tensor:
+    exponents = torch.arange(HALF, dtype=steps.dtype, device=steps.device)
+    exponents /= HALF
+    frequencies: Tensor = 1.0 / 10000.0**exponents
+    return frequencies
+
+
 class AnglesFromTable(nn.Module):
     """Angles kept for every position up to a limit and looked up by position."""
 
@@ -342,7 +349,8 @@ def largest_score_subtracted(query: Tensor, key: Tensor, value: Tensor) -> Tenso
     scores = query @ key.mT / HEAD_DIM**0.5
     scores = scores.masked_fill(~causal(scores.shape[-1]), -torch.inf)
     scores = scores - scores.max(dim=-1, keepdim=True).values
-    return scores.softmax(dim=-1) @ value
+    mixed: Tensor = scores.softmax(dim=-1) @ value
+    return mixed
 
 
 def _row(turn: Turn, planes: str | None = HALVES, orientation: int = 1) -> Spelling:
@@ -393,6 +401,7 @@ ANGLES = (
     _by("angles_by_addition", lambda steps, freq: torch.ones_like(steps)[:, None].mul(freq).cumsum(0) - freq),
     _by("angles_by_grid", lambda steps, freq: torch.mul(*torch.meshgrid(steps, freq, indexing="ij"))),
     _by("angles_by_turned_grid", lambda steps, freq: torch.mul(*torch.meshgrid(freq, steps, indexing="xy"))),
+    _by("angles_made_in_place", lambda steps, _: torch.outer(steps, frequencies_in_place(steps))),
     _looked_up("angles_sliced", lambda table, steps: table[: steps.shape[0]]),
     _looked_up("angles_indexed", lambda table, steps: table[steps]),
     _looked_up("angles_embedded", lambda table, steps: nn.functional.embedding(steps, table)),
