@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -104,6 +104,30 @@ class Program:
     def representative(self, node: fx.Node) -> fx.Node:
         """The first node with the same value."""
         return self.representatives[self.value_numbers[node]]
+
+    def signature(self, results: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> object:
+        """Equal for results that are the same function of their inputs: same operators, same position-side values."""
+        first = min(self.order[node] for node in inputs)
+        numbers: dict[fx.Node, object] = {node: ("input", place) for place, node in enumerate(inputs)}
+        steps: dict[object, int] = {}
+
+        def number(node: fx.Node) -> object:
+            if node not in numbers:
+                numbers[node] = self._own_number(node, first)
+            if numbers[node] is None:
+                step = (node.target, frozen(node.args, number), frozen(node.kwargs, number))
+                numbers[node] = steps.setdefault(step, len(steps))
+            return numbers[node]
+
+        kinds = tuple((tuple(map(str, value.shape)), value.dtype) for value in map(require_fake, inputs))
+        return tuple(map(number, results)), tuple(steps), kinds
+
+    def _own_number(self, node: fx.Node, first: int) -> object | None:
+        """What stands for a value wherever it is used; None where that is how it is computed."""
+        if node in self.value_numbers and self.taints[node] < Taint.DATA:
+            return ("value", self.value_numbers[node])
+        inside = node.op == "call_function" and self.order.get(node, first) >= first
+        return None if inside else ("outside", node)
 
     def is_constant(self, node: fx.Node) -> bool:
         """True when a value is made of constants alone: it cannot change from call to call."""

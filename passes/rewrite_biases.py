@@ -43,8 +43,9 @@ class RewriteBiases(Pass):
         replay = Replay(program)
         outputs = []
         turned: list[fx.Node] = []
+        verified: dict[object, float] = {}
         for plan in plans:
-            layer = _Layer(program, plan, emitter, replay)
+            layer = _Layer(program, plan, emitter, replay, verified)
             try:
                 site = layer.replace()
             except Unreadable as reason:
@@ -64,9 +65,16 @@ class RewriteBiases(Pass):
 
 
 class _Layer:
-    def __init__(self, program: Program, plan: BiasPlan, emitter: Emitter, replay: Replay) -> None:
+    def __init__(
+        self,
+        program: Program,
+        plan: BiasPlan,
+        emitter: Emitter,
+        replay: Replay,
+        verified: dict[object, float],
+    ) -> None:
         self.program, self.plan, self.layer = program, plan, plan.layer
-        self.emitter, self.replay = emitter, replay
+        self.emitter, self.replay, self.verified = emitter, replay, verified
         self.turned: list[fx.Node] = []
         self.folded = require_fake(self.layer.query).dim() == 3
 
@@ -91,7 +99,10 @@ class _Layer:
             (query, key, value, emitted.operands, str(emitted.operator)),
             kwargs,
         )
-        error = verify_bias(plan, emitted, (query, key, value), mask, self.replay)
+        same = self.program.signature((layer.output, call), (layer.query, layer.key, layer.value))
+        if same not in self.verified:
+            self.verified[same] = verify_bias(plan, emitted, (query, key, value), mask, self.replay)
+        error = self.verified[same]
         result = self._ordered(self.emitter.call(call, operator.getitem, (call, 0)), "output")
         if self.folded:
             result = self.emitter.call(result, aten.reshape.default, (result, self._folded_sizes()))

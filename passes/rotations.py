@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from grape_compile.passes.elements import COMPLEX, PICKS, PRODUCTS, SCATTERS, SUMS, Reader
-from grape_compile.passes.graph import Program, Taint, Unreadable, fake, frozen, is_pure, op_name
+from grape_compile.passes.graph import Program, Taint, Unreadable, fake, is_pure, op_name
 from grape_compile.passes.movement import JOINS, MOVEMENTS
 from grape_compile.passes.planes import name_rotation
 from grape_compile.passes.plans import Entry, Miss, Reading, RotationPlan
@@ -170,7 +170,7 @@ class _Finder:
         )
 
     def _read(self, output: fx.Node, region: tuple[fx.Node, ...]) -> RotationPlan | Miss | None:
-        signature = self._signature(region)
+        signature = self.program.signature((output,), region[:1])
         held = self.cache.get(signature)
         if isinstance(held, Miss):
             return held
@@ -184,20 +184,6 @@ class _Finder:
         elif result is not None:
             self.cache[signature] = result
         return result
-
-    def _signature(self, region: tuple[fx.Node, ...]) -> object:
-        """Equal for regions that compute the same function of their root: same operators, same position-side values."""
-        place = {node: number for number, node in enumerate(region)}
-        numbers = self.program.value_numbers
-
-        def value_of(node: fx.Node) -> object:
-            return ("region", place[node]) if node in place else numbers[node]
-
-        body = tuple(
-            (node.target, frozen(node.args, value_of), frozen(node.kwargs, value_of)) for node in region[1:]
-        )
-        value = fake(region[0])
-        return body, None if value is None else (tuple(map(str, value.shape)), value.dtype)
 
     def _read_new(self, output: fx.Node, region: tuple[fx.Node, ...]) -> RotationPlan | Miss | None:
         nearest: Miss | None = None

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from attention_layers import HEAD_DIM, HIDDEN, Angles, RotaryAttention, example, sharpen
+from bias_spellings import BIAS_SPELLINGS
 from rotation_spellings import plain
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from grape_compile.passes import capture, rotations
+from grape_compile.passes import capture, rotations, verify_biases
 from grape_compile.passes.assignments import FunctionalAssignments
 from grape_compile.passes.capture import capture_dynamo
 from grape_compile.passes.graph import Program
@@ -136,21 +137,34 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     count(fx.Interpreter, "call_method")
     count(Replay, "_run")
     count(rotations._Reading, "plan")
+    count(verify_biases._Check, "error")
     return taken
 
 
-def look(layers: int, stages: Callable[[fx.GraphModule, Sequence[Any]], object]) -> None:
-    """Give the graph of a stack of rotary layers, which share their frequencies, to `stages`."""
+def rotary(layers: int) -> nn.Module:
+    """Layers that share their frequencies."""
+    angles = Angles(HEAD_DIM // 2)
+    return Stack(lambda: RotaryAttention(plain, angles=angles), layers)
+
+
+def biased(layers: int) -> nn.Module:
+    """Layers that share their slopes."""
+    model = Stack(BIAS_SPELLINGS[0].make, layers)
+    for layer in model.layers:
+        layer.slopes = model.layers[0].slopes
+    return model
+
+
+def look(model: nn.Module, stages: Callable[[fx.GraphModule, Sequence[Any]], object]) -> None:
+    """Give the graph of a model to `stages`."""
 
     def backend(module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         stages(module, examples)
         return module.forward
 
-    angles = Angles(HEAD_DIM // 2)
-    model = sharpen(Stack(lambda: RotaryAttention(plain, angles=angles), layers))
     torch.compiler.reset()
     with torch.no_grad():
-        torch.compile(model, backend=backend)(example())
+        torch.compile(sharpen(model), backend=backend)(example())
 
 
 def all_stages(module: fx.GraphModule, examples: Sequence[Any]) -> int:
@@ -164,11 +178,18 @@ def test_more_layers_are_no_more_work(work: Counter[str]) -> None:
     taken, sites = [], []
     for layers in (2, 6):
         work.clear()
-        look(layers, lambda *graph: sites.append(all_stages(*graph)))
+        look(rotary(layers), lambda *graph: sites.append(all_stages(*graph)))
         taken.append(dict(work))
     assert sites == [4, 12]
     assert taken[0] == taken[1]
-    assert min(taken[0].values()) > 0
+    assert taken[0]["Replay._run"] > 0
+
+
+def test_layers_with_one_bias_are_verified_once(work: Counter[str]) -> None:
+    sites = []
+    look(biased(6), lambda *graph: sites.append(all_stages(*graph)))
+    assert sites == [6]
+    assert work["_Check.error"] == 1
 
 
 def test_the_rest_grows_with_the_layers_and_no_faster() -> None:
@@ -181,6 +202,6 @@ def test_the_rest_grows_with_the_layers_and_no_faster() -> None:
         calls.append(pstats.Stats(profile).total_calls)  # type: ignore[attr-defined]  # typeshed leaves it out
 
     for layers in (3, 3, 6, 12):
-        look(layers, count)
+        look(rotary(layers), count)
     _, few, some, many = calls
     assert many - some <= 1.15 * 2 * (some - few), calls
