@@ -138,11 +138,16 @@ class _Finder:
         return self._maximal(found), self._refusals(found, misses)
 
     def _maximal(self, found: list[RotationPlan]) -> list[RotationPlan]:
-        """Of rotations one inside the other keep the one over the most channels, and of equals the earliest."""
+        """Of rotations one inside the other keep the one over the most elements; of equals that of the smallest head,
+        which says more than several heads side by side, and the earliest.
+        """
+
+        def rank(plan: RotationPlan) -> tuple[int, int, int]:
+            elements = torch.Size(self.replay.sizes.shape(plan.output)).numel()
+            return -elements, plan.encoding.planes.head_dim, self.program.order[plan.output]
+
         kept: list[RotationPlan] = []
-        for plan in sorted(
-            found, key=lambda plan: (-plan.encoding.planes.head_dim, self.program.order[plan.output])
-        ):
+        for plan in sorted(found, key=rank):
             if not any(set(plan.region[1:]) & set(other.region[1:]) - _trunk(plan, other) for other in kept):
                 kept.append(plan)
         return sorted(kept, key=lambda plan: self.program.order[plan.output])
