@@ -1,0 +1,124 @@
+"""The coverage benchmark: what it counts, what survives a kill, what a lost process costs."""
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import BY_NAME
+from torch import nn
+
+from benchmarks.coverage import records
+from benchmarks.coverage.architectures import Architecture, architectures
+from benchmarks.coverage.doors import DOORS
+from benchmarks.coverage.inputs import lengthened, redrawn
+from benchmarks.coverage.oracle import Deviation
+from benchmarks.coverage.page import complete, page
+from benchmarks.coverage.processes import Task, run_all
+from benchmarks.coverage.truth import counting
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "gptj", "llama4_text", "roformer", "dinov3_vit", "bloom", "mpt", "gpt2", "t5"]
+)
+def test_the_truth_is_counted_as_by_hand(name: str) -> None:
+    row = BY_NAME[name]
+    model = row.build()
+    for _ in range(2):  # nothing stays patched
+        with torch.no_grad(), counting(model) as truth:
+            model(**row.inputs())
+        assert (truth.rotations, truth.biases) == (row.rotations, row.biases)
+
+
+def test_architectures_are_chosen_by_folder_and_by_name() -> None:
+    names = [each.name for each in architectures(["gptj", "bloom@6heads"])]
+    assert names == ["bloom@6heads", "gptj/GPTJ"]
+
+
+@dataclass(frozen=True)
+class Hangs(Architecture):
+    def models(self) -> Iterator[tuple[nn.Module, Any]]:
+        time.sleep(60)
+        return iter(())
+
+
+@dataclass(frozen=True)
+class Crashes(Architecture):
+    def models(self) -> Iterator[tuple[nn.Module, Any]]:
+        os._exit(3)
+
+
+def test_a_hang_and_a_crash_cost_one_row_each() -> None:
+    lost = [Task(each, ("static",)) for each in (Hangs("hangs", "", ()), Crashes("crashes", "", ()))]
+    found = {record["name"]: record for record in run_all(lost, jobs=2, timeout=3.0)}
+    assert found["hangs"]["unbuilt"] == "out of time"
+    assert found["crashes"]["unbuilt"] == "the process ended with status 3"
+
+
+@pytest.mark.slow
+def test_a_model_goes_through_every_door() -> None:
+    tasks = [Task(each, tuple(DOORS)) for each in architectures(["gptj"])]
+    (record,) = run_all(tasks, jobs=1, timeout=280.0)
+    assert set(record["doors"]) == set(DOORS)
+    for outcome in record["doors"].values():
+        assert complete(outcome)
+        assert outcome.get("holds", True)
+
+
+def test_records_survive_a_kill(tmp_path: Path) -> None:
+    path = tmp_path / "coverage.jsonl"
+    records.append(path, {"name": "llama", "doors": {"static": {}}})
+    records.append(path, {"name": "llama", "doors": {"bf16": {}}})
+    with path.open("a") as file:
+        file.write('{"name": "cut o')
+    assert {name: set(record["doors"]) for name, record in records.load(path).items()} == {
+        "llama": {"static", "bf16"}
+    }
+
+
+def test_inputs_are_drawn_anew_and_lengthened() -> None:
+    ids = torch.arange(12).reshape(2, 6)
+    longer = lengthened({"input_ids": ids, "use_cache": False}, 2)
+    assert longer["input_ids"].tolist()[0] == [0, 1, 2, 3, 4, 5, 0, 1]
+    fresh = redrawn({"input_ids": ids}, seed=1)["input_ids"]
+    assert fresh.sort().values.tolist() == ids.tolist()
+
+
+def test_a_wrong_small_tensor_is_not_hidden_by_a_large_one() -> None:
+    reference = {"output": torch.full((4,), 1e3), "weight": torch.ones(4)}
+    deviation = Deviation()
+    deviation.add({"output": reference["output"], "weight": -reference["weight"]}, reference)
+    assert deviation.relative > 1
+    lost = Deviation()
+    lost.add({"output": reference["output"]}, reference)
+    assert lost.relative == float("inf")
+
+
+def test_the_page_tells_what_was_missed_and_why() -> None:
+    outcome = {
+        "rotations": 3,
+        "biases": 0,
+        "truth": {"rotations": 4, "biases": 0},
+        "replay": 1e-15,
+        "encodings": [],
+        "refusals": [{"reason": "the map is a reflection"}],
+    }
+    rows = [
+        {
+            "name": "missed",
+            "truth": outcome["truth"],
+            "doors": {"static": outcome, "cache": {"skipped": "none"}},
+        },
+        {"name": "plain", "truth": {"rotations": 0, "biases": 0}, "doors": {"static": {}}},
+        {"name": "unknown", "unbuilt": "no model class", "doors": {}},
+    ]
+    machine = {"transformers": "5", "torch": "2", "processor": "any"}
+    text = page({"machine": machine, "rows": rows})
+    assert "| missed | 3 / 4, 1e-15 |" in text
+    assert "* `missed`, static: 3 / 4, 1e-15. the map is a reflection" in text
+    assert "1 architectures rotate and bias nothing" in text
+    assert "* `unknown`: no model class" in text
