@@ -1,15 +1,16 @@
-"""How exact the operators are: 1e-12 in float64, derived tolerances elsewhere, values and gradients."""
+"""How exact attention is: 1e-12 in float64, derived tolerances elsewhere, values and gradients."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from operator_laws import ATTEND, only
+from operator_errors import NARROW, gradients, largest_difference, leaves
+from operator_laws import only
 from torch import Tensor
 
 from grape_compile.encoding import (
@@ -21,7 +22,6 @@ from grape_compile.encoding import (
     Learned,
     LogSigmoid,
     PathBias,
-    Rotation,
     Steps,
     alibi,
     fox,
@@ -43,80 +43,8 @@ from grape_compile.operators.samples import (
     Sample,
     attend_gradient_tolerance,
     attend_tolerance,
-    rotate_tolerance,
     tensor,
 )
-
-NARROW = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def leaves(*tensors: Tensor) -> list[Tensor]:
-    return [part.detach().requires_grad_(part.is_floating_point()) for part in tensors]
-
-
-def gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor], seed: int = 21) -> tuple[Tensor, ...]:
-    cotangents = [tensor(*output.shape, seed=seed + at).to(output.dtype) for at, output in enumerate(outputs)]
-    wanted = [part for part in inputs if part.requires_grad]
-    return torch.autograd.grad(outputs, wanted, cotangents, allow_unused=True, materialize_grads=True)
-
-
-def largest_difference(found: Tensor, wanted: Tensor) -> float:
-    return float((found.detach().double() - wanted.detach().double()).abs().max()) if found.numel() else 0.0
-
-
-#: Positions stay below 60 and frequencies below 1 radian per position.
-LARGEST_ANGLE = 60.0
-
-
-@pytest.mark.parametrize("sample", [*ROTATIONS, *GENERATORS], ids=lambda sample: sample.name)
-def test_rotation_in_float64(sample: Sample) -> None:
-    slots = sample.slots()
-    heads = leaves(*(tensor(BATCH, HEADS, LENGTH, HEAD_DIM, seed=seed) for seed in (1, 2)))
-    learned = dict(zip(slots, leaves(*slots.values()), strict=True))
-    results = [function(heads, sample.encoding, learned) for function in (rotate, reference_rotate)]
-    for found, wanted in zip(*results, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
-    inputs = [*heads, *learned.values()]
-    for found, wanted in zip(*(gradients(result, inputs) for result in results), strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-10)
-
-
-@pytest.mark.parametrize("dtype", NARROW, ids=str)
-@pytest.mark.parametrize("sample", ROTATIONS, ids=lambda sample: sample.name)
-def test_rotation_rounds_once(sample: Sample, dtype: torch.dtype) -> None:
-    assert isinstance(sample.encoding, Rotation)
-    # Slots are float32 numbers in both computations: what is measured is the operator.
-    slots = {
-        name: slot.float() if slot.is_floating_point() else slot for name, slot in sample.slots().items()
-    }
-    exact = {name: slot.double() if slot.is_floating_point() else slot for name, slot in slots.items()}
-    (heads,) = leaves(tensor(BATCH, HEADS, LENGTH, HEAD_DIM, dtype=dtype))
-    (wide,) = leaves(heads.double())
-    (found,), (wanted,) = (
-        rotate([heads], sample.encoding, slots),
-        reference_rotate([wide], sample.encoding, exact),
-    )
-    assert found.dtype == dtype
-    tolerance = rotate_tolerance(
-        dtype, float(wide.detach().abs().max()) * 3, LARGEST_ANGLE, sample.encoding.scale
-    )
-    assert largest_difference(found, wanted) <= tolerance
-    cotangent = tensor(*found.shape, seed=3, dtype=dtype)
-    (back,) = torch.autograd.grad(found, heads, cotangent)
-    (exact_back,) = torch.autograd.grad(wanted, wide, cotangent.double())
-    assert back.dtype == dtype
-    assert largest_difference(back, exact_back) <= tolerance
-
-
-def test_rotation_in_bfloat16_keeps_float32_angles() -> None:
-    """A table in bfloat16 would be off by 2^-9 of its angle; the result is the exact one rounded once."""
-    heads = tensor(1, 2, 4096, 64, dtype=torch.bfloat16)
-    (found,) = rotate([heads], rope(64))
-    (wanted,) = reference_rotate([heads.double()], rope(64))
-    rounded = wanted.to(torch.bfloat16)
-    # The double rounding of float32 arithmetic may turn a tie the other way, rarely.
-    assert float((found == rounded).double().mean()) > 0.98
-
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "causal": {"is_causal": True},
@@ -135,6 +63,19 @@ def check_attention(
     provider: str = "operator",
     offset: float = 0.0,
 ) -> None:
+    """Values and gradients against the reference, by the provider that is chosen or by one alone."""
+    with nullcontext() if provider == "operator" else only(provider):
+        _check_attention(sample, options, dtype, shape, mask, offset)
+
+
+def _check_attention(
+    sample: Sample,
+    options: dict[str, Any],
+    dtype: torch.dtype,
+    shape: tuple[int, int, int, int],
+    mask: Tensor | None,
+    offset: float,
+) -> None:
     queries, keys, key_heads, values = shape
     shapes = [
         (BATCH, HEADS, queries, HEAD_DIM),
@@ -145,11 +86,11 @@ def check_attention(
     wide = leaves(*(part.double() for part in parts))
     slots = sample.slots(queries=queries)
     learned, exact = (dict(zip(slots, leaves(*slots.values()), strict=True)) for _ in range(2))
-    found = ATTEND[provider](*parts, sample.encoding, learned, mask=mask, **options)
-    wanted = ATTEND["reference"](*wide, sample.encoding, exact, mask=mask, **options)
+    query, key, value = parts
+    found = attend(query, key, value, sample.encoding, learned, mask=mask, **options)
+    wanted = reference_attend(wide[0], wide[1], wide[2], sample.encoding, exact, mask=mask, **options)
     assert found.dtype == dtype
     bias = reference_bias(sample.encoding, slots, queries, wide[1].detach())
-    query, key, value = parts
     tolerance = attend_tolerance(dtype, query, key, value, float(bias.abs().max()), offset)
     assert largest_difference(found, wanted) <= tolerance
     if dtype == torch.float64 and not offset:
