@@ -115,7 +115,7 @@ def _fit_runs(values: Tensor, plane: Tensor) -> Axis | None:
     """Channels of a table that rise in a few runs: tables of several axes one behind the other."""
     channels = torch.zeros(int(plane.max()) + 1, dtype=torch.int64)
     channels[plane] = values
-    if not torch.equal(channels[plane], values):
+    if not torch.equal(channels[plane], values) or bool((channels.diff() <= 0).any()):
         return None
     starts = [0, *(place + 1 for place, step in enumerate(channels.diff().tolist()) if step != 1)]
     if len(starts) > _MOST_RUNS:

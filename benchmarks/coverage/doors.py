@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.coverage.inputs import Inputs, lengthened, sequence_axes
-from benchmarks.coverage.oracle import Run, cast, measured, output_of
+from benchmarks.coverage.oracle import Run, cast, live, measured, output_of
 from benchmarks.coverage.truth import Count, counting
 from grape_compile import grape_compile, inspect, report, rewrite
 from grape_compile.reporting import Report
@@ -215,7 +215,7 @@ def _gradients(model: nn.Module, plain: nn.Module, inputs: Inputs) -> dict[str, 
     model.zero_grad()
     output = output_of(model(**inputs))
     cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output.dtype)
-    finite = output.isfinite()
-    torch.autograd.backward(output[finite], cotangent[finite])
+    numbers = live(output)
+    torch.autograd.backward(output[numbers], cotangent[numbers])
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return {"output": output.detach(), **gradients}
