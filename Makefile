@@ -34,7 +34,7 @@ format: $(READY)
 	$(BIN)/ruff format
 
 bench: $(READY)
-	$(BIN)/python -m benchmarks.run cost speed --out benchmarks/results/
+	$(BIN)/python -m benchmarks.run cost kin speed --out benchmarks/results/
 
 # Hours of one core: a run that was stopped goes on where it was; `make coverage FRESH=1` starts over.
 coverage: $(READY)
