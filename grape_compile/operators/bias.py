@@ -7,7 +7,7 @@ queries and keys, and, where it is signed, `factors`: sums of products of a numb
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 import torch
@@ -21,17 +21,23 @@ def pull(form: Callable[..., Any], tensors: Sequence[Tensor], cotangents: Any) -
 
     By `torch.func`: the bodies of operators run below autograd, where nothing is recorded.
     """
+    if not tensors:
+        return ()
     back = torch.func.vjp(form, *tensors)[1]
     return tuple(back(cotangents))
 
 
 @dataclass(frozen=True, eq=False)
 class Leaves:
-    """A value with tensors in its fields; None where there is none."""
+    """A value with tensors in its fields; None where there is none. `constants` are the fields no slot is behind."""
+
+    constants: tuple[str, ...] = field(default=(), kw_only=True)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the floating tensors, which may have gradients, by the names of their fields."""
-        found = {each.name: getattr(self, each.name) for each in fields(self)}
+        """Return the floating tensors made of slots, which may have gradients, by the names of their fields."""
+        found = {
+            each.name: getattr(self, each.name) for each in fields(self) if each.name not in self.constants
+        }
         return {
             name: value
             for name, value in found.items()
@@ -40,7 +46,8 @@ class Leaves:
 
     def holding(self, tensors: Sequence[Tensor]) -> Self:
         """Return the same with other tensors, in the order of `tensors()`."""
-        return replace(self, **dict(zip(self.tensors(), tensors, strict=True)))
+        values: dict[str, Any] = dict(zip(self.tensors(), tensors, strict=True))
+        return replace(self, **values)
 
     def pull(self, form: Callable[[Self], Any], cotangents: Any) -> tuple[Tensor, ...]:
         """Return the gradients of the tensors for cotangents of what `form` makes of them."""
@@ -69,7 +76,7 @@ class Additive(Leaves):
 
     `slopes` [1 or B, 1 or H], gates [1 or B, 1 or H, T_q] and [.., T_k] have the compute dtype. `clock` is
     [A, 1 or B, 1 or H, T_k] for A axes, in float64 where it was summed and in int64 where it counts, or None for steps.
-    Differences of clocks are formed first and rounded to the compute dtype after.
+    Times count from the first query of a block; they are rounded to the compute dtype after that.
     """
 
     distance: Distance
@@ -99,10 +106,9 @@ class Additive(Leaves):
 
     def apart(self, at: slice, keys: slice) -> Tensor:
         """Return clock_j - clock_t, [A, 1 or B, 1 or H, rows, keys]; `at` are the key numbers of the queries."""
-        if self.clock is None:
-            return self.since(keys, 0)[..., None, :] - self.since(at, 0)[..., :, None]
-        whole = self.clock[..., None, keys] - self.clock[..., at, None]
-        return whole.to(self.slopes.dtype)
+        origin = max(at.start, 0)
+        # A sum of two small negations, so that its derivative has no large one.
+        return self.since(keys, origin)[..., None, :] + (-self.since(at, origin))[..., :, None]
 
     def block(self, rows: slice, keys: slice, offset: int) -> Tensor:
         """Return the bias [1 or B, 1 or H, rows, keys]; query t stands at key number t + `offset`."""

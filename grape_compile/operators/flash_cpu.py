@@ -98,10 +98,10 @@ class Operands:
             size += -size % ROUND
         wide = call.dtype if self.extra else call.query.dtype
         self.query, self.key, self.value = (
-            _padded(part.to(wide), size) for part in (call.query, call.keys, call.values)
+            _padded(part, size, wide) for part in (call.query, call.keys, call.values)
         )
-        self.gradient = None if gradient is None else _padded(gradient.to(wide), size)
-        self.output = None if output is None else _padded(output.to(wide), size)
+        self.gradient = None if gradient is None else _padded(gradient, size, wide)
+        self.output = None if output is None else _padded(output, size, wide)
         if call.wants_bias_gradients:
             self.query[..., self.head + self.products] = 1.0 / call.scale
             self.key[..., self.head + self.products + 1] = 1.0 / call.scale
@@ -256,8 +256,13 @@ class _Gathered:
         return (found.shift, *(each for pair in pairs for each in pair if each is not None))
 
 
-def _padded(tensor: Tensor, size: int) -> Tensor:
+def _padded(tensor: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     """Return a tensor whose last axis has `size` coordinates, zeros at the end, contiguous along it."""
-    if tensor.shape[-1] < size:
-        return torch.nn.functional.pad(tensor, (0, size - tensor.shape[-1]))
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    have = tensor.shape[-1]
+    if have == size:
+        narrow = tensor.to(dtype)
+        return narrow if narrow.stride(-1) == 1 else narrow.contiguous()
+    wide = tensor.new_empty((*tensor.shape[:-1], size), dtype=dtype)
+    wide[..., :have] = tensor
+    wide[..., have:] = 0.0
+    return wide

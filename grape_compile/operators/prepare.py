@@ -126,7 +126,13 @@ def _additive(bias: Bias, slots: Slots, query: Tensor, key: Tensor, is_causal: b
         _slopes(bias, bias.slopes, slots, query),
         _clock(bias, bias.clock, slots, query, key),
         *gates,
+        constants=_constants(bias.slopes),
     )
+
+
+def _constants(slopes: Slopes) -> tuple[str, ...]:
+    """Return the field of slopes in closed form, whose gradient nobody asks for."""
+    return () if slopes.slots else ("slopes",)
 
 
 def _slopes(encoding: Encoding, slopes: Slopes, slots: Slots, query: Tensor) -> Tensor:
@@ -205,7 +211,8 @@ def _path(bias: PathBias, slots: Slots, query: Tensor, key: Tensor) -> Path:
         by_key = by_root_mean_square(by_key)
     if bias.turn is not None:
         (by_key,) = rotated([by_key], bias.turn, slots)
-    return Path(bias.link, _slopes(bias, bias.slopes, slots, query), by_query / bias.dim, by_key)
+    slopes = _slopes(bias, bias.slopes, slots, query)
+    return Path(bias.link, slopes, by_query / bias.dim, by_key, constants=_constants(bias.slopes))
 
 
 def _edges(bias: PathBias, name: str, slots: Slots, query: Tensor, length: int) -> Tensor:

@@ -189,13 +189,12 @@ class _Walk:
         if hidden is not None:
             by_edge = by_edge.masked_fill_(hidden, 0.0)
         (product,) = pull(self.path.linked, (step.product,), by_edge.mul_(slopes))
-        by_query = torch.zeros_like(self.path.query)
-        by_key = torch.zeros_like(self.path.key)
-        by_slope = torch.zeros_like(self.path.slopes)
-        _add(by_query, product @ self.edge_key[:, step.heads, step.keys], step.heads, self.rows)
-        _add(by_key, product.mT @ self.edge_query[:, step.heads], step.heads, step.keys)
-        _add(by_slope, (logits * step.sums).sum((-2, -1)), step.heads)
-        return by_slope, by_query, by_key
+        found = {name: torch.zeros_like(tensor) for name, tensor in self.path.tensors().items()}
+        _add(found["query"], product @ self.edge_key[:, step.heads, step.keys], step.heads, self.rows)
+        _add(found["key"], product.mT @ self.edge_query[:, step.heads], step.heads, step.keys)
+        if "slopes" in found:
+            _add(found["slopes"], (logits * step.sums).sum((-2, -1)), step.heads)
+        return tuple(found.values())
 
     def bias_gradients(self, bias: AnyBias, step: _Step, logits: Tensor) -> tuple[Tensor, ...]:
         """Return the gradients of another bias; heads that were left have none."""
