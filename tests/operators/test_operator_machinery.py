@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -249,6 +250,31 @@ def test_export_keeps_the_nodes() -> None:
     assert "grape.rotate.default" in targets(program.run_decompositions({}))
     shorter = [part.float()[:, :, :5] for part in heads(HEADS)]
     torch.testing.assert_close(program.module()(*shorter), Layer()(*shorter))
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        *named(BIASES, "fox", "gated_both"),
+        *named(PATHS, "grape_ap", "rope_grape_ap"),
+        *named(COMPOSITIONS, "dictionary", "contextual_fox"),
+    ],
+    ids=lambda sample: sample.name,
+)
+def test_an_exported_bias_is_one_node_and_reads_back(sample: Sample, tmp_path: Path) -> None:
+    names = sample.encoding.slots
+
+    class Attention(torch.nn.Module):
+        def forward(self, query: Tensor, key: Tensor, value: Tensor, *slots: Tensor) -> Tensor:
+            filled = dict(zip(names, slots, strict=True))
+            return attend(query, key, value, sample.encoding, filled, is_causal=True)
+
+    parts = (*heads(HEADS), *(sample.slots()[name] for name in names))
+    program = torch.export.export(Attention(), parts)
+    assert targets(program).count("grape.attend.default") == 1
+    torch.export.save(program, tmp_path / "attention.pt2")
+    found = torch.export.load(tmp_path / "attention.pt2").module()(*parts)
+    torch.testing.assert_close(found, Attention()(*parts), rtol=1e-12, atol=1e-12)
 
 
 def test_decompositions_leave_plain_aten() -> None:
