@@ -27,6 +27,7 @@ from grape_compile.passes.capture import capture_dynamo, capture_export, has_unk
 from grape_compile.passes.graph import Program
 from grape_compile.passes.loosen_views import LoosenViews
 from grape_compile.passes.lower import ShareAngles
+from grape_compile.passes.regions import outline_regions
 from grape_compile.passes.rewrite_biases import RewriteBiases
 from grape_compile.passes.rewrite_rotations import RewriteRotations
 from grape_compile.passes.site import Refusal, Site
@@ -210,6 +211,7 @@ def _compile_graph(
         found = _rewrite_program(program)
         if found.sites:
             ShareAngles()(program)
+            outline_regions(program.module)
     except CaptureError as failure:
         program, found = None, Report(refusals=(_capture_refusal(failure),))
     record.seconds += time.perf_counter() - start
@@ -247,12 +249,13 @@ def _rewrite_export(program: ExportedProgram, args: Sequence[Any]) -> tuple[Expo
     found = _rewrite_program(captured)
     if not found.sites:
         return program, found
-    signature = program.graph_signature
-    for spec in signature.output_specs:
-        name = getattr(spec.arg, "name", None)
-        if name in captured.renamed:
-            signature = _renamed(signature, captured.renamed)
-            break
+    outline_regions(captured.module)
+    signature = copy.deepcopy(program.graph_signature)
+    results = captured.graph.output_node().args[0]
+    assert isinstance(results, list | tuple)
+    for spec, result in zip(signature.output_specs, results, strict=True):
+        if isinstance(result, fx.Node):
+            spec.arg.name = result.name
     rewritten = ExportedProgram(
         captured.module,
         captured.graph,
@@ -265,14 +268,6 @@ def _rewrite_export(program: ExportedProgram, args: Sequence[Any]) -> tuple[Expo
         verifiers=program.verifiers,
     )
     return rewritten, found
-
-
-def _renamed(signature: Any, names: dict[str, str]) -> Any:
-    signature = copy.deepcopy(signature)
-    for spec in signature.output_specs:
-        if getattr(spec.arg, "name", None) in names:
-            spec.arg.name = names[spec.arg.name]
-    return signature
 
 
 def _inspect_a_run(

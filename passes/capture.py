@@ -1,14 +1,15 @@
 """Bring a model's code into the one dialect: a flat pre-dispatch ATen graph, before autograd, with its inputs' values.
 
-Two doors: an exported program (already in the dialect but for its no-grad submodules), and a Dynamo graph, which is
-retraced with `make_fx(pre_dispatch=True)` under Dynamo's own fake mode so that autograd, mutation and symbolic sizes
-stay as they are. Node provenance survives because the retrace interprets the graph under `preserve_node_meta`.
+Two doors: an exported program (already in the dialect but for its regions), and a Dynamo graph, which is retraced with
+`make_fx(pre_dispatch=True)` under Dynamo's own fake mode so that autograd, mutation and symbolic sizes stay as they
+are. Node provenance survives because the retrace interprets the graph under `preserve_node_meta`.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from torch.utils import _pytree as pytree
 
 from grape_compile.errors import CaptureError
 from grape_compile.passes.graph import Program, Role
-from grape_compile.passes.retrace import Retrace
+from grape_compile.passes.regions import inline_regions, without_gradient
+from grape_compile.passes.retrace import Common, Retrace
 
 _KINDS = {
     InputKind.PARAMETER: Role.PARAMETER,
@@ -39,7 +41,7 @@ def capture_dynamo(module: fx.GraphModule, examples: Sequence[Any]) -> Program:
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     fakes = [node.meta.get("example_value", example) for node, example in zip(inputs, examples, strict=True)]
     try:
-        traced = _traced(Retrace(module, fakes), fakes)
+        traced = _traced(module, fakes)
     except Exception as failure:
         raise CaptureError(
             "retrace the Dynamo graph into ATen operators",
@@ -59,13 +61,14 @@ def capture_dynamo(module: fx.GraphModule, examples: Sequence[Any]) -> Program:
     return program_of(traced, roles, values)
 
 
-def _traced(retrace: Retrace, fakes: Sequence[Any]) -> fx.GraphModule:
+def _traced(module: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:
     """The graph of the operators, one placeholder per input.
 
     The inputs go in as one list: `make_fx` would make a function with as many arguments, whose frame, deep in the stack
     and larger than one of the interpreter's blocks of frames, slows every call below it.
     """
-    with fx.traceback.preserve_node_meta():
+    retrace = Retrace(module, Common.of(module, fakes))
+    with fx.traceback.preserve_node_meta(), closing(retrace.common):
         tracing = make_fx(lambda inputs: retrace.run(*inputs), pre_dispatch=True, tracing_mode="symbolic")
         traced = tracing(list(fakes))
     traced.graph.set_codegen(fx.graph.CodeGen())
@@ -86,11 +89,11 @@ def _dynamo_role(node: fx.Node, example: Any) -> Role:
 def capture_export(
     program: ExportedProgram, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
 ) -> Program:
-    """A program from a copy of an exported program's graph, its no-grad submodules inlined."""
+    """A program from a copy of an exported program's graph, its regions inlined."""
     module = copy.copy(program.graph_module)
     module = fx.GraphModule(module, copy.deepcopy(program.graph_module.graph))
     module.meta.update(program.graph_module.meta)
-    inline_no_grad(module)
+    inline_regions(module)
     placeholders = {node.name: node for node in module.graph.nodes if node.op == "placeholder"}
     examples = _flat_examples(program, args, kwargs)
     roles: dict[fx.Node, Role] = {}
@@ -129,7 +132,7 @@ def program_of(module: fx.GraphModule, roles: dict[fx.Node, Role], values: dict[
             roles[node] = Role.PARAMETER if isinstance(value, torch.nn.Parameter) else Role.BUFFER
             if isinstance(value, torch.Tensor):
                 node.meta.setdefault("val", value)
-    return Program(module, roles, values, frozenset(_no_grad_nodes(module.graph)))
+    return Program(module, roles, values, frozenset(without_gradient(module.graph)))
 
 
 def _attribute(module: torch.nn.Module, path: str) -> Any:
@@ -137,54 +140,3 @@ def _attribute(module: torch.nn.Module, path: str) -> Any:
     for name in path.split("."):
         value = getattr(value, name, None)
     return value
-
-
-def _no_grad_nodes(graph: fx.Graph) -> list[fx.Node]:
-    """Nodes computed while gradients were switched off inside the graph."""
-    enabled, found = True, []
-    for node in graph.nodes:
-        if node.op == "call_function" and node.target is torch._C._set_grad_enabled:
-            enabled = bool(node.args[0])
-        elif not enabled:
-            found.append(node)
-    return found
-
-
-def inline_no_grad(module: fx.GraphModule) -> None:
-    """Copy the bodies of `wrap_with_set_grad_enabled` into the graph; what they computed is detached."""
-    graph = module.graph
-    for node in list(graph.nodes):
-        if node.op != "call_function" or getattr(node.target, "__name__", "") != "wrap_with_set_grad_enabled":
-            continue
-        enabled, body, *operands = node.args
-        inner = getattr(module, body.target)
-        values = dict(zip((n for n in inner.graph.nodes if n.op == "placeholder"), operands, strict=True))
-        with graph.inserting_before(node):
-            for step in inner.graph.nodes:
-                if step.op == "get_attr":
-                    name = f"{body.target}_{step.target}"
-                    setattr(module, name, _attribute(inner, str(step.target)))
-                    values[step] = graph.create_node("get_attr", name)
-                    values[step].meta = dict(step.meta)
-                elif step.op not in ("placeholder", "output"):
-                    values[step] = graph.node_copy(step, values.__getitem__)
-            results = [
-                _detached(graph, values.get(result, result), enabled)
-                for result in inner.graph.output_node().args[0]
-            ]
-        for user in list(node.users):
-            user.replace_all_uses_with(results[user.args[1]])
-            graph.erase_node(user)
-        graph.erase_node(node)
-        if not body.users:
-            graph.erase_node(body)
-    module.recompile()
-
-
-def _detached(graph: fx.Graph, result: Any, enabled: bool) -> Any:
-    value = result.meta.get("val") if isinstance(result, fx.Node) else None
-    if enabled or not isinstance(value, torch.Tensor) or not value.is_floating_point():
-        return result
-    detached = graph.call_function(torch.ops.aten.detach.default, (result,))
-    detached.meta = dict(result.meta)
-    return detached

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from grape_compile.passes.regions import is_mark
 from grape_compile.passes.site import Site
 
 
@@ -52,7 +53,6 @@ class Program:
     roles: Mapping[fx.Node, Role]
     values: Mapping[fx.Node, Any]
     no_grad: frozenset[fx.Node] = frozenset()
-    renamed: dict[str, str] = field(default_factory=dict)
     rotated: dict[fx.Node, Site] = field(default_factory=dict)
 
     @property
@@ -81,7 +81,8 @@ class Program:
             key: Any = node
             if node.op == "call_function" and self.taints[node] <= Taint.PARAMETER and is_pure(node):
                 args, kwargs = (frozen(each, numbers.__getitem__) for each in (node.args, node.kwargs))
-                key = (node.target, args, kwargs)
+                # Autocast makes one operator give two types; a value is not its own rounding.
+                key = (node.target, args, kwargs, getattr(node.meta.get("val"), "dtype", None))
             try:
                 numbers[node] = table.setdefault(key, len(table))
             except TypeError:
@@ -140,13 +141,23 @@ class Program:
         return self.constants[node]
 
     @cached_property
+    def marks(self) -> dict[fx.Node, fx.Node | None]:
+        """The last node before each at which gradients, autocast or the region change."""
+        last: fx.Node | None = None
+        marks: dict[fx.Node, fx.Node | None] = {}
+        for node in self.graph.nodes:
+            marks[node] = last
+            last = node if is_mark(node) else last
+        return marks
+
+    @cached_property
     def constants(self) -> dict[fx.Node, bool]:
         """What `is_constant` has found so far."""
         return {}
 
     def forget(self) -> None:
         """Drop what was derived from the graph, after the graph changed."""
-        for name in ("order", "taints", "value_numbers", "representatives", "mutations", "constants"):
+        for name in ("order", "taints", "value_numbers", "representatives", "mutations", "marks", "constants"):
             self.__dict__.pop(name, None)
 
 

@@ -159,6 +159,10 @@ class Emitter:
         self.cache[key] = node
         return node
 
+    def last(self, nodes: Sequence[fx.Node | None]) -> fx.Node:
+        """The node that stands last in the graph: an operator stands behind its operands, in its result's region."""
+        return max((node for node in nodes if node is not None), key=self.position)
+
     def position(self, node: fx.Node) -> float:
         """Where a node stands in the graph, new nodes included."""
         known = self.program.order.get(node)

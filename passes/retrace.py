@@ -26,50 +26,94 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.utils import _pytree as pytree
 
 from grape_compile.passes.graph import Unreadable, frozen, layout
+from grape_compile.passes.regions import BODY_AT, Region, body_of, put_mark
+
+
+@dataclass
+class Common:
+    """What the retraces of a graph and of the bodies in it share: `kept` are the results of custom functions."""
+
+    kept: dict[fx.Node, Any]
+    devices: list[str]
+    expansions: dict[object, _Expansion] = field(default_factory=dict)
+    autocasts: list[torch.autocast] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, module: fx.GraphModule, fakes: Sequence[Any]) -> Common:
+        """For a graph and its inputs, made before tracing starts: the fakes of the nodes belong to Dynamo."""
+        mode = torch._guards.detect_fake_mode(fakes)
+        graphs = [each.graph for each in module.modules() if isinstance(each, fx.GraphModule)]
+        kept = {
+            node: pytree.tree_map(lambda value: _fresh(value, mode), node.meta["example_value"])
+            for graph in graphs
+            for node in graph.nodes
+            if _is_custom_function(node)
+        }
+        return cls(kept, sorted({fake.device.type for fake in fakes if isinstance(fake, Tensor)}))
+
+    def close(self) -> None:
+        """Leave the autocasts that a trace that failed has left open."""
+        while self.autocasts:
+            self.autocasts.pop().__exit__(None, None, None)
 
 
 class Retrace(fx.Interpreter):
     """Interprets a Dynamo graph; a custom autograd function stays one call, with the backward its author wrote."""
 
-    def __init__(self, module: fx.GraphModule, fakes: Sequence[Any]) -> None:
+    def __init__(self, module: fx.GraphModule, common: Common) -> None:
         super().__init__(module)
-        mode = torch._guards.detect_fake_mode(fakes)
-        kept = [node for node in module.graph.nodes if _is_custom_function(node)]
-        # Made before tracing starts, in the mode the retrace uses: their own fakes belong to Dynamo's.
-        self.kept = {
-            node: pytree.tree_map(lambda value: _fresh(value, mode), node.meta["example_value"])
-            for node in kept
-        }
-        self.expansions: dict[object, _Expansion] = {}
-        self.devices = sorted({fake.device.type for fake in fakes if isinstance(fake, Tensor)})
+        self.common = common
 
     def run_node(self, n: fx.Node) -> Any:
         mode = get_proxy_mode()
         if mode is None or n.op not in ("call_function", "call_method"):
             return super().run_node(n)
         assert isinstance(mode.tracer, PythonKeyTracer)
-        if n in self.kept:
+        if n in self.common.kept:
             return self._keep(n, mode.tracer)
+        if n.target in (torch.amp._enter_autocast, torch.amp._exit_autocast):
+            return self._switch_autocast(n)
+        body = body_of(n, self.module)
+        if body is not None:
+            return self._run_region(n, body, mode.tracer)
         operands = _Operands(self.env, mode.tracer)
         # Looking at a tensor's sizes would otherwise pass through the modes that watch for operators.
         with torch._C.DisableTorchFunction():
             key = self._key(n, operands)
-            if key is not None and key in self.expansions:
+            if key is not None and key in self.common.expansions:
                 with self._set_current_node(n):
-                    return self.expansions[key].again(operands, mode.tracer)
+                    return self.common.expansions[key].again(operands, mode.tracer)
         last = next(iter(reversed(mode.tracer.graph.nodes)))
         result = super().run_node(n)
         expansion = None if key is None else _Expansion.since(last, operands, result, mode.tracer)
         if expansion is not None:
-            self.expansions[key] = expansion
+            self.common.expansions[key] = expansion
         return result
+
+    def _switch_autocast(self, node: fx.Node) -> torch.autocast | None:
+        """Enter or leave autocast, so that types come out as they will; the context marks the graph itself."""
+        if node.target is torch.amp._exit_autocast:
+            self.common.autocasts.pop().__exit__(None, None, None)
+            return None
+        context = torch.autocast(*node.args)  # type: ignore[arg-type]  # as it was given to Dynamo
+        context.__enter__()
+        self.common.autocasts.append(context)
+        return context
+
+    def _run_region(self, node: fx.Node, body: fx.GraphModule, tracer: PythonKeyTracer) -> Any:
+        """The body's operators in their place, between marks."""
+        operands = self.fetch_args_kwargs_from_env(node)[0][BODY_AT[node.target] + 1 :]
+        put_mark(tracer.graph, Region.of(node, body))
+        results = type(self)(body, self.common).run(*operands)
+        put_mark(tracer.graph, None)
+        return results
 
     def _key(self, node: fx.Node, operands: _Operands) -> object | None:
         """Equal for nodes that become the same operators; None where that cannot be told."""
         ambient = (
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
-            *((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in self.devices),
+            *((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in self.common.devices),
         )
         try:
             key = (node.op, node.target, ambient, operands.frozen(node.args), operands.frozen(node.kwargs))
@@ -86,7 +130,7 @@ class Retrace(fx.Interpreter):
                 root.register_module(f"body_{len(list(root.children()))}", body)
         operands, options = pytree.tree_map(tracer.unwrap_proxy, (args, kwargs))
         call = tracer.create_proxy("call_function", node.target, operands, options)
-        return track_tensor_tree(self.kept[node], call, constant=None, tracer=tracer)
+        return track_tensor_tree(self.common.kept[node], call, constant=None, tracer=tracer)
 
 
 @dataclass

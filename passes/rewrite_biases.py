@@ -88,9 +88,8 @@ class _Layer:
         emitted = BiasSlots(plan, self.emitter, self.replay).emit()
         mask = self._mask(query)
         output = require_fake(layer.output)
-        place = max(
-            [node for node in (query, key, value, *emitted.operands, mask) if node is not None],
-            key=self.emitter.position,
+        place = self.emitter.last(
+            [query, key, value, *emitted.operands, mask, self.program.marks[layer.output]]
         )
         kwargs = {"mask": mask, "is_causal": plan.is_causal, "scale": layer.scale, "window": plan.window}
         call = self.emitter.call(
@@ -113,7 +112,6 @@ class _Layer:
                 call.meta[name] = result.meta[name] = layer.output.meta[name]
         layer.output.replace_all_uses_with(result)
         self.turned = [turn.value for turn in emitted.turns]
-        self.program.renamed[layer.output.name] = result.name
         evidence = "tables" if any(isinstance(part, TablePart) for part in plan.parts) else "proved"
         return Site(
             "bias",

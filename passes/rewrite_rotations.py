@@ -145,12 +145,14 @@ def _groups(program: Program, emitter: Emitter, ready: list[_Ready]) -> list[lis
 
 
 def _fits(emitter: Emitter, group: list[_Ready]) -> bool:
-    first = group[0]
+    first, marks = group[0], emitter.program.marks
     if any(
         item.plan.operator != first.plan.operator or item.operands != first.operands for item in group[1:]
     ):
         return False
     if any(require_fake(item.plan.input).dim() != require_fake(first.plan.input).dim() for item in group[1:]):
+        return False
+    if any(marks[item.plan.output] is not marks[first.plan.output] for item in group[1:]):
         return False
     start = max(emitter.position(item.plan.input) for item in group)
     uses = [emitter.position(user) for item in group for user in item.plan.output.users]
@@ -160,9 +162,8 @@ def _fits(emitter: Emitter, group: list[_Ready]) -> bool:
 def _replace(program: Program, emitter: Emitter, group: list[_Ready]) -> list[fx.Node]:
     """Call the operator and redirect the consumers; the turned tensors."""
     turned = []
-    graph = program.graph
     tensors = [_cast(emitter, item.plan.input, require_fake(item.plan.output).dtype) for item in group]
-    place = max([*tensors, *group[0].operands], key=emitter.position)
+    place = emitter.last([*tensors, *group[0].operands, program.marks[group[0].plan.output]])
     call = emitter.call(
         place, torch.ops.grape.rotate.default, (tensors, list(group[0].operands), str(group[0].plan.operator))
     )
@@ -175,8 +176,6 @@ def _replace(program: Program, emitter: Emitter, group: list[_Ready]) -> list[fx
             if name in output.meta:
                 call.meta[name] = value.meta[name] = output.meta[name]
         output.replace_all_uses_with(value)
-        if graph.find_nodes(op="output") and value.name != output.name:
-            program.renamed[output.name] = value.name
     return turned
 
 

@@ -1,0 +1,226 @@
+"""Regions of a graph that run in a mode of their own: gradients off, autocast, recomputed in the backward pass.
+
+Both doors hand such a region over as one call of a higher-order operator with a graph of its own. The dialect is flat:
+the body is copied into the graph between two marks, so that a table made outside is known inside, and taken out again
+when the passes are done. Nodes between two marks in graph order can always be taken out: no path leaves and returns.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+_HIGHER = torch.ops.higher_order
+
+BODY_AT = {
+    _HIGHER.wrap_with_set_grad_enabled: 1,
+    _HIGHER.wrap_with_autocast: 4,
+    _HIGHER.tag_activation_checkpoint: 0,
+}
+"""Operators that run a body exactly once, and the place of the body among their arguments."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """How a region is called: the operator, what stands before the body, named arguments, what the body's graph tells.
+
+    What stands behind the body are its operands.
+    """
+
+    target: Any
+    before: tuple[Any, ...]
+    named: dict[str, Any] = field(default_factory=dict)
+    told: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, node: fx.Node, body: fx.GraphModule) -> Region:
+        """The region a call of a higher-order operator makes of a body."""
+        return cls(node.target, node.args[: BODY_AT[node.target]], dict(node.kwargs), dict(body.meta))
+
+    @property
+    def switches_gradients_off(self) -> bool:
+        return self.target is _HIGHER.wrap_with_set_grad_enabled and not self.before[0]
+
+
+def enter_region() -> None:
+    """Mark where a region begins; its node keeps the `Region` in `meta["region"]`. Run, it does nothing."""
+
+
+def leave_region() -> None:
+    """Mark where the innermost region ends. Run, it does nothing."""
+
+
+_SWITCHES = (torch._C._set_grad_enabled, torch.amp._enter_autocast, torch.amp._exit_autocast)
+
+
+def is_mark(node: fx.Node) -> bool:
+    """Whether the mode changes at this node."""
+    return node.op == "call_function" and node.target in (enter_region, leave_region, *_SWITCHES)
+
+
+def body_of(node: fx.Node, module: torch.nn.Module) -> fx.GraphModule | None:
+    """The graph a node runs exactly once, or None for any other node."""
+    if node.op != "call_function" or node.target not in BODY_AT:
+        return None
+    body = node.args[BODY_AT[node.target]]
+    assert isinstance(body, fx.Node)
+    found = module.get_submodule(str(body.target))
+    assert isinstance(found, fx.GraphModule)
+    return found
+
+
+def put_mark(graph: fx.Graph, region: Region | None) -> fx.Node:
+    """The mark that begins a region, or with None the one that ends it."""
+    node = graph.call_function(leave_region if region is None else enter_region)
+    node.meta["val"] = None
+    if region is not None:
+        node.meta["region"] = region
+    return node
+
+
+def without_gradient(graph: fx.Graph) -> Iterator[fx.Node]:
+    """Nodes computed while gradients are switched off inside the graph."""
+    enabled, around = True, []
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target is torch._C._set_grad_enabled:
+            enabled = bool(node.args[0])
+        elif node.op == "call_function" and node.target is enter_region:
+            around.append(enabled)
+            enabled = enabled and not node.meta["region"].switches_gradients_off
+        elif node.op == "call_function" and node.target is leave_region:
+            enabled = around.pop()
+        elif not enabled:
+            yield node
+
+
+# -- into the graph ---------------------------------------------------------------------------------------
+
+
+def inline_regions(module: fx.GraphModule) -> None:
+    """Copy the body of every region into the graph, between marks; regions inside of regions as well."""
+    for node in list(module.graph.nodes):
+        body = body_of(node, module)
+        if body is not None:
+            _inline(module, node, body)
+    module.recompile()
+
+
+def _inline(module: fx.GraphModule, node: fx.Node, body: fx.GraphModule) -> None:
+    graph, place = module.graph, BODY_AT[node.target]
+    held = node.args[place]
+    placed = dict(zip(body.graph.find_nodes(op="placeholder"), node.args[place + 1 :], strict=True))
+    with graph.inserting_before(node):
+        put_mark(graph, Region.of(node, body))
+        for step in body.graph.nodes:
+            if step.op == "get_attr":
+                placed[step] = _adopted(module, body, step)
+            elif step.op not in ("placeholder", "output"):
+                placed[step] = graph.node_copy(step, placed.__getitem__)
+        put_mark(graph, None)
+    results = fx.node.map_arg(body.graph.output_node().args[0], placed.__getitem__)
+    for user in list(node.users):
+        user.replace_all_uses_with(results[user.args[1]])
+        graph.erase_node(user)
+    graph.erase_node(node)
+    if isinstance(held, fx.Node) and not held.users:
+        graph.erase_node(held)
+    for copied in list(placed.values()):
+        inner = body_of(copied, module) if isinstance(copied, fx.Node) and not copied._erased else None
+        if inner is not None:
+            _inline(module, copied, inner)
+
+
+def _adopted(module: fx.GraphModule, body: fx.GraphModule, step: fx.Node) -> fx.Node:
+    """An attribute of a body as one of the whole."""
+    value: Any = body
+    for part in str(step.target).split("."):
+        value = getattr(value, part)
+    node = module.graph.create_node("get_attr", _keep(module, str(step.target), value))
+    node.meta = dict(step.meta)
+    return node
+
+
+def _keep(module: fx.GraphModule, name: str, value: Any) -> str:
+    """The free name under which a value was put on the module."""
+    base, number = name.replace(".", "_"), 0
+    while hasattr(module, name := f"{base}_{number}"):
+        number += 1
+    if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
+        module.register_buffer(name, value, persistent=False)
+    else:
+        setattr(module, name, value)
+    return name
+
+
+# -- out of the graph -------------------------------------------------------------------------------------
+
+
+def outline_regions(module: fx.GraphModule) -> None:
+    """Make every pair of marks one call of its operator again, the nodes between them its body."""
+    graph = module.graph
+    open_marks: list[fx.Node] = []
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target is enter_region:
+            open_marks.append(node)
+        elif node.target is leave_region:
+            _outline(module, open_marks.pop(), node)
+    graph.lint()
+    module.recompile()
+
+
+def _outline(module: fx.GraphModule, first: fx.Node, last: fx.Node) -> None:
+    graph, inside, node = module.graph, [], first.next
+    while node is not last:
+        following = node.next
+        if node.op == "get_attr":
+            first.prepend(node)
+        else:
+            inside.append(node)
+        node = following
+    if inside:
+        _call(module, first.meta["region"], inside, last)
+    for node in (last, *reversed(inside), first):
+        graph.erase_node(node)
+
+
+def _call(module: fx.GraphModule, region: Region, inside: Sequence[fx.Node], last: fx.Node) -> None:
+    """Call the operator with the nodes as its body, behind the last of them."""
+    graph, members = module.graph, set(inside)
+    needed = dict.fromkeys(each for node in inside for each in node.all_input_nodes if each not in members)
+    bodies = [node for node in needed if _is_body(module, node)]
+    operands = [node for node in needed if node not in bodies]
+    results = [node for node in inside if any(user not in members for user in node.users)]
+    body = fx.Graph()
+    placed: dict[fx.Node, fx.Node] = {}
+    for operand in operands:
+        placed[operand] = body.placeholder(operand.name)
+        placed[operand].meta = dict(operand.meta)
+    placed |= {node: body.get_attr(str(node.target)) for node in bodies}
+    for node in inside:
+        placed[node] = body.node_copy(node, placed.__getitem__)
+    body.output(tuple(placed[result] for result in results))
+    held = fx.GraphModule(module, body)
+    held.meta = dict(region.told)
+    with graph.inserting_before(last):
+        attribute = graph.get_attr(_keep(module, "body", held))
+        call = graph.call_function(region.target, (*region.before, attribute, *operands), region.named)
+        call.meta = {key: inside[-1].meta[key] for key in _PROVENANCE if key in inside[-1].meta}
+        call.meta["val"] = tuple(result.meta.get("val") for result in results)
+        for number, result in enumerate(results):
+            value = graph.call_function(operator.getitem, (call, number))
+            value.meta = dict(result.meta)
+            result.replace_all_uses_with(value, delete_user_cb=lambda user: user not in members)
+
+
+def _is_body(module: fx.GraphModule, node: fx.Node) -> bool:
+    return node.op == "get_attr" and isinstance(getattr(module, str(node.target), None), fx.GraphModule)
+
+
+_PROVENANCE = ("stack_trace", "nn_module_stack")
