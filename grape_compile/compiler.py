@@ -23,6 +23,7 @@ from torch.export import ExportedProgram
 
 from grape_compile.errors import CaptureError, GrapeError, ModelError, RefusalError
 from grape_compile.passes.assignments import FunctionalAssignments
+from grape_compile.passes.bodies import Body, bodies_of
 from grape_compile.passes.capture import capture_dynamo, capture_export, has_unknown_sizes
 from grape_compile.passes.graph import Program
 from grape_compile.passes.loosen_views import LoosenViews
@@ -185,7 +186,12 @@ def rewrite(
 def _rewrite_program(program: Program) -> Report:
     """All passes that find and replace, in place. A defect of theirs becomes a refusal."""
     try:
-        return _run_passes(program)
+        found = _run_passes(program)
+        inside = [_rewrite_body(body) for body in bodies_of(program)]
+        return Report(
+            sum((each.sites for each in inside), found.sites),
+            sum((each.refusals for each in inside), found.refusals),
+        )
     except Exception as failure:
         reason = f"a pass of grape_compile failed ({_first_line(failure)}); the original runs unchanged: report this"
         return Report(refusals=(Refusal("defect", reason, "", "", ""),))
@@ -199,6 +205,17 @@ def _run_passes(program: Program) -> Report:
         sites = [site for site in sites if not any(site is part for part in outcome.absorbed)] + outcome.sites
         refusals += outcome.refusals
     return Report(tuple(sites), tuple(refusals))
+
+
+def _rewrite_body(body: Body) -> Report:
+    """What a condition or a loop runs; of what another operator runs it is only said that something is there."""
+    found = _rewrite_program(body.program)
+    if not body.may_change:
+        places = [*(str(site.encoding) for site in found.sites), *(each.nearest for each in found.refusals)]
+        return Report(refusals=tuple(body.refusal(place or "a position encoding") for place in places))
+    if found.sites:
+        body.put_back()
+    return found
 
 
 def _compile_graph(

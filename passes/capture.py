@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -53,6 +54,12 @@ def capture_dynamo(module: fx.GraphModule, examples: Sequence[Any]) -> Program:
         raise CaptureError(
             "retrace the Dynamo graph", "a graph with other inputs", "the original graph runs unchanged"
         )
+    if _holds_traced_values(traced):
+        raise CaptureError(
+            "retrace the Dynamo graph",
+            "a value that is neither an input nor computed from one, as inside of torch.func transforms",
+            "the original graph runs unchanged",
+        )
     roles = {
         new: _dynamo_role(old, example)
         for new, old, example in zip(placeholders, inputs, examples, strict=True)
@@ -76,6 +83,16 @@ def _traced(module: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:
     output.args = (tuple(output.args[0]),)  # type: ignore[arg-type]  # the list of the results
     traced.recompile()
     return traced
+
+
+def _holds_traced_values(traced: fx.GraphModule) -> bool:
+    """Whether tracing lost sight of a value and wrote it down as a constant, which it is not."""
+    held = (_attribute(traced, str(node.target)) for node in traced.graph.find_nodes(op="get_attr"))
+    return any(isinstance(value, FakeTensor) or _is_wrapped(value) for value in held)
+
+
+def _is_wrapped(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value)
 
 
 def _dynamo_role(node: fx.Node, example: Any) -> Role:

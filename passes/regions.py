@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +18,11 @@ from torch import fx
 
 _HIGHER = torch.ops.higher_order
 
-BODY_AT = {
+_BODY_AT = {
     _HIGHER.wrap_with_set_grad_enabled: 1,
     _HIGHER.wrap_with_autocast: 4,
     _HIGHER.tag_activation_checkpoint: 0,
+    _HIGHER.invoke_subgraph: 0,
 }
 """Operators that run a body exactly once, and the place of the body among their arguments."""
 
@@ -40,7 +42,7 @@ class Region:
     @classmethod
     def of(cls, node: fx.Node, body: fx.GraphModule) -> Region:
         """The region a call of a higher-order operator makes of a body."""
-        return cls(node.target, node.args[: BODY_AT[node.target]], dict(node.kwargs), dict(body.meta))
+        return cls(node.target, node.args[: _BODY_AT[node.target]], dict(node.kwargs), dict(body.meta))
 
     @property
     def switches_gradients_off(self) -> bool:
@@ -65,22 +67,30 @@ def is_mark(node: fx.Node) -> bool:
 
 def body_of(node: fx.Node, module: torch.nn.Module) -> fx.GraphModule | None:
     """The graph a node runs exactly once, or None for any other node."""
-    if node.op != "call_function" or node.target not in BODY_AT:
+    if node.op != "call_function" or node.target not in _BODY_AT:
         return None
-    body = node.args[BODY_AT[node.target]]
+    body = node.args[_BODY_AT[node.target]]
     assert isinstance(body, fx.Node)
     found = module.get_submodule(str(body.target))
     assert isinstance(found, fx.GraphModule)
     return found
 
 
-def put_mark(graph: fx.Graph, region: Region | None) -> fx.Node:
-    """The mark that begins a region, or with None the one that ends it."""
-    node = graph.call_function(leave_region if region is None else enter_region)
-    node.meta["val"] = None
-    if region is not None:
-        node.meta["region"] = region
-    return node
+def operands_of(node: fx.Node, arguments: Sequence[Any]) -> Sequence[Any]:
+    """Of the arguments of such a node those its body is given."""
+    named = node.target is _HIGHER.invoke_subgraph
+    return arguments[_BODY_AT[node.target] + 1 + named :]
+
+
+@contextmanager
+def marked(graph: fx.Graph, node: fx.Node, body: fx.GraphModule) -> Iterator[None]:
+    """Put marks before and behind what is added to the graph; a body that many nodes share has no mode of its own."""
+    if node.target is _HIGHER.invoke_subgraph:
+        yield
+        return
+    graph.call_function(enter_region).meta.update(val=None, region=Region.of(node, body))
+    yield
+    graph.call_function(leave_region).meta.update(val=None)
 
 
 def without_gradient(graph: fx.Graph) -> Iterator[fx.Node]:
@@ -111,17 +121,15 @@ def inline_regions(module: fx.GraphModule) -> None:
 
 
 def _inline(module: fx.GraphModule, node: fx.Node, body: fx.GraphModule) -> None:
-    graph, place = module.graph, BODY_AT[node.target]
-    held = node.args[place]
-    placed = dict(zip(body.graph.find_nodes(op="placeholder"), node.args[place + 1 :], strict=True))
-    with graph.inserting_before(node):
-        put_mark(graph, Region.of(node, body))
+    graph, held = module.graph, node.args[_BODY_AT[node.target]]
+    inputs = body.graph.find_nodes(op="placeholder")
+    placed = dict(zip(inputs, operands_of(node, node.args), strict=True))
+    with graph.inserting_before(node), marked(graph, node, body):
         for step in body.graph.nodes:
             if step.op == "get_attr":
                 placed[step] = _adopted(module, body, step)
             elif step.op not in ("placeholder", "output"):
                 placed[step] = graph.node_copy(step, placed.__getitem__)
-        put_mark(graph, None)
     results = fx.node.map_arg(body.graph.output_node().args[0], placed.__getitem__)
     for user in list(node.users):
         user.replace_all_uses_with(results[user.args[1]])

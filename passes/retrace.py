@@ -26,7 +26,7 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.utils import _pytree as pytree
 
 from grape_compile.passes.graph import Unreadable, frozen, layout
-from grape_compile.passes.regions import BODY_AT, Region, body_of, put_mark
+from grape_compile.passes.regions import body_of, marked, operands_of
 
 
 @dataclass
@@ -102,11 +102,9 @@ class Retrace(fx.Interpreter):
 
     def _run_region(self, node: fx.Node, body: fx.GraphModule, tracer: PythonKeyTracer) -> Any:
         """The body's operators in their place, between marks."""
-        operands = self.fetch_args_kwargs_from_env(node)[0][BODY_AT[node.target] + 1 :]
-        put_mark(tracer.graph, Region.of(node, body))
-        results = type(self)(body, self.common).run(*operands)
-        put_mark(tracer.graph, None)
-        return results
+        operands = operands_of(node, self.fetch_args_kwargs_from_env(node)[0])
+        with marked(tracer.graph, node, body):
+            return type(self)(body, self.common).run(*operands)
 
     def _key(self, node: fx.Node, operands: _Operands) -> object | None:
         """Equal for nodes that become the same operators; None where that cannot be told."""
