@@ -22,6 +22,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from grape_compile.errors import CaptureError
+from grape_compile.passes.batches import flatten_batches, has_batches
 from grape_compile.passes.graph import Program, Role
 from grape_compile.passes.regions import inline_regions, without_gradient
 from grape_compile.passes.retrace import Common, Retrace
@@ -42,7 +43,7 @@ def capture_dynamo(module: fx.GraphModule, examples: Sequence[Any]) -> Program:
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     fakes = [node.meta.get("example_value", example) for node, example in zip(inputs, examples, strict=True)]
     try:
-        traced = _traced(module, fakes)
+        traced = _traced(_without_batches(module), fakes)
     except Exception as failure:
         raise CaptureError(
             "retrace the Dynamo graph into ATen operators",
@@ -66,6 +67,15 @@ def capture_dynamo(module: fx.GraphModule, examples: Sequence[Any]) -> Program:
     }
     values = dict(zip(placeholders, examples, strict=True))
     return program_of(traced, roles, values)
+
+
+def _without_batches(module: fx.GraphModule) -> fx.GraphModule:
+    """The graph itself, or a copy of it without vmap."""
+    if not has_batches(module):
+        return module
+    copied = fx.GraphModule(module, copy.deepcopy(module.graph))
+    flatten_batches(copied)
+    return copied
 
 
 def _traced(module: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:
@@ -111,6 +121,8 @@ def capture_export(
     module = fx.GraphModule(module, copy.deepcopy(program.graph_module.graph))
     module.meta.update(program.graph_module.meta)
     inline_regions(module)
+    if has_batches(module):
+        flatten_batches(module)
     placeholders = {node.name: node for node in module.graph.nodes if node.op == "placeholder"}
     examples = _flat_examples(program, args, kwargs)
     roles: dict[fx.Node, Role] = {}

@@ -113,34 +113,38 @@ def without_gradient(graph: fx.Graph) -> Iterator[fx.Node]:
 
 def inline_regions(module: fx.GraphModule) -> None:
     """Copy the body of every region into the graph, between marks; regions inside of regions as well."""
-    for node in list(module.graph.nodes):
-        body = body_of(node, module)
-        if body is not None:
-            _inline(module, node, body)
+    while any([_inlined(module, node) for node in list(module.graph.nodes)]):
+        pass
     module.recompile()
 
 
-def _inline(module: fx.GraphModule, node: fx.Node, body: fx.GraphModule) -> None:
+def _inlined(module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the node was a region; it is inlined now, what is inside of it not yet."""
+    body = body_of(node, module)
+    if body is None:
+        return False
     graph, held = module.graph, node.args[_BODY_AT[node.target]]
-    inputs = body.graph.find_nodes(op="placeholder")
-    placed = dict(zip(inputs, operands_of(node, node.args), strict=True))
     with graph.inserting_before(node), marked(graph, node, body):
-        for step in body.graph.nodes:
-            if step.op == "get_attr":
-                placed[step] = _adopted(module, body, step)
-            elif step.op not in ("placeholder", "output"):
-                placed[step] = graph.node_copy(step, placed.__getitem__)
-    results = fx.node.map_arg(body.graph.output_node().args[0], placed.__getitem__)
+        results = splice(module, body, operands_of(node, node.args))
     for user in list(node.users):
         user.replace_all_uses_with(results[user.args[1]])
         graph.erase_node(user)
     graph.erase_node(node)
     if isinstance(held, fx.Node) and not held.users:
         graph.erase_node(held)
-    for copied in list(placed.values()):
-        inner = body_of(copied, module) if isinstance(copied, fx.Node) and not copied._erased else None
-        if inner is not None:
-            _inline(module, copied, inner)
+    return True
+
+
+def splice(module: fx.GraphModule, body: fx.GraphModule, operands: Sequence[Any]) -> Any:
+    """Copy the nodes of a body to where the graph is being extended; what the body returns."""
+    graph = module.graph
+    placed = dict(zip(body.graph.find_nodes(op="placeholder"), operands, strict=True))
+    for step in body.graph.nodes:
+        if step.op == "get_attr":
+            placed[step] = _adopted(module, body, step)
+        elif step.op not in ("placeholder", "output"):
+            placed[step] = graph.node_copy(step, placed.__getitem__)
+    return fx.node.map_arg(body.graph.output_node().args[0], placed.__getitem__)
 
 
 def _adopted(module: fx.GraphModule, body: fx.GraphModule, step: fx.Node) -> fx.Node:
