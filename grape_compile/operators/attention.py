@@ -19,6 +19,8 @@ from grape_compile.operators.chunked import empty_result
 from grape_compile.operators.operands import compute_dtype, parse_encoding, slot_list, slot_mapping
 from grape_compile.operators.prepare import biases, floating, parts, turned
 from grape_compile.operators.providers import choose
+from grape_compile.operators.reference import reference_logits, weighted
+from grape_compile.operators.traced import define_for_transforms
 
 SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, Tensor[] slots, str encoding, Tensor? mask=None, "
@@ -101,6 +103,34 @@ def _attend(
     with torch.autocast(query.device.type, enabled=False):
         call = attend_call(query, key, value, slots, encoding, mask, is_causal, scale, window)
         return choose(call).kernel().forward(call)
+
+
+def _attend_defined(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slots: list[Tensor],
+    encoding: str,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    window: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Output and logsumexp by the definition: all logits in memory, in the compute dtype."""
+    check_tensors(query, key, value)
+    whole, dtype = parse_encoding(encoding), compute_dtype(query)
+    with torch.autocast(query.device.type, enabled=False):
+        logits = reference_logits(
+            query.to(dtype),
+            key.to(dtype),
+            whole,
+            slot_mapping(whole, slots),
+            mask=None if mask is None else checked_mask(mask, query, key),
+            is_causal=is_causal,
+            scale=scale,
+            window=window,
+        )
+        return weighted(logits, value.to(dtype)).to(query.dtype), logits.logsumexp(-1).detach()
 
 
 def _attend_fake(
@@ -283,6 +313,7 @@ _operator = torch.library.custom_op("grape::attend", _attend, mutates_args=(), s
 _operator.register_fake(_attend_fake)
 _operator.register_autograd(_backward, setup_context=_setup_context)
 _operator.register_vmap(attend_vmap)
+define_for_transforms(_operator, _attend_defined)
 _backward_operator = torch.library.custom_op(
     "grape::attend_backward", _attend_backward, mutates_args=(), schema=BACKWARD_SCHEMA
 )

@@ -239,9 +239,34 @@ def reference_attend(
     window: int | None = None,
 ) -> Tensor:
     """Return softmax(q k^T scale + bias + mask) v with all logits in memory (GRAPE 4.2); see `attend`."""
+    logits = reference_logits(
+        query, key, encoding, slots, mask=mask, is_causal=is_causal, scale=scale, window=window
+    )
+    return weighted(logits, value)
+
+
+def weighted(logits: Tensor, value: Tensor) -> Tensor:
+    """Return softmax(logits) v, zero in a row that sees no key."""
+    # Such a row would be nan.
+    weights = torch.where(logits.isneginf().all(-1, keepdim=True), 0.0, logits).softmax(-1)
+    values = value.repeat_interleave(logits.shape[1] // value.shape[1], 1)
+    return weights.masked_fill(logits.isneginf(), 0.0) @ values
+
+
+def reference_logits(
+    query: Tensor,
+    key: Tensor,
+    encoding: Encoding,
+    slots: Slots | None = None,
+    *,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Return q k^T scale + bias + mask, [B, H, T_q, T_k], minus infinity where a key may not be seen (GRAPE 4.2)."""
     given = {} if slots is None else slots
-    groups = query.shape[1] // key.shape[1]
-    keys, values = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    keys = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
     query, keys = _turned_pair(query, keys, encoding, given)
     factor = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     logits = (query @ keys.mT) * factor + reference_bias(encoding, given, query.shape[2], keys)
@@ -250,10 +275,7 @@ def reference_attend(
         hidden = hidden | ~mask
     elif mask is not None:
         logits = logits + mask.to(logits.dtype)
-    logits = logits.masked_fill(hidden, -math.inf)
-    # A row without any key would be nan; it is zero by definition.
-    weights = torch.where(logits.isneginf().all(-1, keepdim=True), 0.0, logits).softmax(-1)
-    return weights.masked_fill(logits.isneginf(), 0.0) @ values
+    return logits.masked_fill(hidden, -math.inf)
 
 
 def _turned_pair(query: Tensor, key: Tensor, encoding: Encoding, slots: Slots) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ from grape_compile.operators.operands import (
 )
 from grape_compile.operators.planar import Planar
 from grape_compile.operators.rank2 import Plane
-from grape_compile.operators.traced import decompose_when_compiled
+from grape_compile.operators.traced import decompose_when_compiled, define_for_transforms
 
 SCHEMA = "(Tensor[] tensors, Tensor[] slots, str encoding) -> Tensor[]"
 
@@ -190,3 +190,4 @@ _operator.register_fake(_body)
 _operator.register_autograd(_backward, setup_context=_setup_context)
 _operator.register_vmap(_vmap)
 decompose_when_compiled(_operator, _compiled)
+define_for_transforms(_operator, _body)

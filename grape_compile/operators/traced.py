@@ -1,10 +1,13 @@
-"""How the compiler sees into an operator that `torch.export` keeps whole."""
+"""How the compiler and the transforms of `torch.func` see into an operator that `torch.export` keeps whole."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch._library.autograd import make_autograd_impl
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 
@@ -25,3 +28,22 @@ def decompose_when_compiled(operator: Any, body: Callable[..., Any]) -> None:
             return body(*args, **kwargs)
 
     operator.register_torch_dispatch(FunctionalTensorMode, dispatch)
+
+
+def define_for_transforms(operator: Any, definition: Callable[..., Any]) -> None:
+    """Let `torch.func.grad`, `vjp`, `jvp` and what is made of them differentiate the definition of a custom operator.
+
+    torch gives a custom operator an old-style autograd function, which these transforms refuse. The definition is plain
+    torch, so that they see through it, to any order; without a transform the operator's own gradients are taken.
+    """
+    own = make_autograd_impl(operator._opoverload, operator)
+
+    def differentiate(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            return definition(*args, **kwargs)
+        return own(keyset, *args, **kwargs)
+
+    with warnings.catch_warnings():
+        # torch says that a kernel it registered itself is replaced.
+        warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
+        operator._lib.impl(operator._name, differentiate, "Autograd", with_keyset=True)
