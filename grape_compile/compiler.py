@@ -20,17 +20,14 @@ from typing import Any, TypeVar, cast, overload
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
+from torch.nn.parallel import DistributedDataParallel
 
 from grape_compile.errors import CaptureError, GrapeError, ModelError, RefusalError
-from grape_compile.passes.assignments import FunctionalAssignments
-from grape_compile.passes.bodies import Body, bodies_of
 from grape_compile.passes.capture import capture_dynamo, capture_export, has_unknown_sizes
 from grape_compile.passes.graph import Program
-from grape_compile.passes.loosen_views import LoosenViews
 from grape_compile.passes.lower import ShareAngles
+from grape_compile.passes.pipeline import first_line, rewrite_program
 from grape_compile.passes.regions import outline_regions
-from grape_compile.passes.rewrite_biases import RewriteBiases
-from grape_compile.passes.rewrite_rotations import RewriteRotations
 from grape_compile.passes.site import Refusal, Site
 from grape_compile.passes.trace_run import capture_run
 from grape_compile.reporting import Report
@@ -41,10 +38,14 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @dataclass
 class _Compiled:
-    """What is known of one compiled model: a report per graph, and the seconds spent before the inner backend."""
+    """What is known of one compiled model: a report per graph, and the seconds spent before the inner backend.
+
+    `in_buckets`: its graphs come whole although DistributedDataParallel wants one per bucket of gradients.
+    """
 
     reports: list[Report] = field(default_factory=list)
     seconds: float = 0.0
+    in_buckets: bool = False
 
 
 _compiled: weakref.WeakKeyDictionary[nn.Module, _Compiled] = weakref.WeakKeyDictionary()
@@ -77,7 +78,8 @@ def grape_compile(
     record = _Compiled()
     door = functools.partial(_compile_graph, inner=inner, record=record, strict=on_refusal == "raise")
     compiled = torch.compile(model._call_impl, backend=door, dynamic=dynamic, fullgraph=fullgraph)
-    model._compiled_call_impl = _unwrapped_errors(_constant_floats(compiled) if dynamic else compiled)
+    call = _constant_floats(compiled) if dynamic else compiled
+    model._compiled_call_impl = _unwrapped_errors(_whole_graphs(call, model, record))
     _compiled[model] = record
     return model
 
@@ -184,38 +186,8 @@ def rewrite(
 
 
 def _rewrite_program(program: Program) -> Report:
-    """All passes that find and replace, in place. A defect of theirs becomes a refusal."""
-    try:
-        found = _run_passes(program)
-        inside = [_rewrite_body(body) for body in bodies_of(program)]
-        return Report(
-            sum((each.sites for each in inside), found.sites),
-            sum((each.refusals for each in inside), found.refusals),
-        )
-    except Exception as failure:
-        reason = f"a pass of grape_compile failed ({_first_line(failure)}); the original runs unchanged: report this"
-        return Report(refusals=(Refusal("defect", reason, "", "", ""),))
-
-
-def _run_passes(program: Program) -> Report:
-    sites: list[Site] = []
-    refusals: list[Refusal] = []
-    for step in (FunctionalAssignments(), RewriteRotations(), RewriteBiases(), LoosenViews()):
-        outcome = step(program)
-        sites = [site for site in sites if not any(site is part for part in outcome.absorbed)] + outcome.sites
-        refusals += outcome.refusals
-    return Report(tuple(sites), tuple(refusals))
-
-
-def _rewrite_body(body: Body) -> Report:
-    """What a condition or a loop runs; of what another operator runs it is only said that something is there."""
-    found = _rewrite_program(body.program)
-    if not body.may_change:
-        places = [*(str(site.encoding) for site in found.sites), *(each.nearest for each in found.refusals)]
-        return Report(refusals=tuple(body.refusal(place or "a position encoding") for place in places))
-    if found.sites:
-        body.put_back()
-    return found
+    found = rewrite_program(program)
+    return Report(tuple(found.sites), tuple(found.refusals))
 
 
 def _compile_graph(
@@ -240,7 +212,8 @@ def _compile_graph(
             first.reason,
             'on_refusal="keep"',
         )
-    return inner(module if program is None or not found.sites else program.module, examples)
+    graph = module if program is None or not found.sites else program.module
+    return _by_bucket(inner)(graph, examples) if record.in_buckets else inner(graph, examples)
 
 
 def _capture_refusal(failure: CaptureError) -> Refusal:
@@ -316,7 +289,7 @@ def _inspect_by_compiling(
     except Exception as second:
         raise CaptureError(
             f"capture {type(model).__name__} with {len(args)} positional and {len(kwargs)} keyword arguments",
-            f"torch.export: {_first_line(failure)}; torch.compile: {_first_line(second)}",
+            f"torch.export: {first_line(failure)}; torch.compile: {first_line(second)}",
             "arguments the model's forward accepts",
         ) from second
     return _merged(reports)
@@ -367,6 +340,41 @@ def _constant_floats(compiled: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _whole_graphs(compiled: Callable[..., Any], model: nn.Module, record: _Compiled) -> Callable[..., Any]:
+    """Under DistributedDataParallel, take graphs before they are cut into buckets.
+
+    torch cuts a graph so that gradients travel while others are computed. A piece does not see where its tables of cos
+    and sin come from: the graph is rewritten first and cut afterwards.
+    """
+    if not torch.distributed.is_available():
+        return compiled
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        parallel = isinstance(model, DistributedDataParallel) or _active_parallel() is not None
+        record.in_buckets = parallel and torch._dynamo.utils.get_optimize_ddp_mode() == "ddp_optimizer"
+        if not record.in_buckets:
+            return compiled(*args, **kwargs)
+        with torch._dynamo.config.patch(optimize_ddp=False):
+            return compiled(*args, **kwargs)
+
+    return call
+
+
+def _active_parallel() -> DistributedDataParallel | None:
+    """The DistributedDataParallel whose forward is running."""
+    return DistributedDataParallel._get_active_ddp_module()
+
+
+def _by_bucket(inner: Backend) -> Backend:
+    """Compile a graph in the pieces that the gradients of a DistributedDataParallel are sent in."""
+    active = _active_parallel()
+    if active is None:
+        return inner
+    from torch._dynamo.backends.distributed import DDPOptimizer
+
+    return cast(Backend, DDPOptimizer(active.bucket_bytes_cap, inner).compile_fn)
+
+
 def _unwrapped_errors(compiled: Callable[..., Any]) -> Callable[..., Any]:
     """Let a GrapeError raised inside the backend reach the user as itself."""
 
@@ -380,11 +388,6 @@ def _unwrapped_errors(compiled: Callable[..., Any]) -> Callable[..., Any]:
             raise
 
     return call
-
-
-def _first_line(failure: Exception) -> str:
-    lines = str(failure).strip().splitlines()
-    return f"{type(failure).__name__}: {lines[0] if lines else ''}"
 
 
 @contextmanager

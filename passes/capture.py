@@ -61,6 +61,7 @@ def capture_dynamo(module: fx.GraphModule, examples: Sequence[Any]) -> Program:
             "a value that is neither an input nor computed from one, as inside of torch.func transforms",
             "the original graph runs unchanged",
         )
+    _tell_backends(traced, module)
     roles = {
         new: _dynamo_role(old, example)
         for new, old, example in zip(placeholders, inputs, examples, strict=True)
@@ -95,6 +96,22 @@ def _traced(module: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:
     return traced
 
 
+def _tell_backends(traced: fx.GraphModule, module: fx.GraphModule) -> None:
+    """Hand on what Dynamo tells backends of the inputs: where they come from, which of them keep their address.
+
+    Without it gradients of DistributedDataParallel are not sent in buckets and CUDA graphs copy the weights.
+    """
+    known = traced._param_name_to_source = getattr(module, "_param_name_to_source", {})
+    own = [*dict(traced.named_parameters()), *dict(traced.named_buffers())]
+    if known.keys() >= set(own):
+        traced.meta.update(module.meta)
+    inputs = (graph.find_nodes(op="placeholder") for graph in (traced.graph, module.graph))
+    for new, old in zip(*inputs, strict=True):
+        told = {key: value for key, value in old.meta.items() if key != "grapharg"}  # it holds the example itself
+        new.meta = {**told, **new.meta}
+        new._dynamo_source = getattr(old, "_dynamo_source", None)
+
+
 def _holds_traced_values(traced: fx.GraphModule) -> bool:
     """Whether tracing lost sight of a value and wrote it down as a constant, which it is not."""
     held = (_attribute(traced, str(node.target)) for node in traced.graph.find_nodes(op="get_attr"))
@@ -106,8 +123,13 @@ def _is_wrapped(value: Any) -> bool:
 
 
 def _dynamo_role(node: fx.Node, example: Any) -> Role:
-    """Parameters by type; buffers and tensor attributes of modules by their source, a path that starts at `self`."""
-    if isinstance(example, torch.nn.Parameter):
+    """Parameters by type or by source, a path that starts at `self`; buffers and tensor attributes of modules by it too.
+
+    `torch.func.functional_call` puts plain tensors where a module has parameters.
+    """
+    if isinstance(example, torch.nn.Parameter) or (
+        node.name.startswith("l_self_") and "_parameters_" in node.name
+    ):
         return Role.PARAMETER
     static = (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type")
     return Role.BUFFER if static == "unguarded" or node.name.startswith("l_self_") else Role.INPUT

@@ -256,7 +256,7 @@ def module_path(node: fx.Node) -> str:
 
 def clean_path(path: str) -> str:
     """A dotted module path, spelled by Dynamo ("L['self'].model.layers[0]") or by export ("model.layers.0")."""
-    for old, new in (("L['self']", ""), ("._modules", ""), ("['", "."), ("']", ""), ("[", "."), ("]", "")):
+    for old, new in (("L['self']", ""), (".__dict__", ""), ("._modules", ""), ("['", "."), ("']", ""), ("[", "."), ("]", "")):
         path = path.replace(old, new)
     return path.strip(".")
 

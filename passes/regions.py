@@ -196,7 +196,8 @@ def _outline(module: fx.GraphModule, first: fx.Node, last: fx.Node) -> None:
         else:
             inside.append(node)
         node = following
-    if inside:
+    members = set(inside)
+    if any(_acts(node) or not members.issuperset(node.users) for node in inside):
         _call(module, first.meta["region"], inside, last)
     for node in (last, *reversed(inside), first):
         graph.erase_node(node)
@@ -229,6 +230,11 @@ def _call(module: fx.GraphModule, region: Region, inside: Sequence[fx.Node], las
             value = graph.call_function(operator.getitem, (call, number))
             value.meta = dict(result.meta)
             result.replace_all_uses_with(value, delete_user_cb=lambda user: user not in members)
+
+
+def _acts(node: fx.Node) -> bool:
+    """Whether a node does more than give a value; a check of the type of a value that nobody needs is no such thing."""
+    return node.is_impure() and node.target is not torch.ops.aten._assert_tensor_metadata.default
 
 
 def _is_body(module: fx.GraphModule, node: fx.Node) -> bool:

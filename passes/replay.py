@@ -31,6 +31,12 @@ def exact(value: Any) -> Any:
     return value
 
 
+def has_value(program: Program, node: fx.Node) -> bool:
+    """Whether an input of the program comes with a value."""
+    value = program.values.get(node)
+    return value is not None and not isinstance(value, FakeTensor) and not getattr(value, "is_meta", False)
+
+
 class Replay:
     """Values of nodes in fp64, computed once each; `bound` fixes the values of chosen nodes."""
 
@@ -131,6 +137,6 @@ class Replay:
 
     def _input(self, node: fx.Node) -> Any:
         value = self.program.values.get(node)
-        if value is None or isinstance(value, FakeTensor) or (isinstance(value, Tensor) and value.is_meta):
+        if not has_value(self.program, node):
             raise Unreadable(f"the input {node.name} has no value here")
         return exact(value)

@@ -6,9 +6,9 @@ import torch
 from torch import fx
 
 from grape_compile.operators import reference_rotate
-from grape_compile.passes.graph import ANGLES, PHASES, Program, Taint, Unreadable, op_name
+from grape_compile.passes.graph import ANGLES, PHASES, Program, Taint, Unreadable, fake, op_name
 from grape_compile.passes.plans import RotationPlan
-from grape_compile.passes.replay import Replay
+from grape_compile.passes.replay import Replay, has_value
 
 TOLERANCE = 1e-9
 """Largest difference to the fp64 replay, relative to its largest value. Both sides use the model's own stored tables,
@@ -22,7 +22,7 @@ def verify_rotation(plan: RotationPlan, operands: tuple[fx.Node, ...], replay: R
     query = torch.randn(shape, dtype=torch.float64, generator=generator)
     phases = {
         node: torch.randn(replay.sizes.shape(node), dtype=torch.float64, generator=generator)
-        for node in _phases(plan, replay.program)
+        for node in (*_phases(plan, replay.program), *_unknown(operands, replay.program))
     }
     if phases:
         replay = Replay(replay.program, replay.sizes, phases)
@@ -49,6 +49,27 @@ def _phases(plan: RotationPlan, program: Program) -> list[fx.Node]:
             else:
                 found.append(operand)
     return list(dict.fromkeys(found))
+
+
+def _unknown(operands: tuple[fx.Node, ...], program: Program) -> list[fx.Node]:
+    """Frequencies and tables that have no values yet: what is verified is what is done with them."""
+    seen, stack = set(operands), list(operands)
+    while stack:
+        for operand in stack.pop().all_input_nodes:
+            if operand not in seen:
+                seen.add(operand)
+                stack.append(operand)
+    return [node for node in program.graph.nodes if node in seen and _has_no_value(node, program)]
+
+
+def _has_no_value(node: fx.Node, program: Program) -> bool:
+    value = fake(node)
+    return (
+        node.op in ("placeholder", "get_attr")
+        and value is not None
+        and value.is_floating_point()
+        and not has_value(program, node)
+    )
 
 
 TABLE_TOLERANCE = 3e-6
