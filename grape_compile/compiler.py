@@ -19,8 +19,9 @@ from typing import Any, TypeVar, cast, overload
 
 import torch
 from torch import fx, nn
-from torch.export import ExportedProgram
+from torch.export import Dim, ExportedProgram
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils import _pytree as pytree
 
 from grape_compile.errors import CaptureError, GrapeError, ModelError, RefusalError
 from grape_compile.passes.capture import capture_dynamo, capture_export, has_unknown_sizes
@@ -166,7 +167,9 @@ def rewrite(
     """Rewrite the position encodings of an exported program, or of an fx GraphModule traced on `args`.
 
     The result is of the same kind: an exported program can be saved, decomposed and exported again, its `grape::` nodes
-    traced; a GraphModule shares the parameters of the given one. Raises ModelError for anything else.
+    traced. A GraphModule shares the parameters and buffers of the given one, is in the same mode of training for good, and
+    takes other sizes where the given one does not depend on those of `args`. Raises ModelError for anything else,
+    CaptureError for a GraphModule that does not run on `args`.
     """
     if isinstance(program, ExportedProgram):
         return _rewrite_export(program, args)
@@ -176,10 +179,32 @@ def rewrite(
             f"a {type(program).__name__}",
             "an ExportedProgram, or an fx.GraphModule with example args; for a module use grape_compile or inspect",
         )
-    exported, found = _rewrite_export(torch.export.export(program, tuple(args), strict=False), args)
+    exported, found = _rewrite_export(_exported(program, tuple(args)), args)
     module = exported.module()
     assert isinstance(module, fx.GraphModule)
     return module, found
+
+
+def _exported(module: fx.GraphModule, args: tuple[Any, ...]) -> ExportedProgram:
+    """A traced module as an exported program, of any size unless it was traced on tensors of one."""
+    of_one_size = any(isinstance(node.target, torch._ops.OpOverload) for node in module.graph.nodes)
+    sizes = pytree.tree_map(
+        lambda leaf: dict.fromkeys(range(leaf.dim()), Dim.AUTO) if isinstance(leaf, torch.Tensor) else None,
+        args,
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if not of_one_size:
+                with suppress(Exception):
+                    return torch.export.export(module, args, dynamic_shapes=sizes, strict=False)
+            return torch.export.export(module, args, strict=False)
+    except Exception as failure:
+        raise CaptureError(
+            f"run a GraphModule on {len(args)} example arguments",
+            first_line(failure),
+            "the tensors that its forward accepts, in their order, as `args`",
+        ) from failure
 
 
 # -- stages -----------------------------------------------------------------------------------------------
