@@ -27,6 +27,7 @@ from grape_compile.errors import CaptureError, GrapeError, ModelError, RefusalEr
 from grape_compile.passes.capture import capture_dynamo, capture_export, has_unknown_sizes
 from grape_compile.passes.graph import Program
 from grape_compile.passes.lower import ShareAngles
+from grape_compile.passes.origins import Origin, guarded, marking, origin_of, settle
 from grape_compile.passes.pipeline import first_line, rewrite_program
 from grape_compile.passes.regions import outline_regions
 from grape_compile.passes.site import Refusal, Site
@@ -220,14 +221,12 @@ def _compile_graph(
 ) -> Callable[..., Any]:
     """One graph of `torch.compile`: rewritten if anything was found, the original otherwise."""
     start = time.perf_counter()
+    rewritten: Rewritten | None = None
     try:
-        program = capture_dynamo(module, examples)
-        found = _rewrite_program(program)
-        if found.sites:
-            ShareAngles()(program)
-            outline_regions(program.module)
+        rewritten = _rewritten(module, examples)
+        found = rewritten.report
     except CaptureError as failure:
-        program, found = None, Report(refusals=(_capture_refusal(failure),))
+        found = Report(refusals=(_capture_refusal(failure),))
     record.seconds += time.perf_counter() - start
     record.reports.append(found)
     if strict and found.refusals:
@@ -237,8 +236,35 @@ def _compile_graph(
             first.reason,
             'on_refusal="keep"',
         )
-    graph = module if program is None or not found.sites else program.module
-    return _by_bucket(inner)(graph, examples) if record.in_buckets else inner(graph, examples)
+    inner = _by_bucket(inner) if record.in_buckets else inner
+    if rewritten is None:
+        return inner(module, examples)
+    compiled = inner(rewritten.module if found.sites else module, examples)
+    if found.sites and rewritten.is_given_tables:
+        compiled = guarded(compiled, inner(module, examples), examples)
+    return marking(compiled, rewritten.tables) if rewritten.tables else compiled
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A graph after all passes; the tables it returns, and whether it was read with tables of an earlier graph."""
+
+    module: fx.GraphModule
+    report: Report
+    tables: Origin | None
+    is_given_tables: bool
+
+
+def _rewritten(module: fx.GraphModule, examples: Sequence[Any]) -> Rewritten:
+    program = capture_dynamo(module, examples)
+    found = _rewrite_program(program)
+    tables = origin_of(program)
+    if program.stands:
+        settle(program)
+    if found.sites:
+        ShareAngles()(program)
+        outline_regions(program.module)
+    return Rewritten(program.module, found, tables, bool(program.stands))
 
 
 def _capture_refusal(failure: CaptureError) -> Refusal:

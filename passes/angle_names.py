@@ -51,7 +51,15 @@ def name_angle(
 ) -> Named | Miss:
     """The angle whose cosines and sines stand at these places of the matrix."""
     namer = _Namer(coefficients)
-    return namer.proved(cosines, sines) or namer.tables(cosines, sines, sign)
+    named = namer.proved(cosines, sines)
+    if named is None:
+        return namer.tables(cosines, sines, sign)
+    if not any(operand.node in coefficients.program.outside for operand in named.operands):
+        return named
+    tables = namer.tables(cosines, sines, sign)
+    if isinstance(tables, Miss):
+        return tables
+    return replace(tables, spectrum=named.spectrum, clock=named.clock)
 
 
 class _Namer:
@@ -234,6 +242,8 @@ class _Namer:
             self._before_moves(factors),
             [(end.number, end.leaf) for end in resolved if end.kind == "table" and end.leaf is not None],
         ):
+            if any(factor.node in self.program.outside for _, factor in choice):
+                continue
             if len(choice) != len(entries) or len({number for number, _ in choice}) != 1:
                 continue
             view = self._view([factor for _, factor in choice], runs=True)
@@ -245,7 +255,7 @@ class _Namer:
         """The same elements in the latest value that all of them come from: tables that were cut apart by axis."""
         paths = [self._path(factor) for _, factor in factors]
         for node in paths[0] if paths else ():
-            if all(node in path for path in paths):
+            if node not in self.program.outside and all(node in path for path in paths):
                 return [
                     (number, replace(factor, node=node, index=path[node]))
                     for (number, factor), path in zip(factors, paths, strict=True)

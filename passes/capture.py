@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from grape_compile.errors import CaptureError
 from grape_compile.passes.batches import flatten_batches, has_batches
 from grape_compile.passes.graph import Program, Role
+from grape_compile.passes.origins import graft, mark_on
 from grape_compile.passes.regions import inline_regions, without_gradient
 from grape_compile.passes.retrace import Common, Retrace
 
@@ -38,7 +39,7 @@ _KINDS = {
 def capture_dynamo(module: fx.GraphModule, examples: Sequence[Any]) -> Program:
     """A program from the graph and example inputs a `torch.compile` backend is given.
 
-    Raises CaptureError when the graph cannot be retraced; the caller then runs the original graph.
+    Examples that a graph before a graph break made are read back to what they are made of. Raises CaptureError when the graph cannot be retraced; the caller then runs the original graph.
     """
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     fakes = [node.meta.get("example_value", example) for node, example in zip(inputs, examples, strict=True)]
@@ -67,7 +68,9 @@ def capture_dynamo(module: fx.GraphModule, examples: Sequence[Any]) -> Program:
         for new, old, example in zip(placeholders, inputs, examples, strict=True)
     }
     values = dict(zip(placeholders, examples, strict=True))
-    return program_of(traced, roles, values)
+    program = program_of(traced, roles, values)
+    marks = {node: mark for node, value in values.items() if (mark := mark_on(value))}
+    return graft(program, marks) if marks else program
 
 
 def _without_batches(module: fx.GraphModule) -> fx.GraphModule:

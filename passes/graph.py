@@ -47,13 +47,19 @@ class Unreadable(Exception):
 
 @dataclass
 class Program:
-    """A flat ATen graph, what its inputs are, and their values where they are known."""
+    """A flat ATen graph, what its inputs are, and their values where they are known.
+
+    Nodes in `outside` are known to have run in another graph and are not to be used; the last of each such stretch
+    `stands` for an input of this one.
+    """
 
     module: fx.GraphModule
     roles: Mapping[fx.Node, Role]
     values: Mapping[fx.Node, Any]
     no_grad: frozenset[fx.Node] = frozenset()
     rotated: dict[fx.Node, Site] = field(default_factory=dict)
+    outside: frozenset[fx.Node] = frozenset()
+    stands: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:

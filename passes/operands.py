@@ -143,6 +143,8 @@ class Emitter:
         if key in self.cache:
             return self.cache[key]
         graph = self.program.graph
+        if any(each in self.program.outside for each in _nodes((args, kwargs or {}))):
+            raise Unreadable("what it is made of was computed in another graph, before a graph break")
         place = max([after, *_nodes(args)], key=self.position)
         while place.next.op == "placeholder" or place.next in self.ranks:
             place = place.next

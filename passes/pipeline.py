@@ -7,11 +7,12 @@ from grape_compile.passes.base import Outcome
 from grape_compile.passes.bodies import Body, bodies_of
 from grape_compile.passes.graph import Program
 from grape_compile.passes.loosen_views import LoosenViews
+from grape_compile.passes.note_given_tables import NoteGivenTables
 from grape_compile.passes.rewrite_biases import RewriteBiases
 from grape_compile.passes.rewrite_rotations import RewriteRotations
 from grape_compile.passes.site import Refusal
 
-_PASSES = (FunctionalAssignments(), RewriteRotations(), RewriteBiases(), LoosenViews())
+_PASSES = (FunctionalAssignments(), RewriteRotations(), RewriteBiases(), NoteGivenTables(), LoosenViews())
 
 
 def rewrite_program(program: Program) -> Outcome:

@@ -83,7 +83,7 @@ class Retrace(fx.Interpreter):
             if key is not None and key in self.common.expansions:
                 with self._set_current_node(n):
                     return self.common.expansions[key].again(operands, mode.tracer)
-        last = next(iter(reversed(mode.tracer.graph.nodes)))
+        last = mode.tracer.graph._root.prev  # the root itself in a graph without inputs
         result = super().run_node(n)
         expansion = None if key is None else _Expansion.since(last, operands, result, mode.tracer)
         if expansion is not None:

@@ -1,0 +1,67 @@
+"""Say where tables of cosines and sines come into a graph from outside.
+
+What: two inputs that hold the cosine and sine of one angle, or a complex one of modulus one, in this example. Nothing
+    proves that they will in the next call, and nothing pairs their columns, so that whatever is turned by them is left
+    alone; the refusal says so once per pair.
+Leaves alone: the graph. Tables with a known origin (origins.py) are no such inputs.
+Cost: one comparison per pair of floating inputs of one size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from torch import Tensor, fx
+
+from grape_compile.passes.base import Outcome, Pass
+from grape_compile.passes.graph import Program, Role, fake, module_path, source_line
+from grape_compile.passes.replay import exact, has_value
+from grape_compile.passes.site import Refusal
+
+_LARGEST = 1 << 22
+_REASON = (
+    "tables of cosines and sines are inputs of the graph: nothing proves that they hold the same kind of values in the next "
+    "call; compute them in the same graph, from positions and frequencies (a graph break between the two, or a frame "
+    "that receives them ready made, takes them apart)"
+)
+
+
+@dataclass(frozen=True)
+class NoteGivenTables(Pass):
+    """Given tables become refusals."""
+
+    def run(self, program: Program) -> Outcome:
+        return Outcome(refusals=[_refusal(tables) for tables in _given(program)])
+
+
+def _given(program: Program) -> Iterator[tuple[fx.Node, ...]]:
+    known = set(program.stands.values())
+    values: dict[fx.Node, Tensor] = {}
+    for node in program.graph.find_nodes(op="placeholder"):
+        value = fake(node)
+        if value is None or program.roles.get(node) is not Role.INPUT or node in known or not node.users:
+            continue
+        if has_value(program, node) and 1 < program.values[node].numel() <= _LARGEST:
+            if value.is_complex() and _turns(program.values[node].abs(), program.values[node]):
+                yield (node,)
+            elif value.is_floating_point():
+                values[node] = program.values[node].detach()
+    for one, other in combinations(values, 2):
+        first, second = exact(values[one]), exact(values[other])
+        if first.shape == second.shape and _turns(torch.hypot(first, second), values[one], values[other]):
+            yield one, other
+
+
+def _turns(modulus: Tensor, *parts: Tensor) -> bool:
+    """A modulus that is the same everywhere to the rounding of the tables, of parts that are not."""
+    bound = 4 * max(torch.finfo(part.dtype).eps for part in parts) * float(modulus.max())
+    spread = float(modulus.max() - modulus.min())
+    return spread <= bound and all(bool((part != part.flatten()[0]).any()) for part in parts)
+
+
+def _refusal(tables: tuple[fx.Node, ...]) -> Refusal:
+    user = next(iter(tables[0].users))
+    return Refusal("outside", _REASON, tables[0].name, module_path(user), source_line(user), "rotation by tables")
