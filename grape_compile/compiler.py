@@ -240,9 +240,10 @@ def _compile_graph(
     if rewritten is None:
         return inner(module, examples)
     compiled = inner(rewritten.module if found.sites else module, examples)
-    if found.sites and rewritten.is_given_tables:
-        compiled = guarded(compiled, inner(module, examples), examples)
-    return marking(compiled, rewritten.tables) if rewritten.tables else compiled
+    told = marking(compiled, rewritten.tables) if rewritten.tables else compiled
+    if not rewritten.is_given_tables or not (found.sites or rewritten.tables):
+        return told
+    return guarded(told, inner(module, examples) if found.sites else compiled, examples)
 
 
 @dataclass(frozen=True)

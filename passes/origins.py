@@ -45,9 +45,7 @@ class Mark:
 
 
 def origin_of(program: Program) -> Origin | None:
-    """What the tables among a program's results are made of; not told by a graph that is itself given tables."""
-    if program.stands:
-        return None
+    """What the tables among a program's results are made of, here and in the graphs whose tables it was given."""
     results = program.graph.output_node().args[0]
     assert isinstance(results, list | tuple)
     tables = [number for number, node in enumerate(results) if _is_table(program, node)]
