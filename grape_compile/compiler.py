@@ -6,33 +6,36 @@ graph to the inner backend. Whatever fails before the inner backend leaves the o
 
 from __future__ import annotations
 
-import copy
 import functools
 import time
 import warnings
 import weakref
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast, overload
 
 import torch
 from torch import fx, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils import _pytree as pytree
 
 from grape_compile.errors import CaptureError, GrapeError, ModelError, RefusalError
-from grape_compile.passes.capture import capture_dynamo, capture_export, has_unknown_sizes
+from grape_compile.passes.capture import (
+    capture_dynamo,
+    capture_export,
+    export_traced,
+    has_unknown_sizes,
+    release_export,
+)
 from grape_compile.passes.graph import Program
 from grape_compile.passes.lower import ShareAngles
 from grape_compile.passes.origins import Origin, guarded, marking, origin_of, settle
 from grape_compile.passes.pipeline import first_line, rewrite_program
 from grape_compile.passes.regions import outline_regions
-from grape_compile.passes.site import Refusal, Site
-from grape_compile.passes.trace_run import capture_run
-from grape_compile.reporting import Report
+from grape_compile.passes.site import Refusal
+from grape_compile.passes.trace_run import capture_run, untouched
+from grape_compile.reporting import Report, merged
 
 Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 Model = TypeVar("Model", bound=nn.Module)
@@ -107,7 +110,7 @@ def report(model: nn.Module) -> Report:
             f"a {type(model).__name__} that grape_compile did not compile",
             "grape_compile(model) first, or inspect(model, args) to look without compiling",
         )
-    return _merged(record.reports)
+    return merged(record.reports)
 
 
 def rewrite_seconds(model: nn.Module) -> float:
@@ -139,7 +142,7 @@ def inspect(
     if isinstance(model, ExportedProgram):
         return _rewrite_program(capture_export(model, args, kwargs))
     _require_module(model)
-    with _untouched(model):
+    with untouched(model):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -167,10 +170,10 @@ def rewrite(
 ) -> tuple[ExportedProgram | fx.GraphModule, Report]:
     """Rewrite the position encodings of an exported program, or of an fx GraphModule traced on `args`.
 
-    The result is of the same kind: an exported program can be saved, decomposed and exported again, its `grape::` nodes
-    traced. A GraphModule shares the parameters and buffers of the given one, is in the same mode of training for good, and
-    takes other sizes where the given one does not depend on those of `args`. Raises ModelError for anything else,
-    CaptureError for a GraphModule that does not run on `args`.
+    The result is of the same kind: an exported program can be saved, decomposed and exported again, its `grape::`
+    nodes traced. A GraphModule shares the parameters and buffers of the given one, is in the same mode of training for
+    good, and takes other sizes where the given one does not depend on those of `args`. Raises ModelError for anything
+    else, CaptureError for a GraphModule that does not run on `args`.
     """
     if isinstance(program, ExportedProgram):
         return _rewrite_export(program, args)
@@ -180,32 +183,10 @@ def rewrite(
             f"a {type(program).__name__}",
             "an ExportedProgram, or an fx.GraphModule with example args; for a module use grape_compile or inspect",
         )
-    exported, found = _rewrite_export(_exported(program, tuple(args)), args)
+    exported, found = _rewrite_export(export_traced(program, tuple(args)), args)
     module = exported.module()
     assert isinstance(module, fx.GraphModule)
     return module, found
-
-
-def _exported(module: fx.GraphModule, args: tuple[Any, ...]) -> ExportedProgram:
-    """A traced module as an exported program, of any size unless it was traced on tensors of one."""
-    of_one_size = any(isinstance(node.target, torch._ops.OpOverload) for node in module.graph.nodes)
-    sizes = pytree.tree_map(
-        lambda leaf: dict.fromkeys(range(leaf.dim()), Dim.AUTO) if isinstance(leaf, torch.Tensor) else None,
-        args,
-    )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if not of_one_size:
-                with suppress(Exception):
-                    return torch.export.export(module, args, dynamic_shapes=sizes, strict=False)
-            return torch.export.export(module, args, strict=False)
-    except Exception as failure:
-        raise CaptureError(
-            f"run a GraphModule on {len(args)} example arguments",
-            first_line(failure),
-            "the tensors that its forward accepts, in their order, as `args`",
-        ) from failure
 
 
 # -- stages -----------------------------------------------------------------------------------------------
@@ -289,27 +270,7 @@ def _inner_backend(backend: str | Backend, options: dict[str, Any] | None) -> Ba
 def _rewrite_export(program: ExportedProgram, args: Sequence[Any]) -> tuple[ExportedProgram, Report]:
     captured = capture_export(program, args)
     found = _rewrite_program(captured)
-    if not found.sites:
-        return program, found
-    outline_regions(captured.module)
-    signature = copy.deepcopy(program.graph_signature)
-    results = captured.graph.output_node().args[0]
-    assert isinstance(results, list | tuple)
-    for spec, result in zip(signature.output_specs, results, strict=True):
-        if isinstance(result, fx.Node):
-            spec.arg.name = result.name
-    rewritten = ExportedProgram(
-        captured.module,
-        captured.graph,
-        signature,
-        program.state_dict,
-        program.range_constraints,
-        program.module_call_graph,
-        program.example_inputs,
-        program.constants,
-        verifiers=program.verifiers,
-    )
-    return rewritten, found
+    return (release_export(program, captured) if found.sites else program), found
 
 
 def _inspect_a_run(
@@ -344,30 +305,7 @@ def _inspect_by_compiling(
             f"torch.export: {first_line(failure)}; torch.compile: {first_line(second)}",
             "arguments the model's forward accepts",
         ) from second
-    return _merged(reports)
-
-
-def _merged(reports: Sequence[Report]) -> Report:
-    """Every place once, although a model compiled for several shapes has several graphs of the same code."""
-    return Report(_union([each.sites for each in reports]), _union([each.refusals for each in reports]))
-
-
-Place = TypeVar("Place", Site, Refusal)
-
-
-def _union(groups: Sequence[Sequence[Place]]) -> tuple[Place, ...]:
-    """Multiset union by place: q and k on one line stay two, the same line in a second graph adds nothing."""
-    merged: list[Place] = []
-    held: Counter[object] = Counter()
-    for group in groups:
-        seen: Counter[object] = Counter()
-        for item in group:
-            key = (type(item), item.module, item.source, getattr(item, "kind", getattr(item, "rule", "")))
-            seen[key] += 1
-            if seen[key] > held[key]:
-                held[key] += 1
-                merged.append(item)
-    return tuple(merged)
+    return merged(reports)
 
 
 # -- helpers of the face ----------------------------------------------------------------------------------
@@ -440,25 +378,3 @@ def _unwrapped_errors(compiled: Callable[..., Any]) -> Callable[..., Any]:
             raise
 
     return call
-
-
-@contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Put back what a capture leaves in the modules (tables cached as fake tensors, for instance)."""
-    saved = [
-        (
-            module,
-            dict(module.__dict__),
-            {name: dict(module.__dict__[name]) for name in ("_parameters", "_buffers", "_modules")},
-        )
-        for module in model.modules()
-    ]
-    try:
-        yield
-    finally:
-        for module, attributes, registered in saved:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-            for name, entries in registered.items():
-                module.__dict__[name].clear()
-                module.__dict__[name].update(entries)

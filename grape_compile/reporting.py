@@ -225,3 +225,23 @@ def _plain(found: Site | Refusal) -> dict[str, Any]:
 
 def _site(*, encoding: str, error: float | str | None, **rest: str) -> Site:
     return Site(encoding=parse(encoding), error=None if error is None else float(error), **rest)
+
+
+def merged(reports: Sequence[Report]) -> Report:
+    """Every place once, although a model compiled for several shapes has several graphs of the same code."""
+    return Report(_union([each.sites for each in reports]), _union([each.refusals for each in reports]))
+
+
+def _union(groups: Sequence[Sequence[_Found]]) -> tuple[_Found, ...]:
+    """Multiset union by place: q and k on one line stay two, the same line in a second graph adds nothing."""
+    merged: list[_Found] = []
+    held: Counter[object] = Counter()
+    for group in groups:
+        seen: Counter[object] = Counter()
+        for item in group:
+            key = (type(item), item.module, item.source, getattr(item, "kind", getattr(item, "rule", "")))
+            seen[key] += 1
+            if seen[key] > held[key]:
+                held[key] += 1
+                merged.append(item)
+    return tuple(merged)

@@ -1,7 +1,7 @@
 """Write `torch.vmap` inside of a graph as the operators on whole batches that it runs.
 
-Both doors keep the switches of vmap in the graph: a batch axis is hidden from the code between them, and the values there
-cannot be read like others. What runs in the end has the axis in its operands; a trace below vmap shows it.
+Both doors keep the switches of vmap in the graph: a batch axis is hidden from the code between them, and the values
+there cannot be read like others. What runs in the end has the axis in its operands; a trace below vmap shows it.
 """
 
 from __future__ import annotations

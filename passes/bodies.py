@@ -1,7 +1,8 @@
 """Graphs inside of a graph: what a condition or a loop runs is a program of its own.
 
-A body is a function of its operands, so what is proved of it holds in every turn of a loop and on either branch. Operands
-that are the same in every turn keep what is known of them; those that change are inputs, and nothing is known of them.
+A body is a function of its operands, so what is proved of it holds in every turn of a loop and on either branch.
+Operands that are the same in every turn keep what is known of them; those that change are inputs, and nothing is known
+of them.
 """
 
 from __future__ import annotations

@@ -8,14 +8,15 @@ are. Node provenance survives because the retrace interprets the graph under `pr
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any
 
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.export import ExportedProgram
+from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
@@ -25,7 +26,7 @@ from grape_compile.errors import CaptureError
 from grape_compile.passes.batches import flatten_batches, has_batches
 from grape_compile.passes.graph import Program, Role
 from grape_compile.passes.origins import graft, mark_on
-from grape_compile.passes.regions import inline_regions, without_gradient
+from grape_compile.passes.regions import inline_regions, outline_regions, without_gradient
 from grape_compile.passes.retrace import Common, Retrace
 
 _KINDS = {
@@ -39,7 +40,8 @@ _KINDS = {
 def capture_dynamo(module: fx.GraphModule, examples: Sequence[Any]) -> Program:
     """A program from the graph and example inputs a `torch.compile` backend is given.
 
-    Examples that a graph before a graph break made are read back to what they are made of. Raises CaptureError when the graph cannot be retraced; the caller then runs the original graph.
+    Examples that a graph before a graph break made are read back to what they are made of. Raises CaptureError when
+    the graph cannot be retraced; the caller then runs the original graph.
     """
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     fakes = [node.meta.get("example_value", example) for node, example in zip(inputs, examples, strict=True)]
@@ -110,7 +112,9 @@ def _tell_backends(traced: fx.GraphModule, module: fx.GraphModule) -> None:
         traced.meta.update(module.meta)
     inputs = (graph.find_nodes(op="placeholder") for graph in (traced.graph, module.graph))
     for new, old in zip(*inputs, strict=True):
-        told = {key: value for key, value in old.meta.items() if key != "grapharg"}  # it holds the example itself
+        told = {
+            key: value for key, value in old.meta.items() if key != "grapharg"
+        }  # it holds the example itself
         new.meta = {**told, **new.meta}
         new._dynamo_source = getattr(old, "_dynamo_source", None)
 
@@ -126,7 +130,7 @@ def _is_wrapped(value: Any) -> bool:
 
 
 def _dynamo_role(node: fx.Node, example: Any) -> Role:
-    """Parameters by type or by source, a path that starts at `self`; buffers and tensor attributes of modules by it too.
+    """Parameters by type or by source, a path that starts at `self`; buffers and other attributes of modules by source.
 
     `torch.func.functional_call` puts plain tensors where a module has parameters.
     """
@@ -160,6 +164,50 @@ def capture_export(
         elif spec.target is not None:
             values[node] = program.state_dict.get(spec.target, program.constants.get(spec.target))
     return program_of(module, roles, values)
+
+
+def release_export(program: ExportedProgram, captured: Program) -> ExportedProgram:
+    """The exported program again, with a graph that was captured from it and rewritten."""
+    outline_regions(captured.module)
+    signature = copy.deepcopy(program.graph_signature)
+    results = captured.graph.output_node().args[0]
+    assert isinstance(results, list | tuple)
+    for spec, result in zip(signature.output_specs, results, strict=True):
+        if isinstance(result, fx.Node):
+            spec.arg.name = result.name
+    return ExportedProgram(
+        captured.module,
+        captured.graph,
+        signature,
+        program.state_dict,
+        program.range_constraints,
+        program.module_call_graph,
+        program.example_inputs,
+        program.constants,
+        verifiers=program.verifiers,
+    )
+
+
+def export_traced(module: fx.GraphModule, args: tuple[Any, ...]) -> ExportedProgram:
+    """A traced module as an exported program, of any size unless it was traced on tensors of one."""
+    of_one_size = any(isinstance(node.target, torch._ops.OpOverload) for node in module.graph.nodes)
+    sizes = pytree.tree_map(
+        lambda leaf: dict.fromkeys(range(leaf.dim()), Dim.AUTO) if isinstance(leaf, torch.Tensor) else None,
+        args,
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if not of_one_size:
+                with suppress(Exception):
+                    return torch.export.export(module, args, dynamic_shapes=sizes, strict=False)
+            return torch.export.export(module, args, strict=False)
+    except Exception as failure:
+        raise CaptureError(
+            f"run a GraphModule on {len(args)} example arguments",
+            f"{type(failure).__name__}: {failure}".splitlines()[0],
+            "the tensors that its forward accepts, in their order, as `args`",
+        ) from failure
 
 
 def has_unknown_sizes(program: ExportedProgram) -> bool:

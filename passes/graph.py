@@ -163,7 +163,15 @@ class Program:
 
     def forget(self) -> None:
         """Drop what was derived from the graph, after the graph changed."""
-        for name in ("order", "taints", "value_numbers", "representatives", "mutations", "marks", "constants"):
+        for name in (
+            "order",
+            "taints",
+            "value_numbers",
+            "representatives",
+            "mutations",
+            "marks",
+            "constants",
+        ):
             self.__dict__.pop(name, None)
 
 
@@ -262,7 +270,15 @@ def module_path(node: fx.Node) -> str:
 
 def clean_path(path: str) -> str:
     """A dotted module path, spelled by Dynamo ("L['self'].model.layers[0]") or by export ("model.layers.0")."""
-    for old, new in (("L['self']", ""), (".__dict__", ""), ("._modules", ""), ("['", "."), ("']", ""), ("[", "."), ("]", "")):
+    for old, new in (
+        ("L['self']", ""),
+        (".__dict__", ""),
+        ("._modules", ""),
+        ("['", "."),
+        ("']", ""),
+        ("[", "."),
+        ("]", ""),
+    ):
         path = path.replace(old, new)
     return path.strip(".")
 

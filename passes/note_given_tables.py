@@ -23,8 +23,8 @@ from grape_compile.passes.site import Refusal
 
 _LARGEST = 1 << 22
 _REASON = (
-    "tables of cosines and sines are inputs of the graph: nothing proves that they hold the same kind of values in the next "
-    "call; compute them in the same graph, from positions and frequencies (a graph break between the two, or a frame "
+    "tables of cosines and sines are inputs of the graph: nothing proves that they hold the same kind of values in the "
+    "next call; compute them in the same graph, from positions and frequencies (a graph break between the two, or a frame "
     "that receives them ready made, takes them apart)"
 )
 
@@ -64,4 +64,6 @@ def _turns(modulus: Tensor, *parts: Tensor) -> bool:
 
 def _refusal(tables: tuple[fx.Node, ...]) -> Refusal:
     user = next(iter(tables[0].users))
-    return Refusal("outside", _REASON, tables[0].name, module_path(user), source_line(user), "rotation by tables")
+    return Refusal(
+        "outside", _REASON, tables[0].name, module_path(user), source_line(user), "rotation by tables"
+    )

@@ -1,10 +1,10 @@
 """Tables that one graph makes and a later graph is given: behind a graph break, what they are made of is still known.
 
-torch.compile cuts a model where it cannot look inside; the tables of cosines and sines of the first graph are then plain
-inputs of the others, and inputs may hold anything. Every table a compiled graph returns is therefore marked with its
-origin, a copy of the operators that made it. A graph that is given marked tensors is read as if it had made them itself;
-what is found holds for tensors with the same marks, which is looked at in every call. A tensor that was written into
-since, or made by anything else, has no origin.
+torch.compile cuts a model where it cannot look inside; the tables of cosines and sines of the first graph are then
+plain inputs of the others, and inputs may hold anything. Every table a compiled graph returns is therefore marked with
+its origin, a copy of the operators that made it. A graph that is given marked tensors is read as if it had made them
+itself; what is found holds for tensors with the same marks, which is looked at in every call. A tensor that was
+written into since, or made by anything else, has no origin.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ _CALLS = count()
 
 @dataclass(frozen=True, eq=False)
 class Origin:
-    """The tables one graph returns, `tables` their numbers among its results: a graph that returns them alone, and what
-    is known of its inputs."""
+    """The tables one graph returns: a graph that returns them alone, and what is known of its inputs.
+
+    `tables` are their numbers among the results of the first.
+    """
 
     module: fx.GraphModule
     tables: tuple[int, ...]
@@ -144,8 +146,10 @@ def marking(compiled: Callable[..., Any], origin: Origin) -> Callable[..., Any]:
 def guarded(
     compiled: Callable[..., Any], original: Callable[..., Any], examples: Sequence[Any]
 ) -> Callable[..., Any]:
-    """A compiled graph for inputs with the marks of its examples, tables of one call again of one call, and the original
-    for any others."""
+    """A compiled graph for inputs with the marks of its examples, and the original for any others.
+
+    Tables that came from one call have to come from one call again.
+    """
     marks = [(place, mark) for place, example in enumerate(examples) if (mark := mark_on(example))]
     expected = _without_calls(marks)
 

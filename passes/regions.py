@@ -8,7 +8,7 @@ when the passes are done. Nodes between two marks in graph order can always be t
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,16 +113,17 @@ def without_gradient(graph: fx.Graph) -> Iterator[fx.Node]:
 
 def inline_regions(module: fx.GraphModule) -> None:
     """Copy the body of every region into the graph, between marks; regions inside of regions as well."""
-    while any([_inlined(module, node) for node in list(module.graph.nodes)]):
-        pass
+    nodes: Iterable[fx.Node] = module.graph.nodes
+    while regions := [node for node in nodes if body_of(node, module) is not None]:
+        for node in regions:
+            _inline(module, node)
     module.recompile()
 
 
-def _inlined(module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether the node was a region; it is inlined now, what is inside of it not yet."""
+def _inline(module: fx.GraphModule, node: fx.Node) -> None:
+    """Copy one body; regions inside of it are regions of the graph from then on."""
     body = body_of(node, module)
-    if body is None:
-        return False
+    assert body is not None
     graph, held = module.graph, node.args[_BODY_AT[node.target]]
     with graph.inserting_before(node), marked(graph, node, body):
         results = splice(module, body, operands_of(node, node.args))
@@ -132,7 +133,6 @@ def _inlined(module: fx.GraphModule, node: fx.Node) -> bool:
     graph.erase_node(node)
     if isinstance(held, fx.Node) and not held.users:
         graph.erase_node(held)
-    return True
 
 
 def splice(module: fx.GraphModule, body: fx.GraphModule, operands: Sequence[Any]) -> Any:

@@ -111,7 +111,10 @@ class Retrace(fx.Interpreter):
         ambient = (
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
-            *((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in self.common.devices),
+            *(
+                (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+                for kind in self.common.devices
+            ),
         )
         try:
             key = (node.op, node.target, ambient, operands.frozen(node.args), operands.frozen(node.kwargs))

@@ -105,3 +105,25 @@ def _share_one_mode(traced: fx.GraphModule) -> None:
     for node in traced.graph.nodes:
         if "val" in node.meta:
             node.meta["val"] = pytree.tree_map(fresh, node.meta["val"])
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Put back what a capture leaves in the modules (tables cached as fake tensors, for instance)."""
+    saved = [
+        (
+            module,
+            dict(module.__dict__),
+            {name: dict(module.__dict__[name]) for name in ("_parameters", "_buffers", "_modules")},
+        )
+        for module in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        for module, attributes, registered in saved:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            for name, entries in registered.items():
+                module.__dict__[name].clear()
+                module.__dict__[name].update(entries)
