@@ -352,7 +352,7 @@ def _whole_graphs(compiled: Callable[..., Any], model: nn.Module, record: _Compi
 
 def _active_parallel() -> DistributedDataParallel | None:
     """The DistributedDataParallel whose forward is running."""
-    return DistributedDataParallel._get_active_ddp_module()
+    return cast("DistributedDataParallel | None", DistributedDataParallel._get_active_ddp_module())
 
 
 def _by_bucket(inner: Backend) -> Backend:

@@ -24,7 +24,8 @@ def has_batches(module: fx.GraphModule) -> bool:
 
 def flatten_batches(module: fx.GraphModule) -> None:
     """Replace every stretch of the graph under vmap, from the outermost switch on to its switch off."""
-    depth, inside = 0, []
+    depth = 0
+    inside: list[fx.Node] = []
     for node in list(module.graph.nodes):
         depth += node.target is predispatch._vmap_increment_nesting
         if depth and node.op == "get_attr":

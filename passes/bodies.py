@@ -77,5 +77,6 @@ def _program(outer: Program, node: fx.Node, body: fx.GraphModule) -> Program:
         operand = known.get(each)
         role = outer.roles.get(operand, Role.INPUT) if isinstance(operand, fx.Node) else Role.INPUT
         roles[each] = role
-        values[each] = None if role is Role.INPUT else outer.values.get(operand)
+        known_value = outer.values.get(operand) if isinstance(operand, fx.Node) else None
+        values[each] = None if role is Role.INPUT else known_value
     return program_of(module, roles, values)

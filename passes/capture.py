@@ -106,7 +106,8 @@ def _tell_backends(traced: fx.GraphModule, module: fx.GraphModule) -> None:
 
     Without it gradients of DistributedDataParallel are not sent in buckets and CUDA graphs copy the weights.
     """
-    known = traced._param_name_to_source = getattr(module, "_param_name_to_source", {})
+    known: dict[str, Any] = getattr(module, "_param_name_to_source", {})
+    vars(traced)["_param_name_to_source"] = known
     own = [*dict(traced.named_parameters()), *dict(traced.named_buffers())]
     if known.keys() >= set(own):
         traced.meta.update(module.meta)

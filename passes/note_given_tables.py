@@ -24,8 +24,8 @@ from grape_compile.passes.site import Refusal
 _LARGEST = 1 << 22
 _REASON = (
     "tables of cosines and sines are inputs of the graph: nothing proves that they hold the same kind of values in the "
-    "next call; compute them in the same graph, from positions and frequencies (a graph break between the two, or a frame "
-    "that receives them ready made, takes them apart)"
+    "next call; compute them in the same graph, from positions and frequencies (a graph break between the two, or a "
+    "frame that receives them ready made, takes them apart)"
 )
 
 

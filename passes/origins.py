@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from grape_compile.passes.graph import Program, Role, Sizes, Taint, Unreadable, fake, is_pure
+from grape_compile.passes.operands import fake_value
 
 _MARK = "_grape_compile_mark"
 _CALLS = count()
@@ -51,10 +52,9 @@ def origin_of(program: Program) -> Origin | None:
     results = program.graph.output_node().args[0]
     assert isinstance(results, list | tuple)
     tables = [number for number, node in enumerate(results) if _is_table(program, node)]
-    made = [results[number] for number in tables]
+    made = [node for node in results if isinstance(node, fx.Node) and _is_table(program, node)]
     try:
-        needed = _needed(program, made)
-        return _origin(program, made, needed, tuple(tables)) if tables else None
+        return _origin(program, made, _needed(program, made), tuple(tables)) if tables else None
     except Unreadable:
         return None
 
@@ -209,8 +209,7 @@ def _copied(graph: fx.Graph, first: fx.Node, origin: Origin, mode: Any) -> dict[
                 shape = [Sizes()(size) for size in value.shape]
                 node.meta["val"] = torch.empty(shape, dtype=value.dtype, device=value.device)
             else:
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda each: each.meta["val"])
-                node.meta["val"] = node.target(*args, **kwargs)
+                node.meta["val"] = fake_value(node)
     return copies
 
 

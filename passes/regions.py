@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.amp import autocast_mode
 
 _HIGHER = torch.ops.higher_order
 
@@ -57,7 +58,7 @@ def leave_region() -> None:
     """Mark where the innermost region ends. Run, it does nothing."""
 
 
-_SWITCHES = (torch._C._set_grad_enabled, torch.amp._enter_autocast, torch.amp._exit_autocast)
+_SWITCHES = (torch._C._set_grad_enabled, autocast_mode._enter_autocast, autocast_mode._exit_autocast)
 
 
 def is_mark(node: fx.Node) -> bool:

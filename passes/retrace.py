@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.amp import autocast_mode
 from torch.fx.experimental.proxy_tensor import (
     PythonKeyTracer,
     disable_proxy_modes_tracing,
@@ -71,7 +72,7 @@ class Retrace(fx.Interpreter):
         assert isinstance(mode.tracer, PythonKeyTracer)
         if n in self.common.kept:
             return self._keep(n, mode.tracer)
-        if n.target in (torch.amp._enter_autocast, torch.amp._exit_autocast):
+        if n.target in (autocast_mode._enter_autocast, autocast_mode._exit_autocast):
             return self._switch_autocast(n)
         body = body_of(n, self.module)
         if body is not None:
@@ -92,7 +93,7 @@ class Retrace(fx.Interpreter):
 
     def _switch_autocast(self, node: fx.Node) -> torch.autocast | None:
         """Enter or leave autocast, so that types come out as they will; the context marks the graph itself."""
-        if node.target is torch.amp._exit_autocast:
+        if node.target is autocast_mode._exit_autocast:
             self.common.autocasts.pop().__exit__(None, None, None)
             return None
         context = torch.autocast(*node.args)  # type: ignore[arg-type]  # as it was given to Dynamo
