@@ -109,7 +109,7 @@ class _Namer:
         spectrum = replace(
             spectrum, planes=True, scale=number, detach=self._without_gradient(boundary, spectrum.node)
         )
-        described = self._spectrum(spectrum, [angle[1] for angle in found], number)
+        described = self._spectrum(spectrum, clock, [angle[1] for angle in found], number)
         learned = self.program.taints[spectrum.node] is Taint.PARAMETER
         called = Learned("inv_freq") if learned else Table("inv_freq")
         operator = Rotation(planes_of([(0, 1)], 2), called, Positions("positions"))
@@ -156,10 +156,18 @@ class _Namer:
         axes = fit(self.program, node, index, lead, plane, self.reading.reader.sizes, counts, runs=runs)
         return None if axes is None else Operand(node, axes, part)
 
-    def _spectrum(self, operand: Operand, leaves: list[tuple[Factor, ...]], number: float) -> Spectrum:
-        """The frequencies as a formula where one fits to the precision of the model's own table."""
+    def _spectrum(
+        self, operand: Operand, clock: Operand, leaves: list[tuple[Factor, ...]], number: float
+    ) -> Spectrum:
+        """The frequencies as a formula where one fits to the precision of the model's own table.
+
+        Those that are chosen or computed by the positions themselves (LongRoPE, dynamic NTK) are others at another
+        length: they stay a table.
+        """
         if self.program.taints[operand.node] is Taint.PARAMETER:
             return Learned("inv_freq")
+        if not self._ancestors(operand.node).isdisjoint(self._ancestors(clock.node)):
+            return Table("inv_freq")
         numbers = self.program.value_numbers
         try:
             values = [
@@ -175,6 +183,17 @@ class _Namer:
         return describe_frequencies(
             [float(value[0]) for value in values], len(values), _FREQUENCY_TOLERANCE
         ) or Table("inv_freq")
+
+    def _ancestors(self, node: fx.Node) -> set[fx.Node]:
+        """What a value is computed from: values made in the graph, sizes known at run time, given positions."""
+        seen, stack = {node}, [node]
+        while stack:
+            for operand in stack.pop().all_input_nodes:
+                stored = operand.op != "call_function" and self.program.taints[operand] is not Taint.POSITION
+                if operand not in seen and not stored:
+                    seen.add(operand)
+                    stack.append(operand)
+        return seen
 
     def _without_gradient(self, table: fx.Node, leaf: fx.Node) -> bool:
         """Whether the model cuts the gradient between the frequencies and the table made of them."""

@@ -1,7 +1,8 @@
 """Turn writes into a fresh tensor into values: `out[..., ::2] = x` becomes a scatter that returns `out`.
 
 What: `copy_` into slices and selections of a tensor made in this graph, which nothing else sees through a view, and
-    arithmetic in place (`omega /= 8`) on one that nothing has read before.
+    arithmetic in place (`omega /= 8`) on one that nothing has read before. Who reads the result of a `copy_` into a
+    whole buffer (frequencies chosen by the length, LongRoPE) reads what was copied; the buffer is written all the same.
 Leaves alone: every write into an input, a buffer or a cache, and every base another view of which is read later.
 Ensures: the same values at every later use.
 Cost: one pass over the graph.
@@ -54,6 +55,7 @@ class FunctionalAssignments(Pass):
                 _out_of_place(program.graph, node)
         for node in program.graph.find_nodes(op="call_function", target=aten.copy_.default):
             _functionalise(program.graph, node)
+            _read_what_was_copied(program, node)
         return Outcome()
 
 
@@ -95,6 +97,30 @@ def _functionalise(graph: fx.Graph, write: fx.Node) -> None:
     for user in later:
         user.replace_input_with(base, value)
     graph.erase_node(write)
+
+
+def _read_what_was_copied(program: Program, write: fx.Node) -> None:
+    """Of a copy into a whole input that nothing else writes to, as nothing writes to what is copied."""
+    if write._erased or not write.users or len(write.args) > 2:
+        return
+    base, value = write.args
+    if not isinstance(base, fx.Node) or not isinstance(value, fx.Node) or base.op != "placeholder":
+        return
+    written = [_root(node.all_input_nodes[0]) for node in program.mutations if node is not write]
+    if base in written or _root(value) in written or _root(value) is base:
+        return
+    readers = list(write.users)
+    with program.graph.inserting_before(write):
+        copied = _matching(program.graph, value, base)
+    for reader in readers:
+        reader.replace_input_with(write, copied)
+
+
+def _root(node: fx.Node) -> fx.Node:
+    """The value that this one may share memory with."""
+    while op_name(node) in SINGLE | {"aten::detach", "aten::view_as_real", "aten::view_as_complex"}:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _views(write: fx.Node) -> list[fx.Node] | None:

@@ -284,6 +284,14 @@ class Sizes:
             raise Unreadable(f"{value} has no known value")
         return int(hint)
 
+    def real(self, value: torch.SymFloat) -> float:
+        """A number computed from sizes, as a float."""
+        expression = value.node.expr.xreplace(self.binding)
+        known = expression if expression.is_number else value.node.hint
+        if known is None:
+            raise Unreadable(f"{value} has no known value")
+        return float(known)
+
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         """Shape of a node's tensor."""
         return tuple(self(size) for size in require_fake(node).shape)

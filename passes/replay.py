@@ -96,7 +96,7 @@ class Replay:
         if isinstance(value, torch.SymInt | int) and not isinstance(value, bool):
             return self.sizes(value)
         if isinstance(value, torch.SymFloat):
-            raise Unreadable("a number known at run time only")
+            return self.sizes.real(value)
         if node.op in ("placeholder", "get_attr"):
             return self._input(node)
         if node.op != "call_function" or (
@@ -124,9 +124,12 @@ class Replay:
                 return self.known[item]
             if self._metadata_only(node, item) and fake(item) is not None:
                 return torch.zeros((), dtype=torch.float64).expand(self.sizes.shape(item))
-            return self.sizes(item)
+            value = item.meta.get("val")
+            return self.sizes.real(value) if isinstance(value, torch.SymFloat) else self.sizes(value)
         if isinstance(item, torch.SymInt):
             return self.sizes(item)
+        if isinstance(item, torch.SymFloat):
+            return self.sizes.real(item)
         return exact(item) if isinstance(item, torch.dtype) else item
 
     def _input(self, node: fx.Node) -> Any:
