@@ -21,7 +21,7 @@ from grape_compile.encoding import (
     planes_of,
 )
 from grape_compile.passes.clocks import is_steps, is_unit_clock
-from grape_compile.passes.coefficients import Coefficients, element_values
+from grape_compile.passes.coefficients import Coefficients, element_values, scaled_turns
 from grape_compile.passes.graph import Taint, Unreadable, op_name, require_fake
 from grape_compile.passes.movement import SINGLE, is_frozen, move
 from grape_compile.passes.operands import Operand, fit
@@ -298,13 +298,5 @@ class _Namer:
     def _table_values(self, cosines: list[tuple[int, int]], sines: list[tuple[int, int]]) -> Miss | None:
         cos = torch.stack([self.coefficients.values(at) for at in cosines])
         sin = torch.stack([self.coefficients.values(at) for at in sines])
-        length = cos * cos + sin * sin
-        spread = float((length.max() - length.min()) / length.max().clamp_min(1e-300))
-        if spread > self._table_tolerance(cosines + sines):
-            return Miss(
-                "orthogonal",
-                f"cos^2 + sin^2 of the tables varies by {spread:.2g} of its size: this is no rotation times a constant",
-                4,
-                "a rotation with these planes",
-            )
-        return None
+        # Half of what cos^2 + sin^2 may be off by is left of its root.
+        return scaled_turns((cos * cos + sin * sin).sqrt(), self._table_tolerance(cosines + sines) / 2)

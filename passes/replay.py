@@ -92,6 +92,8 @@ class Replay:
         return self.program.taints.get(node, Taint.DATA)
 
     def _run(self, node: fx.Node) -> Any:
+        if node in self.program.stale:
+            raise Unreadable(f"{node.name} reads a value that was written to in place")
         value = node.meta.get("val")
         if isinstance(value, torch.SymInt | int) and not isinstance(value, bool):
             return self.sizes(value)
