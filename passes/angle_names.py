@@ -252,6 +252,7 @@ class _Namer:
             factors,
             self._before_moves(factors),
             [(end.number, end.leaf) for end in resolved if end.kind == "table" and end.leaf is not None],
+            self._before_moves([(end.number, end.leaf) for end in resolved if end.leaf is not None]),
         ):
             if len(choice) != len(entries) or len({number for number, _ in choice}) != 1:
                 continue
@@ -275,7 +276,11 @@ class _Namer:
         """Where an element was before each movement, latest first."""
         node, index, sizes = factor.node, factor.index, self.reading.reader.sizes
         path = {node: index}
-        while factor.part == "value" and op_name(node) in SINGLE and not is_frozen(node, op_name(node)):
+        while (
+            factor.part in ("value", "cos", "sin")
+            and op_name(node) in SINGLE
+            and not is_frozen(node, op_name(node))
+        ):
             try:
                 node, index = move(node, op_name(node), index, sizes)
             except Unreadable:

@@ -64,7 +64,7 @@ class BeforeTheProjection(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, length, _ = x.shape
         angle = torch.arange(length, device=x.device).to(x.dtype)[:, None, None] * self.inv_freq
-        heads = x.view(batch, length, -1, HEAD_DIM)
+        heads = x.view(batch, length, HEADS, HEAD_DIM)
         turned = plain(heads, angle).flatten(-2)
         query, key = (project(turned).view(heads.shape) for project in (self.query, self.key))
         return attend(*(part.transpose(1, 2) for part in (query, key, heads)))
