@@ -338,10 +338,10 @@ BROKEN: tuple[Turn, ...] = (
     axes_of_exchanged_sines,
     one_half_overwritten,
 )
-XPOS: tuple[Turn, ...] = (xpos, xpos_by_products, xpos_by_radius)
+XPOS: tuple[Callable[..., Tensor], ...] = (xpos, xpos_by_products, xpos_by_radius)
 
 
-def _xpos(scaled: Turn) -> RotationMutant:
+def _xpos(scaled: Callable[..., Tensor]) -> RotationMutant:
     return RotationMutant(scaled.__name__, _layer(scaled, functools.partial(scaled, sign=-1.0)), refused=True)
 
 
