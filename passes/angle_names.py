@@ -21,7 +21,7 @@ from grape_compile.encoding import (
     planes_of,
 )
 from grape_compile.passes.clocks import is_steps, is_unit_clock
-from grape_compile.passes.coefficients import Coefficients, element_values
+from grape_compile.passes.coefficients import Coefficients, element_values, scaled_turns
 from grape_compile.passes.graph import Taint, Unreadable, op_name, require_fake
 from grape_compile.passes.movement import SINGLE, is_frozen, move
 from grape_compile.passes.operands import Operand, fit
@@ -117,7 +117,7 @@ class _Namer:
         spectrum = replace(
             spectrum, planes=True, scale=number, detach=self._without_gradient(boundary, spectrum.node)
         )
-        described = self._spectrum(spectrum, [angle[1] for angle in found], number)
+        described = self._spectrum(spectrum, clock, [angle[1] for angle in found], number)
         learned = self.program.taints[spectrum.node] is Taint.PARAMETER
         called = Learned("inv_freq") if learned else Table("inv_freq")
         operator = Rotation(planes_of([(0, 1)], 2), called, Positions("positions"))
@@ -164,10 +164,18 @@ class _Namer:
         axes = fit(self.program, node, index, lead, plane, self.reading.reader.sizes, counts, runs=runs)
         return None if axes is None else Operand(node, axes, part)
 
-    def _spectrum(self, operand: Operand, leaves: list[tuple[Factor, ...]], number: float) -> Spectrum:
-        """The frequencies as a formula where one fits to the precision of the model's own table."""
+    def _spectrum(
+        self, operand: Operand, clock: Operand, leaves: list[tuple[Factor, ...]], number: float
+    ) -> Spectrum:
+        """The frequencies as a formula where one fits to the precision of the model's own table.
+
+        Those that are chosen or computed by the positions themselves (LongRoPE, dynamic NTK) are others at another
+        length: they stay a table.
+        """
         if self.program.taints[operand.node] is Taint.PARAMETER:
             return Learned("inv_freq")
+        if not self._ancestors(operand.node).isdisjoint(self._ancestors(clock.node)):
+            return Table("inv_freq")
         numbers = self.program.value_numbers
         try:
             values = [
@@ -183,6 +191,17 @@ class _Namer:
         return describe_frequencies(
             [float(value[0]) for value in values], len(values), _FREQUENCY_TOLERANCE
         ) or Table("inv_freq")
+
+    def _ancestors(self, node: fx.Node) -> set[fx.Node]:
+        """What a value is computed from: values made in the graph, sizes known at run time, given positions."""
+        seen, stack = {node}, [node]
+        while stack:
+            for operand in stack.pop().all_input_nodes:
+                stored = operand.op != "call_function" and self.program.taints[operand] is not Taint.POSITION
+                if operand not in seen and not stored:
+                    seen.add(operand)
+                    stack.append(operand)
+        return seen
 
     def _without_gradient(self, table: fx.Node, leaf: fx.Node) -> bool:
         """Whether the model cuts the gradient between the frequencies and the table made of them."""
@@ -241,6 +260,7 @@ class _Namer:
             factors,
             self._before_moves(factors),
             [(end.number, end.leaf) for end in resolved if end.kind == "table" and end.leaf is not None],
+            self._before_moves([(end.number, end.leaf) for end in resolved if end.leaf is not None]),
         ):
             if any(factor.node in self.program.outside for _, factor in choice):
                 continue
@@ -266,7 +286,11 @@ class _Namer:
         """Where an element was before each movement, latest first."""
         node, index, sizes = factor.node, factor.index, self.reading.reader.sizes
         path = {node: index}
-        while factor.part == "value" and op_name(node) in SINGLE and not is_frozen(node, op_name(node)):
+        while (
+            factor.part in ("value", "cos", "sin")
+            and op_name(node) in SINGLE
+            and not is_frozen(node, op_name(node))
+        ):
             try:
                 node, index = move(node, op_name(node), index, sizes)
             except Unreadable:
@@ -289,13 +313,5 @@ class _Namer:
     def _table_values(self, cosines: list[tuple[int, int]], sines: list[tuple[int, int]]) -> Miss | None:
         cos = torch.stack([self.coefficients.values(at) for at in cosines])
         sin = torch.stack([self.coefficients.values(at) for at in sines])
-        length = cos * cos + sin * sin
-        spread = float((length.max() - length.min()) / length.max().clamp_min(1e-300))
-        if spread > self._table_tolerance(cosines + sines):
-            return Miss(
-                "orthogonal",
-                f"cos^2 + sin^2 of the tables varies by {spread:.2g} of its size: this is no rotation times a constant",
-                4,
-                "a rotation with these planes",
-            )
-        return None
+        # Half of what cos^2 + sin^2 may be off by is left of its root.
+        return scaled_turns((cos * cos + sin * sin).sqrt(), self._table_tolerance(cosines + sines) / 2)

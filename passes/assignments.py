@@ -1,8 +1,11 @@
 """Turn writes into a fresh tensor into values: `out[..., ::2] = x` becomes a scatter that returns `out`.
 
-What: `copy_` into slices and selections of a tensor made in this graph, which nothing else sees through a view, and
-    arithmetic in place (`omega /= 8`) on one that nothing has read before.
-Leaves alone: every write into an input, a buffer or a cache, and every base another view of which is read later.
+What: `copy_` into slices and selections of a tensor made in this graph: who reads it later, by whatever view, reads
+    the scatter; and arithmetic in place (`omega /= 8`) on one that nothing has read before. Who reads the result of a
+    `copy_` into a whole buffer (frequencies chosen by the length, LongRoPE) reads what was copied; the buffer is
+    written all the same.
+Leaves alone: every other write into an input, a buffer or a cache, and every tensor that is read later by a name that
+    may be a view of it or a copy. What is read after such a write is stale (`Program.stale`): no pass looks through it.
 Ensures: the same values at every later use.
 Cost: one pass over the graph.
 """
@@ -16,8 +19,8 @@ import torch
 from torch import fx
 
 from grape_compile.passes.base import Outcome, Pass
-from grape_compile.passes.graph import Program, op_name, require_fake
-from grape_compile.passes.movement import SINGLE
+from grape_compile.passes.graph import Program, require_fake
+from grape_compile.passes.memory import aliases, is_pure, op_name, owner, viewed, written
 from grape_compile.passes.operands import fake_value
 
 aten = torch.ops.aten
@@ -41,6 +44,13 @@ _IN_PLACE = {
     f"aten::{name}_": getattr(aten, name) for name in ("add", "sub", "mul", "div", "neg", "exp", "reciprocal")
 }
 _RESULTS = {getattr(packet, name) for packet in _IN_PLACE.values() for name in packet.overloads()}
+_CERTAIN_VIEWS = {
+    f"aten::{name}"
+    for name in (
+        *("slice", "select", "view", "unsqueeze", "squeeze", "transpose", "permute", "t", "mT", "narrow"),
+        *("expand", "unflatten", "view_as", "detach", "alias", "movedim", "swapaxes"),
+    )
+}
 _SCATTERS = {"aten::slice": aten.slice_scatter.default, "aten::select": aten.select_scatter.default}
 
 
@@ -54,6 +64,7 @@ class FunctionalAssignments(Pass):
                 _out_of_place(program.graph, node)
         for node in program.graph.find_nodes(op="call_function", target=aten.copy_.default):
             _functionalise(program.graph, node)
+            _read_what_was_copied(program, node)
         return Outcome()
 
 
@@ -77,24 +88,63 @@ def _out_of_place(graph: fx.Graph, write: fx.Node) -> None:
 
 def _functionalise(graph: fx.Graph, write: fx.Node) -> None:
     views = _views(write)
-    if views is None or write.users or len(write.args) > 2:
+    if not views or write.users or len(write.args) > 2 or not isinstance(write.args[1], fx.Node):
         return
     base = views[-1].all_input_nodes[0]
-    order = {node: position for position, node in enumerate(graph.nodes)}
-    if not _is_private(base, views[-1], order[write], order):
+    root = owner(base)
+    if root.op != "call_function" or not (is_pure(root) or op_name(root) in _FRESH):
         return
-    value: Any = write.args[1]
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    before = [alias for alias in aliases(root) if order[alias] < order[write]]
+    late = [(alias, user) for alias in before for user in alias.users if order[user] > order[write]]
+    known = {base}
+    if not all(_is_rebuilt(alias, known) for alias, _ in late):
+        return
     with graph.inserting_before(write):
-        if not isinstance(value, fx.Node):
-            return
-        value = _matching(graph, value, views[0])
+        value: Any = _matching(graph, write.args[1], views[0])
         for view in views:
             target = view.all_input_nodes[0]
             value = _call(graph, _SCATTERS[op_name(view)], (target, value, *view.args[1:]), write)
-    later = [user for user in base.users if order.get(user, -1) > order[write]]
-    for user in later:
-        user.replace_input_with(base, value)
+        now = {base: value}
+        for alias, user in late:
+            user.replace_input_with(alias, _rebuilt(graph, alias, now))
     graph.erase_node(write)
+
+
+def _is_rebuilt(alias: fx.Node, known: set[fx.Node]) -> bool:
+    """Whether a view can be cut anew out of the base: it certainly shares memory, by this base and no other way."""
+    while alias not in known:
+        source = viewed(alias)
+        if source is None or op_name(alias) not in _CERTAIN_VIEWS:
+            return False
+        alias = source
+    return True
+
+
+def _rebuilt(graph: fx.Graph, alias: fx.Node, now: dict[fx.Node, fx.Node]) -> fx.Node:
+    """The same view of the base as it is now."""
+    if alias not in now:
+        source = alias.all_input_nodes[0]
+        again = graph.node_copy(alias, lambda node: _rebuilt(graph, node, now) if node is source else node)
+        now[alias] = again
+    return now[alias]
+
+
+def _read_what_was_copied(program: Program, write: fx.Node) -> None:
+    """Of a copy into a whole input that nothing else writes to, as nothing writes to what is copied."""
+    if write._erased or not write.users or len(write.args) > 2:
+        return
+    base, value = write.args
+    if not isinstance(base, fx.Node) or not isinstance(value, fx.Node) or base.op != "placeholder":
+        return
+    others = {owner(each) for node in program.mutations if node is not write for each in written(node)}
+    if base in others or owner(value) in others or owner(value) is base:
+        return
+    readers = list(write.users)
+    with program.graph.inserting_before(write):
+        copied = _matching(program.graph, value, base)
+    for reader in readers:
+        reader.replace_input_with(write, copied)
 
 
 def _views(write: fx.Node) -> list[fx.Node] | None:
@@ -102,23 +152,11 @@ def _views(write: fx.Node) -> list[fx.Node] | None:
     views: list[fx.Node] = []
     node = write.args[0]
     while isinstance(node, fx.Node) and op_name(node) in _SCATTERS:
-        if len(node.users) != 1 or node.kwargs:
+        if node.kwargs:
             return None
         views.append(node)
         node = node.args[0]
     return views or None
-
-
-def _is_private(base: fx.Node, view: fx.Node, written: int, order: dict[fx.Node, int]) -> bool:
-    """A tensor made here whose earlier views are not read after the write."""
-    if op_name(base) not in _FRESH and base.target not in _SCATTERS.values():
-        return False
-    aliases = [
-        user
-        for user in base.users
-        if user is not view and op_name(user) in SINGLE and order.get(user, -1) < written
-    ]
-    return all(order.get(user, -1) < written for alias in aliases for user in alias.users)
 
 
 def _matching(graph: fx.Graph, value: fx.Node, view: fx.Node) -> fx.Node:

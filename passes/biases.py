@@ -11,6 +11,7 @@ Cost: one reading per layer; one evaluation per distinct term that holds no acti
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, fx
@@ -82,7 +83,7 @@ def _plan(scores: Scores) -> BiasPlan | Miss | None:
         return None
     if layer.obstacle:
         return _obstacle(layer)
-    causal, window = _causal(scores, alive, masks)
+    causal, window = scores.once("causal", masks, partial(_causal, scores, alive, masks))
     if not causal and masks and not scores.is_static:
         causal = CausalMasks(scores, AddendReader(scores)).say_causal(masks, NEVER)
     return BiasPlan(layer, scores, tuple(masks), tuple(parts), causal, window)

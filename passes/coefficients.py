@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from grape_compile.passes.graph import Taint, Unreadable, op_name, require_fake
 from grape_compile.passes.movement import is_symbolic, operand_of
-from grape_compile.passes.plans import Entry, Reading
+from grape_compile.passes.plans import Entry, Miss, Reading
 from grape_compile.passes.replay import Replay
 from grape_compile.passes.terms import Factor, Index, Term, multiply, unit
 
@@ -194,3 +194,19 @@ def element_values(replay: Replay, factor: Factor) -> Tensor:
     if factor.part in ("real", "imag"):
         return element.real if factor.part == "real" else element.imag
     return 1 / element if factor.part == "reciprocal" else element
+
+
+def scaled_turns(lengths: Tensor, tolerance: float) -> Miss | None:
+    """A miss where planes are turned and scaled as well, `lengths` [planes, tokens] telling by how much."""
+    low, high = float(lengths.min()), float(lengths.max())
+    if high - low <= tolerance * high:
+        return None
+    by_token = bool(((lengths.amax(1) - lengths.amin(1)) > tolerance * high).any())
+    which = "the token, as xPos does" if by_token else "the plane"
+    return Miss(
+        "orthogonal",
+        f"channels are turned and also scaled, by {low:.3g} to {high:.3g} depending on {which}: cos^2 + sin^2 of the "
+        "tables is not constant, so this is not orthogonal and no rotation times a constant",
+        4,
+        "a rotation of these planes, times a scale of its own for each token" if by_token else "a rotation",
+    )

@@ -130,6 +130,8 @@ class Reader:
 
     def _goes_on(self, node: fx.Node, name: str) -> bool:
         """Whether reading a position-side value goes on behind this operator."""
+        if node in self.program.stale:
+            return False
         if name in _DETACHES:
             return self.program.taints[node] <= Taint.PARAMETER
         if name in _MASKED:
@@ -153,6 +155,7 @@ class Reader:
 
     def pull(self, node: fx.Node, index: Index, rows: Tensor, back: Back) -> list[Term]:
         name = op_name(node)
+        raise_if(node in self.program.stale, "a value that was written to in place")
         if name in _DETACHES and self.program.taints[node] <= Taint.PARAMETER:
             return back(operand_of(node, 0), index, rows)
         if name in MOVEMENTS and is_frozen(node, name):

@@ -6,7 +6,6 @@ A `Program` is a flat pre-dispatch ATen graph with the real values of its inputs
 from __future__ import annotations
 
 import enum
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +14,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from grape_compile.passes.memory import is_pure as is_pure
+from grape_compile.passes.memory import late_readers, writes
+from grape_compile.passes.memory import op_name as op_name
 from grape_compile.passes.regions import is_mark
 from grape_compile.passes.site import Site
 
@@ -75,7 +77,7 @@ class Program:
         """Taint of every node."""
         taints: dict[fx.Node, Taint] = {}
         for node in self.graph.nodes:
-            taints[node] = _taint(node, taints, self.roles)
+            taints[node] = Taint.DATA if node in self.stale else _taint(node, taints, self.roles)
         return taints
 
     @cached_property
@@ -106,7 +108,12 @@ class Program:
     @cached_property
     def mutations(self) -> list[fx.Node]:
         """Nodes that write into one of their operands."""
-        return [node for node in self.graph.nodes if _writes(node)]
+        return [node for node in self.graph.nodes if writes(node)]
+
+    @cached_property
+    def stale(self) -> frozenset[fx.Node]:
+        """Nodes that read memory after something wrote into it: what they see is not what their operand was."""
+        return frozenset(late for write in self.mutations for late in late_readers(write, self.order))
 
     def representative(self, node: fx.Node) -> fx.Node:
         """The first node with the same value."""
@@ -122,7 +129,12 @@ class Program:
             if node not in numbers:
                 numbers[node] = self._own_number(node, first)
             if numbers[node] is None:
-                step = (node.target, frozen(node.args, number), frozen(node.kwargs, number))
+                step = (
+                    node.target,
+                    frozen(node.args, number),
+                    frozen(node.kwargs, number),
+                    node in self.stale,
+                )
                 numbers[node] = steps.setdefault(step, len(steps))
             return numbers[node]
 
@@ -170,6 +182,7 @@ class Program:
             "representatives",
             "mutations",
             "marks",
+            "stale",
             "constants",
         ):
             self.__dict__.pop(name, None)
@@ -178,48 +191,6 @@ class Program:
 def _has_symbols(node: fx.Node) -> bool:
     value = fake(node)
     return value is not None and any(not isinstance(size, int) for size in value.shape)
-
-
-def op_name(node: fx.Node) -> str:
-    """Name of the operator without its overload ("aten::mul"), "getitem", or ""."""
-    if node.op != "call_function":
-        return ""
-    if node.target is operator.getitem:
-        return "getitem"
-    schema = getattr(node.target, "_schema", None)
-    return str(schema.name) if schema is not None else ""
-
-
-def is_pure(node: fx.Node) -> bool:
-    """True when the node neither mutates nor draws random numbers."""
-    if node.op != "call_function":
-        return False
-    if node.target is operator.getitem:
-        return True
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    if (
-        node.target is torch.ops.aten.detach_.default
-    ):  # `torch.tensor(...)` in a forward: writes nothing anyone reads
-        return True
-    if node.target._schema.is_mutable:
-        return False
-    return torch.Tag.nondeterministic_seeded not in node.target.tags or _never_draws(node)
-
-
-def _never_draws(node: fx.Node) -> bool:
-    """A dropout that is switched off, and attention without one."""
-    name = op_name(node)
-    if name == "aten::dropout":
-        return node.args[1] in (0, 0.0) or node.args[2] is False
-    if name != "aten::scaled_dot_product_attention":
-        return False
-    return node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0) in (0, 0.0)
-
-
-def _writes(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None) if node.op == "call_function" else None
-    return schema is not None and bool(schema.is_mutable) and not is_pure(node)
 
 
 def fake(node: fx.Node) -> torch.Tensor | None:
@@ -316,6 +287,14 @@ class Sizes:
         if hint is None:
             raise Unreadable(f"{value} has no known value")
         return int(hint)
+
+    def real(self, value: torch.SymFloat) -> float:
+        """A number computed from sizes, as a float."""
+        expression = value.node.expr.xreplace(self.binding)
+        known = expression if expression.is_number else value.node.hint
+        if known is None:
+            raise Unreadable(f"{value} has no known value")
+        return float(known)
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         """Shape of a node's tensor."""

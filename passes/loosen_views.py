@@ -16,7 +16,7 @@ from torch import fx
 
 from grape_compile.passes.base import Outcome, Pass
 from grape_compile.passes.graph import Program, op_name
-from grape_compile.passes.movement import SINGLE
+from grape_compile.passes.memory import aliases, owner, written
 
 aten = torch.ops.aten
 
@@ -27,20 +27,14 @@ class LoosenViews(Pass):
 
     def run(self, program: Program) -> Outcome:
         if any(op_name(node).startswith("grape::") for node in program.graph.nodes):
-            written = _written(program)
+            kept = _written(program)
             for node in program.graph.find_nodes(op="call_function", target=aten.view.default):
-                if node not in written:
+                if node not in kept:
                     node.target = aten.reshape.default
         return Outcome()
 
 
 def _written(program: Program) -> set[fx.Node]:
-    """Views between a write and the tensor it reaches."""
-    found: set[fx.Node] = set()
-    for write in program.mutations:
-        for operand in write.all_input_nodes[:1]:
-            node = operand
-            while op_name(node) in SINGLE and node.all_input_nodes:
-                found.add(node)
-                node = node.all_input_nodes[0]
-    return found
+    """What shares memory with a tensor that something is written into."""
+    roots = {owner(operand) for write in program.mutations for operand in written(write)}
+    return {alias for root in roots for alias in aliases(root)}

@@ -78,11 +78,11 @@ def is_frozen(node: fx.Node, name: str) -> bool:
         )
     if name == "aten::repeat_interleave":
         return _repeat(node) is None
-    if name in ("aten::flip", "aten::roll", "aten::repeat", "aten::tile"):
-        return (
-            any(is_symbolic(size) for size in operand_of(node, 0).meta["val"].shape)
-            and name != "aten::repeat"
-        )
+    if name in ("aten::flip", "aten::roll", "aten::tile"):
+        shape = operand_of(node, 0).meta["val"].shape
+        dims = [] if name == "aten::tile" else node.args[2:3] if name == "aten::roll" else node.args[1:2]
+        moved = [shape[dim] for each in dims for dim in ints(each)] or shape
+        return any(map(is_symbolic, moved))
     if name == "getitem":
         split = operand_of(node, 0)
         if op_name(split) in UNCUT:

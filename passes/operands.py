@@ -14,6 +14,7 @@ from grape_compile.passes.graph import Program, Sizes, Unreadable, frozen, layou
 from grape_compile.passes.terms import Index
 
 aten = torch.ops.aten
+_FUNCTIONS = {"reciprocal": aten.reciprocal.default, "cos": aten.cos.default, "sin": aten.sin.default}
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ def _fit_dimension(
     return None
 
 
+_END = 2**63 - 1
 _MOST_RUNS = 8
 
 
@@ -222,8 +224,8 @@ class Emitter:
 
     def _part(self, operand: Operand) -> fx.Node:
         node = operand.node
-        if operand.part == "reciprocal":
-            return self.call(node, aten.reciprocal.default, (node,))
+        if operand.part in _FUNCTIONS:
+            return self.call(node, _FUNCTIONS[operand.part], (node,))
         if operand.part in ("real", "imag"):
             pairs = self.call(node, aten.view_as_real.default, (node,))
             return self.call(node, aten.select.int, (pairs, -1, 0 if operand.part == "real" else 1))
@@ -239,6 +241,8 @@ class Emitter:
         have = require_fake(node).shape[dimension]
         if axis.offset == 0 and axis.stride == 1 and _same(have, count):
             return node
+        if axis.stride == 1 and isinstance(have, torch.SymInt) and _same(have - axis.offset, count):
+            return self.call(node, aten.slice.Tensor, (node, dimension, axis.offset, _END))
         if isinstance(count, torch.SymInt):
             raise Unreadable("a table cut to a symbolic length")
         stop = axis.offset + axis.stride * (count - 1) + 1

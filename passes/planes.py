@@ -6,7 +6,7 @@ import torch
 
 from grape_compile.encoding import Rotation, planes_of
 from grape_compile.passes.angle_names import name_angle
-from grape_compile.passes.coefficients import Coefficients
+from grape_compile.passes.coefficients import Coefficients, scaled_turns
 from grape_compile.passes.plans import Entry, Miss, Reading, RotationPlan
 
 _NEAR = 1e-5
@@ -126,6 +126,11 @@ class _Planes:
                 "a rotation of the same planes",
             )
         grams = ((a * a + c * c) - (b * b + d * d)).abs().max(), (a * b + c * d).abs().max()
+        if torch.allclose(a, d, atol=_NEAR) and torch.allclose(b, -c, atol=_NEAR):
+            scaled = scaled_turns((a * a + c * c)[None].sqrt(), _NEAR)
+            return scaled or Miss(
+                "operands", "the cosines and sines are products that no operator can be handed", 3
+            )
         return Miss(
             "orthogonal",
             f"the map of channels {left} and {right} is not a rotation times a constant: its columns differ in length "

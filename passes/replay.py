@@ -5,14 +5,16 @@ Casts to a lower precision become casts to fp64, asserts are skipped, inputs kee
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from grape_compile.passes.graph import ANGLES, Program, Sizes, Taint, Unreadable, fake, op_name
+
+Found = TypeVar("Found")
 
 _LARGEST = 1 << 27
 """Elements of one value: 1 GiB in fp64. A larger value is not worth an oracle."""
@@ -38,7 +40,10 @@ def has_value(program: Program, node: fx.Node) -> bool:
 
 
 class Replay:
-    """Values of nodes in fp64, computed once each; `bound` fixes the values of chosen nodes."""
+    """Values of nodes in fp64, computed once for all nodes of one value number; `bound` fixes those of chosen nodes.
+
+    The tables and masks that every layer computes anew are computed once.
+    """
 
     def __init__(
         self, program: Program, sizes: Sizes | None = None, bound: Mapping[fx.Node, Any] | None = None
@@ -46,12 +51,26 @@ class Replay:
         self.program = program
         self.sizes = sizes or Sizes()
         self.known: dict[fx.Node, Any] = dict(bound or {})
+        self.facts: dict[object, Any] = {}
 
     def __call__(self, node: fx.Node) -> Any:
         """Value of a node; Unreadable where an input has no real value or an operator cannot be replayed."""
         for step in self._missing(node):
             self.known[step] = self._run(step)
-        return self.known[node]
+        return self.known[self._first(node)]
+
+    def _first(self, node: fx.Node) -> fx.Node:
+        """The node whose value stands for this one's: itself, or the first of its value number."""
+        number = None if node in self.known else self.program.value_numbers.get(node)
+        return node if number is None else self.program.representatives[number]
+
+    def once(self, fact: Hashable, nodes: Sequence[fx.Node], find: Callable[[], Found]) -> Found:
+        """What `find` tells of the values of nodes, found once for all nodes of the same value numbers."""
+        key = (fact, *map(self._first, nodes))
+        if key not in self.facts:
+            self.facts[key] = find()
+        found: Found = self.facts[key]
+        return found
 
     def tensor(self, node: fx.Node) -> Tensor:
         value = self(node)
@@ -70,7 +89,7 @@ class Replay:
 
     def _missing(self, node: fx.Node) -> list[fx.Node]:
         order: list[fx.Node] = []
-        stack, seen = [(node, False)], set()
+        stack, seen = [(self._first(node), False)], set()
         while stack:
             step, ready = stack.pop()
             if ready:
@@ -78,7 +97,7 @@ class Replay:
             elif step not in self.known and step not in seen:
                 seen.add(step)
                 stack.append((step, True))
-                stack.extend((operand, False) for operand in self._operands(step))
+                stack.extend((self._first(operand), False) for operand in self._operands(step))
         return order
 
     def _operands(self, node: fx.Node) -> list[fx.Node]:
@@ -88,7 +107,7 @@ class Replay:
 
     def _metadata_only(self, node: fx.Node, operand: fx.Node) -> bool:
         return (
-            operand not in self.known
+            self._first(operand) not in self.known
             and op_name(node) not in ANGLES
             and self._taint(node) < Taint.DATA
             and self._taint(operand) is Taint.DATA
@@ -98,11 +117,13 @@ class Replay:
         return self.program.taints.get(node, Taint.DATA)
 
     def _run(self, node: fx.Node) -> Any:
+        if node in self.program.stale:
+            raise Unreadable(f"{node.name} reads a value that was written to in place")
         value = node.meta.get("val")
         if isinstance(value, torch.SymInt | int) and not isinstance(value, bool):
             return self.sizes(value)
         if isinstance(value, torch.SymFloat):
-            raise Unreadable("a number known at run time only")
+            return self.sizes.real(value)
         if node.op in ("placeholder", "get_attr"):
             return self._input(node)
         if node.op != "call_function" or (
@@ -126,13 +147,16 @@ class Replay:
 
     def _argument(self, node: fx.Node, item: Any) -> Any:
         if isinstance(item, fx.Node):
-            if item in self.known:
-                return self.known[item]
+            if (first := self._first(item)) in self.known:
+                return self.known[first]
             if self._metadata_only(node, item) and fake(item) is not None:
                 return torch.zeros((), dtype=torch.float64).expand(self.sizes.shape(item))
-            return self.sizes(item)
+            value = item.meta.get("val")
+            return self.sizes.real(value) if isinstance(value, torch.SymFloat) else self.sizes(value)
         if isinstance(item, torch.SymInt):
             return self.sizes(item)
+        if isinstance(item, torch.SymFloat):
+            return self.sizes.real(item)
         return exact(item) if isinstance(item, torch.dtype) else item
 
     def _input(self, node: fx.Node) -> Any:

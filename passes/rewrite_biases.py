@@ -23,7 +23,7 @@ from grape_compile.passes.graph import Program, Sizes, Unreadable, module_path, 
 from grape_compile.passes.operands import Emitter
 from grape_compile.passes.plans import Miss
 from grape_compile.passes.replay import Replay
-from grape_compile.passes.rewrite_rotations import mutation_between, refusal, remove_unused
+from grape_compile.passes.rewrite_rotations import mutation_between, overwritten, refusal, remove_unused
 from grape_compile.passes.score_terms import ScoreTerm
 from grape_compile.passes.scores import DEAD
 from grape_compile.passes.site import Site
@@ -87,6 +87,10 @@ class _Layer:
         query, key, value = self._four_axes()
         emitted = BiasSlots(plan, self.emitter, self.replay).emit()
         mask = self._mask(query)
+        read = [*emitted.operands, *([] if mask is None else [mask])]
+        hazard = overwritten(self.program, read, layer.output)
+        if hazard is not None:
+            raise Unreadable(f"{hazard.name} changes what the bias is made of in place before it is used")
         output = require_fake(layer.output)
         place = self.emitter.last(
             [query, key, value, *emitted.operands, mask, self.program.marks[layer.output]]

@@ -28,7 +28,7 @@ from grape_compile.passes.graph import (
     require_fake,
     source_line,
 )
-from grape_compile.passes.movement import SINGLE
+from grape_compile.passes.memory import owner, written
 from grape_compile.passes.operands import Emitter
 from grape_compile.passes.plans import Miss, RotationPlan
 from grape_compile.passes.replay import Replay
@@ -103,6 +103,9 @@ def _prepare(
         raise Unreadable(f"{hazard.name} changes a value in place while it is being rotated")
     planes = plan.operator.planes.count
     operands = tuple(emitter.rotated(operand, plan.input, planes) for operand in plan.operands)
+    hazard = overwritten(program, operands, plan.output)
+    if hazard is not None:
+        raise Unreadable(f"{hazard.name} changes the angles in place before they are used")
     key = (plan.key, operands)
     if key not in verified:
         verified[key] = verify_rotation(plan, operands, replay)
@@ -111,25 +114,30 @@ def _prepare(
 
 def mutation_between(program: Program, region: Iterable[fx.Node], output: fx.Node) -> fx.Node | None:
     """A node that writes, between the first read of the region and its output, into something the region reads."""
-    order = program.order
-    between = [node for node in program.mutations if node in order and order[node] < order[output]]
-    if not between:
+    if not program.mutations:
         return None
-    start = min(order[node] for node in region)
-    touched = {_base(operand) for node in region for operand in (node, *node.all_input_nodes)}
-    for node in between:
-        if order[node] > start and any(_base(operand) in touched for operand in node.all_input_nodes[:1]):
-            return node
+    region = list(region)
+    touched = {owner(operand) for node in region for operand in (node, *node.all_input_nodes)}
+    return _write_into(program, touched, min(program.order[node] for node in region), output)
+
+
+def overwritten(program: Program, operands: Iterable[fx.Node], output: fx.Node) -> fx.Node | None:
+    """A node that writes into an operand before `output`, where the operator reads it."""
+    for root in map(owner, operands) if program.mutations else ():
+        write = _write_into(program, {root}, program.order.get(root, -1), output)
+        if write is not None:
+            return write
     return None
 
 
-_VIEWS = SINGLE | {"aten::detach", "aten::view_as_real", "aten::view_as_complex"}
-
-
-def _base(node: fx.Node) -> fx.Node:
-    while op_name(node) in _VIEWS and node.all_input_nodes:
-        node = node.all_input_nodes[0]
-    return node
+def _write_into(program: Program, memory: set[fx.Node], start: int, output: fx.Node) -> fx.Node | None:
+    order = program.order
+    for node in program.mutations:
+        if start < order.get(node, -1) < order[output] and any(
+            owner(each) in memory for each in written(node)
+        ):
+            return node
+    return None
 
 
 def _groups(program: Program, emitter: Emitter, ready: list[_Ready]) -> list[list[_Ready]]:
@@ -202,4 +210,4 @@ def remove_unused(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
         stack.extend(operands)
 
 
-__all__ = ["RewriteRotations", "mutation_between", "refusal", "remove_unused"]
+__all__ = ["RewriteRotations", "mutation_between", "overwritten", "refusal", "remove_unused"]

@@ -55,7 +55,7 @@ class _Finder:
         self, node: fx.Node, roots: dict[fx.Node, tuple[fx.Node, bool]]
     ) -> tuple[fx.Node, bool] | None:
         name = op_name(node)
-        if name not in _LINEAR:
+        if name not in _LINEAR or node in self.program.stale:
             return None
         if not is_pure(node) or (
             name != "getitem" and not isinstance(node.meta.get("val"), torch.Tensor | tuple | list)

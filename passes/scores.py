@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from grape_compile.passes.attention import Attention
 from grape_compile.passes.graph import Program, Sizes, Taint, require_fake
 from grape_compile.passes.movement import is_symbolic
 from grape_compile.passes.operands import Axis, Operand, fit
-from grape_compile.passes.replay import Replay
+from grape_compile.passes.replay import Found, Replay
 from grape_compile.passes.score_terms import ScoreTerm
 from grape_compile.passes.terms import Factor, Index, broadcast
 
@@ -78,16 +80,28 @@ class Scores:
             if self.program.taints[term.node] is Taint.DATA:
                 biases.append(term)
                 continue
-            value = self.value(term)
-            live = value[value > DEAD]
-            if live.numel() == 0 or bool((live == 0).all()):
-                masks.append(term)
-            elif bool((value <= DEAD).any()):
-                masks.append(replace(term, finished=True))
-                biases.append(term)
-            elif value.shape[-1] > 1 and bool((value != value[..., :1]).any()):
+            masking, adding = self.once("part", [term], partial(self._parts, term))
+            if masking:
+                masks.append(replace(term, finished=True) if adding else term)
+            if adding:
                 biases.append(term)
         return masks, biases
+
+    def _parts(self, term: ScoreTerm) -> tuple[bool, bool]:
+        """Whether a term hides keys, and whether it adds what differs among those it does not hide."""
+        value = self.value(term)
+        live = value[value > DEAD]
+        if live.numel() == 0 or bool((live == 0).all()):
+            return True, False
+        if bool((value <= DEAD).any()):
+            return True, True
+        return False, value.shape[-1] > 1 and bool((value != value[..., :1]).any())
+
+    def once(self, fact: str, terms: Sequence[ScoreTerm], find: Callable[[], Found]) -> Found:
+        """What `find` tells of the values of terms, found once for the layers that add the same."""
+        kinds = tuple((term.factor, term.dead, term.value, self.layer.is_folded(term)) for term in terms)
+        key = fact, self.shape, self.layer.is_causal, kinds
+        return self.replay.once(key, [term.node for term in terms], find)
 
     def value(self, term: ScoreTerm, replay: Replay | None = None) -> Tensor:
         """What a term adds, with four axes: [B or 1, H or 1, Tq or 1, Tk or 1], without its factor."""
@@ -106,6 +120,9 @@ class Scores:
 
     def alive(self, masks: list[ScoreTerm]) -> Tensor:
         """Entries a query can see."""
+        return self.once("alive", masks, partial(self._alive, masks))
+
+    def _alive(self, masks: list[ScoreTerm]) -> Tensor:
         alive = torch.ones(1, 1, 1, 1, dtype=torch.bool)
         if self.layer.is_causal:
             alive = torch.ones(self.shape[QUERY], self.shape[KEY], dtype=torch.bool).tril()[None, None]

@@ -35,6 +35,8 @@ from grape_compile.encoding import (
 )
 
 AXES = 3
+#: Tokens of the sequence, where a spectrum asks for their number.
+LENGTH = 5000
 
 
 def numbers(slot: str, count: int) -> list[float]:
@@ -195,7 +197,7 @@ def _times(clock: Clock, token: int) -> list[float]:
 
 
 def _frequencies(spectrum: Spectrum, count: int) -> Sequence[float]:
-    return numbers(spectrum.slots[0], count) if spectrum.slots else spectrum.frequencies(count)
+    return numbers(spectrum.slots[0], count) if spectrum.slots else spectrum.at(LENGTH).frequencies(count)
 
 
 def _slopes(slopes: Slopes) -> Sequence[float]:

@@ -11,10 +11,12 @@ from grape_compile.encoding import (
     AlibiSlopes,
     Axes,
     Bias,
+    ByParts,
     Clock,
     Compose,
     Constant,
     Distance,
+    DynamicNtk,
     Encoding,
     Euclidean,
     Gate,
@@ -26,6 +28,7 @@ from grape_compile.encoding import (
     Linear,
     Llama3,
     LogSigmoid,
+    Longrope,
     NegativeExp,
     NonCommuting,
     Nope,
@@ -33,8 +36,10 @@ from grape_compile.encoding import (
     Pairs,
     Partial,
     PathBias,
+    PerPlane,
     Planes,
     Positions,
+    Proportional,
     Rank2,
     Rotation,
     Rule,
@@ -62,12 +67,25 @@ def rules() -> SearchStrategy[Rule]:
         st.builds(Ntk, factors),
         st.builds(Yarn, factors, original, truncate=st.booleans()),
         st.builds(Llama3, factors, st.just(1.0), st.floats(1.5, 8.0), original),
+        st.builds(DynamicNtk, st.sampled_from((1.0, 2.0, 8.0)), original),
+        st.builds(ByParts, factors, st.floats(-2.0, 2.0), st.floats(2.5, 8.0)),
     )
 
 
-def spectra() -> SearchStrategy[Spectrum]:
+def rules_by_plane(count: int) -> SearchStrategy[Rule]:
+    """Rules that say which plane they mean; what they leave need not fall, as YaRN's ramp asks."""
+    factors = st.lists(st.sampled_from((1.0, 1.25, 7.5)), min_size=count, max_size=count)
+    return st.one_of(
+        st.builds(PerPlane, factors),
+        st.builds(Longrope, factors, factors, st.integers(16, 32768)),
+        st.builds(Proportional, st.integers(0, count)),
+    )
+
+
+def spectra(count: int) -> SearchStrategy[Spectrum]:
     geometric = st.builds(Geometric, st.sampled_from((10000.0, 500000.0)) | st.floats(1.5, 1e7))
     scaled = st.recursive(geometric, lambda of: st.builds(Scaled, rules(), of), max_leaves=3)
+    scaled = scaled | st.builds(Scaled, rules_by_plane(count), scaled)
     tiled = st.builds(Tiled, scaled, st.just(1))
     return st.one_of(
         scaled, tiled, st.builds(Learned, st.just("theta")), st.builds(Table, st.just("layers.0.inv_freq"))
@@ -98,7 +116,7 @@ def rotations(draw: st.DrawFn, size: int | None = None, basis: bool = True) -> R
         planes = Axes(planes, tuple(draw(st.lists(st.integers(0, 2), min_size=count, max_size=count))))
     return Rotation(
         planes,
-        None if isinstance(clock, Tables) else draw(spectra()),
+        None if isinstance(clock, Tables) else draw(spectra(count)),
         clock,
         orientation=draw(st.sampled_from((1, -1))),
         out=draw(st.none() | pairings(head, count)),

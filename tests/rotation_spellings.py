@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from attention_layers import HEAD_DIM, HIDDEN, RotaryAttention, Turn, attend, causal, inverse_frequencies
+from attention_layers import HEAD_DIM, RotaryAttention, Turn, example, inverse_frequencies
 from torch import Tensor, nn
 
 HALF = HEAD_DIM // 2
@@ -18,15 +18,26 @@ NEIGHBOURS = f"interleaved({HEAD_DIM})"
 TWO_BLOCKS = tuple((block + j, block + j + HALF // 2) for block in (0, HALF) for j in range(HALF // 2))
 
 
+def one_tensor(length: int) -> tuple[Tensor, ...]:
+    return (example(length),)
+
+
 @dataclass(frozen=True)
 class Spelling:
-    """One way to write a rotation: `make` builds a layer over [B, T, hidden]."""
+    """One way to write a rotation: `make` builds a layer over `inputs`, [B, T, hidden] and perhaps where tokens stand.
+
+    `proved` says whether the angles are followed to clock times frequency, None where that is left open. `grows` is
+    False where the layer takes one length only.
+    """
 
     name: str
     make: Callable[[], nn.Module]
     planes: str | None = HALVES
     orientation: int = 1
     rotations: int = 2
+    inputs: Callable[[int], tuple[Tensor, ...]] = one_tensor
+    proved: bool | None = None
+    grows: bool = True
 
 
 def wide(angle: Tensor) -> tuple[Tensor, Tensor]:
@@ -299,60 +310,6 @@ def axis_after_axis(x: Tensor, angle: Tensor) -> Tensor:
     return torch.cat([part * cos + rotate_half(part) * sin for part, cos, sin in parts], dim=-1)
 
 
-class HeadsLast(nn.Module):
-    """Everything in [B, T, H, D] until the scores, with queries, keys and values from one projection."""
-
-    inv_freq: Tensor
-
-    def __init__(self, *, turn_value: bool = False) -> None:
-        super().__init__()
-        self.turn_value = turn_value
-        self.register_buffer("inv_freq", inverse_frequencies(HALF))
-        self.qkv = nn.Linear(HIDDEN, 3 * HIDDEN, bias=False)
-        self.out = nn.Linear(HIDDEN, HIDDEN, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, length, _ = x.shape
-        steps = torch.arange(length, device=x.device).to(x.dtype)
-        angle = (steps[:, None] * self.inv_freq)[None, :, None, :]
-        parts = self.qkv(x).view(batch, length, -1, 3 * HEAD_DIM).chunk(3, dim=-1)
-        query, key, value = plain(parts[0], angle), plain(parts[1], angle), parts[2]
-        if self.turn_value:
-            value = plain(value, angle)
-        heads = (part.transpose(1, 2) for part in (query, key, value))
-        out: Tensor = self.out(attend(*heads).transpose(1, 2).reshape(batch, length, HIDDEN))
-        return out
-
-
-class BeforeTheProjection(nn.Module):
-    """Hidden states turned before they are projected: one rotated tensor feeds queries and keys."""
-
-    inv_freq: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("inv_freq", inverse_frequencies(HALF))
-        self.query = nn.Linear(HIDDEN, HIDDEN, bias=False)
-        self.key = nn.Linear(HIDDEN, HIDDEN, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, length, _ = x.shape
-        angle = torch.arange(length, device=x.device).to(x.dtype)[:, None, None] * self.inv_freq
-        heads = x.view(batch, length, -1, HEAD_DIM)
-        turned = plain(heads, angle).flatten(-2)
-        query, key = (project(turned).view(heads.shape) for project in (self.query, self.key))
-        return attend(*(part.transpose(1, 2) for part in (query, key, heads)))
-
-
-def largest_score_subtracted(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Softmax made safe by hand: what is the same along a row is no bias."""
-    scores = query @ key.mT / HEAD_DIM**0.5
-    scores = scores.masked_fill(~causal(scores.shape[-1]), -torch.inf)
-    scores = scores - scores.max(dim=-1, keepdim=True).values
-    mixed: Tensor = scores.softmax(dim=-1) @ value
-    return mixed
-
-
 def _row(turn: Turn, planes: str | None = HALVES, orientation: int = 1) -> Spelling:
     return Spelling(turn.__name__, lambda: RotaryAttention(turn), planes, orientation)
 
@@ -410,13 +367,6 @@ ANGLES = (
     Spelling("cos_and_sin_tables", lambda: RotaryAttention(CosAndSinTables())),
     Spelling("first_token_learned", lambda: RotaryAttention(FirstTokenLearned())),
 )
-AROUND = (
-    Spelling("grouped_queries", lambda: RotaryAttention(plain, kv_heads=1)),
-    Spelling("safe_softmax", lambda: RotaryAttention(plain, attention=largest_score_subtracted)),
-    Spelling("heads_last_fused_qkv", HeadsLast),
-    Spelling("values_turned_as_well", lambda: HeadsLast(turn_value=True), rotations=3),
-    Spelling("before_the_projection", BeforeTheProjection, rotations=1),
-)
 METAMORPHIC = tuple(
     _row(turn)
     for turn in (
@@ -427,4 +377,4 @@ METAMORPHIC = tuple(
         transposed_and_back,
     )
 )
-ROTATION_SPELLINGS = HALF_SPELLINGS + NEIGHBOUR_SPELLINGS + OTHER_PLANES + ANGLES + AROUND + METAMORPHIC
+ROTATION_SPELLINGS = HALF_SPELLINGS + NEIGHBOUR_SPELLINGS + OTHER_PLANES + ANGLES + METAMORPHIC

@@ -171,6 +171,7 @@ def _found(found: Report, truth: Count) -> Outcome:
         "biases": sum(site.kind == "bias" for site in found.sites),
         "truth": {"rotations": truth.rotations, "biases": truth.biases},
         "replay": max(errors, default=None),
+        "proved": sum(site.evidence == "proved" for site in found.sites),
         "encodings": sorted({str(site.encoding) for site in found.sites}),
         "refusals": [
             {

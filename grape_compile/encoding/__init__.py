@@ -26,19 +26,22 @@ from grape_compile.encoding.path import Identity, Link, LogSigmoid, NegativeExp,
 from grape_compile.encoding.planes import Axes, Half, Interleaved, Pairs, Partial, Planes, planes_of
 from grape_compile.encoding.rank2 import Rank2
 from grape_compile.encoding.rotation import Rotation
-from grape_compile.encoding.slopes import AlibiSlopes, Constant, Slopes, Uniform
-from grape_compile.encoding.spectrum import (
-    Geometric,
+from grape_compile.encoding.scaling import (
+    ByParts,
+    DynamicNtk,
     Linear,
     Llama3,
+    Longrope,
     Ntk,
+    PerPlane,
+    Proportional,
     Rule,
-    Scaled,
-    Spectrum,
-    Tiled,
     Yarn,
+    longrope_norm_factor,
     yarn_norm_factor,
 )
+from grape_compile.encoding.slopes import AlibiSlopes, Constant, Slopes, Uniform
+from grape_compile.encoding.spectrum import Geometric, Scaled, Spectrum, Tiled
 from grape_compile.encoding.tensors import Learned, Table
 from grape_compile.encoding.text import parse
 
@@ -48,10 +51,12 @@ __all__ = [
     "AlibiSlopes",
     "Axes",
     "Bias",
+    "ByParts",
     "Clock",
     "Compose",
     "Constant",
     "Distance",
+    "DynamicNtk",
     "Encoding",
     "Euclidean",
     "Gate",
@@ -64,6 +69,7 @@ __all__ = [
     "Link",
     "Llama3",
     "LogSigmoid",
+    "Longrope",
     "Multiplicative",
     "NegativeExp",
     "NonCommuting",
@@ -72,8 +78,10 @@ __all__ = [
     "Pairs",
     "Partial",
     "PathBias",
+    "PerPlane",
     "Planes",
     "Positions",
+    "Proportional",
     "Rank2",
     "Rotation",
     "Rule",
@@ -96,6 +104,7 @@ __all__ = [
     "gated_alibi",
     "grape_ap",
     "grape_m",
+    "longrope_norm_factor",
     "mrope",
     "nope",
     "parse",

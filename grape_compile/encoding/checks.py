@@ -68,6 +68,14 @@ def reals(term: Term, field: str) -> None:
     _settle(term, field, tuple(number + 0.0 for number in numbers if number is not None))
 
 
+def positives(term: Term, field: str) -> None:
+    """Settle a sequence of one or more finite numbers above zero as a tuple of floats."""
+    numbers = [_as_float(value) for value in _items(getattr(term, field))]
+    if not numbers or not all(number is not None and number > 0 for number in numbers):
+        refuse(term, field, "one or more finite numbers above 0")
+    _settle(term, field, tuple(numbers))
+
+
 def wholes(term: Term, field: str) -> None:
     """Settle a sequence of whole numbers, none negative, as a tuple."""
     numbers = _naturals(getattr(term, field))

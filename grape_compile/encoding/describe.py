@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Final
+from collections.abc import Sequence
 
+from grape_compile.encoding.fitting import describe_ramp, holds, line, shortest
+from grape_compile.encoding.scaling import Linear, Proportional
 from grape_compile.encoding.slopes import AlibiSlopes, Constant
-from grape_compile.encoding.spectrum import Geometric, Linear, Scaled
+from grape_compile.encoding.spectrum import Geometric, Scaled
 from grape_compile.errors import EncodingError
-
-#: exp of a larger number leaves the range of a double.
-_LARGEST_LOG: Final = 700.0
 
 
 def describe_frequencies(values: Sequence[float], count: int, rtol: float) -> Geometric | Scaled | None:
-    """Return the spectrum theta_j = base^(-j / count) / factor that all `values` follow, or None.
+    """Return the one spectrum in closed form that all `values` follow, or None.
 
     `values` are the frequencies of planes 0, 1, ... of `count`, in radians per position (all of them, or the
-    first few). The fit is by least squares in ln theta; it counts only where every value agrees to the
-    relative tolerance `rtol`. Factor and base are then shortened to the fewest digits that still agree,
-    factor 1 first. A single frequency says nothing of the base: it is described with base 1. Raises
-    EncodingError for a tolerance that is not positive, and for more values than planes.
+    first few). Tried are theta_j = base^(-j / count) / factor, the same with planes at the end that stand still
+    (`Proportional`), and, of all planes, the ramps of `ByParts`, `Yarn` and `Llama3`. The fit is by least squares
+    in ln theta; it counts only where every value agrees to the relative tolerance `rtol`. Factor and base are then
+    shortened to the fewest digits that still agree, factor 1 first. A single frequency says nothing of the base:
+    it is described with base 1. Raises EncodingError for a tolerance that is not positive, and for more values
+    than planes.
 
     >>> str(describe_frequencies([1.0, 0.1, 0.01, 0.001], 4, 1e-6))
     'geometric(10000.0)'
@@ -32,19 +32,29 @@ def describe_frequencies(values: Sequence[float], count: int, rtol: float) -> Ge
             "no values, more values than planes, or no tolerance",
             "1 to count values and a positive relative tolerance",
         )
-    if not all(0 < value < math.inf for value in values):
+    turning = len(values)
+    while turning > 1 and values[turning - 1] == 0:
+        turning -= 1
+    if not all(0 < value < math.inf for value in values[:turning]):
         return None
-    logs, slack = [math.log(value) for value in values], math.log1p(rtol)
+    found = _falling([math.log(value) for value in values[:turning]], count, math.log1p(rtol))
+    if turning < len(values):
+        return None if found is None else Scaled(Proportional(turning), found)
+    return found or (describe_ramp(values, rtol) if turning == count else None)
+
+
+def _falling(logs: Sequence[float], count: int, slack: float) -> Geometric | Scaled | None:
+    """Return base^(-j / count) / factor for logs that fall on a straight line."""
     if (base := _base(logs, count, slack)) is not None:
         return Geometric(base)
-    level, fall = _line(logs)
-    if not _holds(logs, level, fall, slack):
+    level, fall = line(logs)
+    if not holds(logs, level, fall, slack):
         return None
 
     def base_for(factor: float) -> float | None:
         return _base([log + math.log(factor) for log in logs], count, slack)
 
-    factor = _shortest(-level, lambda number: base_for(number) is not None)
+    factor = shortest(-level, lambda number: base_for(number) is not None)
     base = None if factor is None else base_for(factor)
     return None if factor is None or base is None else Scaled(Linear(factor), Geometric(base))
 
@@ -63,34 +73,8 @@ def describe_slopes(values: Sequence[float], rtol: float) -> AlibiSlopes | Const
     return alibi if all(near) else constant
 
 
-def _line(logs: Sequence[float]) -> tuple[float, float]:
-    """Fit logs[j] = level - j * fall by least squares."""
-    middle = (len(logs) - 1) / 2
-    mean = math.fsum(logs) / len(logs)
-    spread = math.fsum((j - middle) ** 2 for j in range(len(logs)))
-    fall = -math.fsum((j - middle) * (log - mean) for j, log in enumerate(logs)) / spread if spread else 0.0
-    return mean + middle * fall, fall
-
-
 def _base(logs: Sequence[float], count: int, slack: float) -> float | None:
     """Return the shortest base whose logs fall from 0, by least squares through theta_0 = 1."""
     squares = math.fsum(j * j for j in range(len(logs)))
     fall = -math.fsum(j * log for j, log in enumerate(logs)) / squares if squares else 0.0
-    return _shortest(fall * count, lambda base: _holds(logs, 0.0, math.log(base) / count, slack))
-
-
-def _holds(logs: Sequence[float], level: float, fall: float, slack: float) -> bool:
-    """Tell whether every logs[j] is level - j * fall up to `slack`."""
-    return all(abs(log - level + j * fall) <= slack for j, log in enumerate(logs))
-
-
-def _shortest(log: float, fits: Callable[[float], bool]) -> float | None:
-    """Return the number with the fewest decimal digits near exp(log) that fits, or None."""
-    if abs(log) > _LARGEST_LOG:
-        return None
-    exact = math.exp(log)
-    for digits in range(17):
-        number = float(f"{exact:.{digits}e}")
-        if fits(number):
-            return number
-    return None
+    return shortest(fall * count, lambda base: holds(logs, 0.0, math.log(base) / count, slack))

@@ -78,6 +78,10 @@ class Rotation(Multiplicative):
             planes, out = _with_axes(out, self.planes.axes()), _with_axes(self.planes, ())
         return replace(self, planes=planes, out=out, orientation=-self.orientation, scale=1.0 / self.scale)
 
+    def at(self, length: int) -> Rotation:
+        """Return the rotation of a sequence of `length` tokens, its spectrum the one of that length."""
+        return self if self.spectrum is None else replace(self, spectrum=self.spectrum.at(length))
+
     def canonical(self) -> Rotation:
         """Return the one of this meaning: simplest planes, `out` where it differs, i0 < i1 in plane 0.
 

@@ -18,8 +18,19 @@ from grape_compile.encoding.path import Identity, LogSigmoid, NegativeExp, PathB
 from grape_compile.encoding.planes import Axes, Half, Interleaved, Pairs, Partial
 from grape_compile.encoding.rank2 import Rank2
 from grape_compile.encoding.rotation import Rotation
+from grape_compile.encoding.scaling import (
+    ByParts,
+    DynamicNtk,
+    Linear,
+    Llama3,
+    Longrope,
+    Ntk,
+    PerPlane,
+    Proportional,
+    Yarn,
+)
 from grape_compile.encoding.slopes import AlibiSlopes, Constant, Uniform
-from grape_compile.encoding.spectrum import Geometric, Linear, Llama3, Ntk, Scaled, Tiled, Yarn
+from grape_compile.encoding.spectrum import Geometric, Scaled, Tiled
 from grape_compile.encoding.tensors import Learned, Table
 from grape_compile.errors import EncodingError
 
@@ -30,7 +41,7 @@ VOCABULARY: Final[dict[str, type[Term]]] = {
         *(Rotation, Rank2, NonCommuting, Bias, PathBias, Compose, Nope),
         *(Half, Interleaved, Partial, Pairs, Axes),
         *(Geometric, Scaled, Tiled, Learned, Table),
-        *(Linear, Ntk, Yarn, Llama3),
+        *(Linear, Ntk, DynamicNtk, ByParts, Yarn, Llama3, PerPlane, Longrope, Proportional),
         *(Steps, Positions, Accumulated, Tables),
         *(AlibiSlopes, Constant, Uniform),
         Gate,

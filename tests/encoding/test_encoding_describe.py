@@ -15,6 +15,8 @@ from grape_compile.encoding import (
     Geometric,
     Linear,
     Llama3,
+    Proportional,
+    Rule,
     Scaled,
     Spectrum,
     Yarn,
@@ -66,12 +68,63 @@ def test_any_values_are_named_only_where_they_fit(values: list[float], rtol: flo
             assert abs(value - theta) <= 1.001 * rtol * theta + 1e-12 * theta
 
 
+RAMPS = (
+    # Corners are whole where they are rounded: more than one original length has them.
+    (Yarn(16.0, 4096), 10000.0, 32, "scaled(by_parts(16.0, 10.0, 23.0), geometric(10000.0))"),
+    (Yarn(4.0, 32768), 1000000.0, 64, "scaled(by_parts(4.0, 23.0, 40.0), geometric(1000000.0))"),
+    (Yarn(4.0, 64), 10000.0, 8, "scaled(by_parts(4.0, 0.0, 3.0), geometric(10000.0))"),
+    (Yarn(32.0, 4096, truncate=False), 150000.0, 32, "scaled(yarn(32.0, 4096, truncate=false), geometric(150000.0))"),
+    (Yarn(8.0, 512, 4.0, 1.0, truncate=False), 10000.0, 32, None),
+    (Llama3(8.0, 1.0, 4.0, 8192), 500000.0, 64, None),
+    (Llama3(32.0, 1.0, 4.0, 8192), 500000.0, 32, None),
+    (Llama3(8.0, 1.0, 4.0, 64), 10000.0, 8, None),
+    # Only the ratios of low, high and original count.
+    (Llama3(2.0, 0.5, 16.0, 256), 500000.0, 32, "scaled(llama3(2.0, 1.0, 32.0, 512), geometric(500000.0))"),
+    (Proportional(4), 1000000.0, 16, None),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("rule", "base", "count", "text"), RAMPS)
+def test_a_rule_is_read_off_the_numbers(rule: Rule, base: float, count: int, text: str | None) -> None:
+    spectrum = Scaled(rule, Geometric(base))
+    values = as_float32(spectrum.frequencies(count))
+    assert str(describe_frequencies(values, count, 2e-6)) == (text or str(spectrum))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.booleans(),
+    st.floats(1.1, 100.0),
+    st.floats(2.0, 1e7),
+    st.integers(4, 100000),
+    st.integers(4, 40),
+)
+def test_a_rule_that_is_named_reproduces_the_values(
+    by_index: bool, factor: float, base: float, original: int, count: int
+) -> None:
+    rule: Rule = Yarn(factor, original) if by_index else Llama3(factor, 1.0, 4.0, original)
+    values = Scaled(rule, Geometric(base)).frequencies(count)
+    described = describe_frequencies(values, count, 1e-6)
+    if described is not None:
+        assert described.frequencies(count) == pytest.approx(values, rel=1.001e-6)
+
+
+LINE = Geometric(10000.0).frequencies(16)
+
+
 @pytest.mark.parametrize(
     "values",
     [
-        Scaled(Yarn(16.0, 4096), Geometric(10000.0)).frequencies(32),
-        Scaled(Llama3(8.0, 1.0, 4.0, 8192), Geometric(500000.0)).frequencies(32),
-        (1.0, 0.1, 0.0),
+        # A step without a ramp: no plane tells where the corners are.
+        (*LINE[:8], *(theta / 4 for theta in LINE[8:])),
+        # Every plane on the ramp, none at its end.
+        Scaled(Llama3(8.0, 1.0, 4.0, 8192), Geometric(10000.0)).frequencies(8),
+        # A factor of each plane's own, as LongRoPE searches for.
+        tuple(theta / (1.0 + 0.3 * j) for j, theta in enumerate(LINE)),
+        # Numbers of many digits fit a ramp too, and were chosen by nobody.
+        Scaled(Yarn(4.0012345, 4096), Geometric(10000.0)).frequencies(32),
+        (0.0, 0.0),
+        (1.0, 0.0, 0.01),
         (1.0, -0.1, 0.01),
         (1.0, 0.1, float("nan")),
         (1.0, 0.1, float("inf")),

@@ -10,13 +10,23 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from grape_compile.encoding import (
+    ByParts,
+    DynamicNtk,
     Geometric,
+    Half,
     Linear,
     Llama3,
+    Longrope,
     Ntk,
+    PerPlane,
+    Proportional,
+    Rotation,
     Rule,
     Scaled,
+    Steps,
+    Tiled,
     Yarn,
+    longrope_norm_factor,
     yarn_norm_factor,
 )
 from grape_compile.errors import EncodingError
@@ -52,11 +62,63 @@ def test_linear(factor: float, base: float, head_dim: int) -> None:
     assert norm == 1.0
 
 
-@pytest.mark.parametrize("seq_len", [1024, 4096, 10000])
-def test_ntk_is_the_dynamic_rule_at_one_length(seq_len: int) -> None:
-    frequencies, _ = of_transformers("dynamic", 10000.0, 64, seq_len=seq_len, factor=2.0)
-    stretch = 2.0 * max(seq_len, 2048) / 2048 - 1.0
-    assert ours(Ntk(stretch), 10000.0, 64) == pytest.approx(frequencies, rel=FLOAT32)
+@pytest.mark.parametrize("factor", [1.0, 2.0, 4.0])
+@pytest.mark.parametrize("seq_len", [1, 1024, 2048, 4096, 10000])
+def test_dynamic_ntk_is_ntk_by_the_length(seq_len: int, factor: float) -> None:
+    frequencies, norm = of_transformers("dynamic", 10000.0, 64, seq_len=seq_len, factor=factor)
+    assert ours(DynamicNtk(factor, 2048).at(seq_len), 10000.0, 64) == pytest.approx(frequencies, rel=FLOAT32)
+    assert norm == 1.0
+
+
+SHORT, LONG = tuple(1.0 + 0.125 * j for j in range(16)), tuple(1.5 + 2.0 * j for j in range(16))
+
+
+@pytest.mark.parametrize("seq_len", [1, 512, 513, 2048])
+def test_longrope(seq_len: int) -> None:
+    frequencies, norm = of_transformers(
+        "longrope",
+        10000.0,
+        32,
+        seq_len=seq_len,
+        short_factor=list(SHORT),
+        long_factor=list(LONG),
+        original_max_position_embeddings=512,
+        factor=4.0,
+    )
+    rule = Longrope(SHORT, LONG, 512)
+    assert ours(rule.at(seq_len), 10000.0, 32) == pytest.approx(frequencies, rel=FLOAT32)
+    assert longrope_norm_factor(4.0, 512) == pytest.approx(norm, rel=1e-12)
+    assert longrope_norm_factor(0.5, 512) == 1.0
+
+
+@pytest.mark.parametrize("factor", [1.0, 8.0])
+@pytest.mark.parametrize(
+    ("proportion", "head_dim"), [(0.25, 64), (0.3, 64), (0.29, 200), (1.0, 32), (0.5, 6)]
+)
+def test_proportional(proportion: float, head_dim: int, factor: float) -> None:
+    frequencies, norm = of_transformers(
+        "proportional", 1e6, head_dim, partial_rotary_factor=proportion, factor=factor
+    )
+    rule = Proportional(int(proportion * head_dim // 2))
+    found = Scaled(Linear(factor), Scaled(rule, Geometric(1e6))).frequencies(head_dim // 2)
+    assert found == pytest.approx(frequencies, rel=FLOAT32)
+    assert norm == 1.0
+
+
+def test_a_rule_by_length_acts_wherever_it_stands() -> None:
+    dynamic = Scaled(DynamicNtk(2.0, 64), Geometric(1e4))
+    settled = Scaled(Ntk(3.0), Geometric(1e4))
+    assert dynamic.at(128) == settled
+    assert Tiled(dynamic, 2).at(128) == Tiled(settled, 2)
+    assert Scaled(Linear(2.0), dynamic).at(128) == Scaled(Linear(2.0), settled)
+    assert Rotation(Half(8), dynamic, Steps()).at(128) == Rotation(Half(8), settled, Steps())
+    assert dynamic.at(64).canonical() == Geometric(1e4)
+    assert settled.at(7) == settled
+
+
+def test_yarn_is_by_parts_at_its_corners() -> None:
+    by_turns, by_index = ours(Yarn(4.0, 4096), 10000.0, 64), ours(ByParts(4.0, 10.0, 23.0), 10000.0, 64)
+    assert by_turns == pytest.approx(by_index, rel=1e-15)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +190,13 @@ def test_llama3(factor: float, low: float, high: float, original: int, head_dim:
     assert norm == 1.0
 
 
-@pytest.mark.parametrize("rule", [Linear(1.0), Ntk(1.0), Yarn(1.0, 4096), Llama3(1.0, 1.0, 4.0, 8192)])
+IDENTITIES = (
+    *(Linear(1.0), Ntk(1.0), Yarn(1.0, 4096), Llama3(1.0, 1.0, 4.0, 8192)),
+    *(ByParts(1.0, 1.0, 5.0), DynamicNtk(2.0, 4096).at(4096), PerPlane((1.0,) * 32)),
+)
+
+
+@pytest.mark.parametrize("rule", IDENTITIES)
 def test_factor_one_changes_nothing(rule: Rule) -> None:
     plain = Geometric(10000.0)
     assert Scaled(rule, plain).frequencies(32) == pytest.approx(plain.frequencies(32), rel=1e-15)
@@ -140,6 +208,11 @@ def test_equal_rules_multiply_and_different_rules_stay() -> None:
     assert Scaled(Linear(2.0), Scaled(Linear(4.0), plain)).canonical() == Scaled(Linear(8.0), plain)
     assert Scaled(Ntk(2.0), Scaled(Ntk(4.0), plain)).canonical() == Scaled(Ntk(8.0), plain)
     assert Scaled(Linear(2.0), Scaled(Linear(0.5), plain)).canonical() == plain
+    assert Scaled(Proportional(3), Scaled(Proportional(2), plain)).canonical() == Scaled(
+        Proportional(2), plain
+    )
+    both = Scaled(PerPlane((2.0, 3.0)), Scaled(PerPlane((1.5, 4.0)), plain))
+    assert both.canonical() == Scaled(PerPlane((3.0, 12.0)), plain)
     mixed = Scaled(Linear(2.0), Scaled(Ntk(4.0), plain))
     assert mixed.canonical() == mixed
 

@@ -13,8 +13,10 @@ from grape_compile.encoding import (
     AlibiSlopes,
     Axes,
     Bias,
+    ByParts,
     Compose,
     Constant,
+    DynamicNtk,
     Encoding,
     Euclidean,
     Gate,
@@ -24,14 +26,17 @@ from grape_compile.encoding import (
     Interleaved,
     Learned,
     Linear,
+    Longrope,
     NegativeExp,
     NonCommuting,
     Nope,
     Pairs,
     Partial,
     PathBias,
+    PerPlane,
     Planes,
     Positions,
+    Proportional,
     Rank2,
     Rotation,
     Scaled,
@@ -56,11 +61,12 @@ from grape_compile.encoding import (
 )
 
 NAMES = """
-    Absolute Accumulated AlibiSlopes Axes Bias Clock Compose Constant Distance Encoding Euclidean Gate Geometric
-    Half Identity Interleaved Learned Linear Link Llama3 LogSigmoid Multiplicative NegativeExp NonCommuting Nope
-    Ntk Pairs Partial PathBias Planes Positions Rank2 Rotation Rule Scaled Signed Slopes Spectrum Steps Table
-    Tables Term Tiled Uniform Yarn alibi axial_rope describe_frequencies describe_slopes fox gated_alibi grape_ap
-    grape_m mrope nope parse planes_of rope yarn_norm_factor
+    Absolute Accumulated AlibiSlopes Axes Bias ByParts Clock Compose Constant Distance DynamicNtk Encoding
+    Euclidean Gate Geometric Half Identity Interleaved Learned Linear Link Llama3 LogSigmoid Longrope
+    Multiplicative NegativeExp NonCommuting Nope Ntk Pairs Partial PathBias PerPlane Planes Positions
+    Proportional Rank2 Rotation Rule Scaled Signed Slopes Spectrum Steps Table Tables Term Tiled Uniform
+    Yarn alibi axial_rope describe_frequencies describe_slopes fox gated_alibi grape_ap grape_m
+    longrope_norm_factor mrope nope parse planes_of rope yarn_norm_factor
 """
 
 TEXTS = {
@@ -85,6 +91,18 @@ TEXTS = {
     "rotation(pairs(((0, 3),), 4), "
     "scaled(yarn(4.0, 8192, truncate=false), geometric(10000.0)), steps)": Rotation(
         Pairs(((0, 3),), 4), Scaled(Yarn(4, 8192, truncate=False), Geometric(10000)), Steps()
+    ),
+    "rotation(half(4), scaled(longrope((1.0, 1.25), (1.5, 7.0), 4096), geometric(10000.0)), steps, scale=1.25)": (
+        Rotation(Half(4), Scaled(Longrope((1, 1.25), (1.5, 7), 4096), Geometric(10000)), Steps(), scale=1.25)
+    ),
+    'rotation(half(4), scaled(dynamic_ntk(2.0, 2048), geometric(10000.0)), positions("n"))': Rotation(
+        Half(4), Scaled(DynamicNtk(2, 2048), Geometric(10000)), Positions("n")
+    ),
+    "rotation(half(4), scaled(linear(8.0), scaled(proportional(1), geometric(1000000.0))), steps)": Rotation(
+        Half(4), Scaled(Linear(8), Scaled(Proportional(1), Geometric(1e6))), Steps()
+    ),
+    "rotation(half(4), scaled(by_parts(4.0, 0.0, 1.0), scaled(per_plane((1.0, 2.0)), geometric(10000.0))), steps)": (
+        Rotation(Half(4), Scaled(ByParts(4, 0, 1), Scaled(PerPlane((1, 2)), Geometric(10000))), Steps())
     ),
     "bias(alibi_slopes(8), steps)": alibi(8),
     'bias(constant((-0.5,)), positions("n"), distance=euclidean)': Bias(

@@ -104,12 +104,14 @@ def test_the_page_tells_what_was_missed_and_why() -> None:
         "biases": 0,
         "truth": {"rotations": 4, "biases": 0},
         "replay": 1e-15,
+        "proved": 2,
         "encodings": [],
         "refusals": [{"reason": "the map is a reflection"}],
     }
     rows = [
         {
             "name": "missed",
+            "model": "AnyForCausalLM",
             "truth": outcome["truth"],
             "doors": {"static": outcome, "cache": {"skipped": "none"}},
         },
@@ -120,5 +122,6 @@ def test_the_page_tells_what_was_missed_and_why() -> None:
     text = page({"machine": machine, "rows": rows})
     assert "| missed | 3 / 4, 1e-15 |" in text
     assert "* `missed`, static: 3 / 4, 1e-15. the map is a reflection" in text
+    assert "2 of the 3 sites of 1 causal language models (67%)" in text
     assert "1 architectures rotate and bias nothing" in text
     assert "* `unknown`: no model class" in text

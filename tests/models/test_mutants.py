@@ -105,3 +105,12 @@ def test_a_table_written_to_after_compilation() -> None:
         table = each.get_buffer("table")
         table[..., 3] += 1.0
     torch.testing.assert_close(compiled(example()), layer(example()), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mutant", rotation_mutants.XPOS_MUTANTS, ids=name_of)
+def test_a_scale_by_position_is_refused_as_what_it_is(mutant: Mutant) -> None:
+    """xPos is no rotation: the length of what it turns depends on the token."""
+    found = inspect(sharpen(mutant.make()), (example(),))
+    assert [refusal.rule for refusal in found.refusals] == ["orthogonal", "orthogonal"]
+    assert all("depending on the token, as xPos does" in refusal.reason for refusal in found.refusals)
+    assert all("not orthogonal" in refusal.reason for refusal in found.refusals)

@@ -6,14 +6,20 @@ import pytest
 import torch
 from attention_layers import example, sharpen
 from bias_spellings import BIAS_SPELLINGS, BiasSpelling
+from layer_spellings import LAYER_SPELLINGS
 from measuring import GrapeCalls
+from place_spellings import PLACE_SPELLINGS
 from rotation_spellings import ROTATION_SPELLINGS, Spelling
-from torch import nn
+from torch import Tensor, nn
 
-from grape_compile import grape_compile, inspect, report
+from grape_compile import grape_compile, inspect, report, rewrite
 from grape_compile.encoding import Bias, Rotation
 
-rotations = pytest.mark.parametrize("spelling", ROTATION_SPELLINGS, ids=lambda row: row.name)
+ROTATIONS = (*ROTATION_SPELLINGS, *LAYER_SPELLINGS, *PLACE_SPELLINGS)
+rotations = pytest.mark.parametrize("spelling", ROTATIONS, ids=lambda row: row.name)
+growing = pytest.mark.parametrize(
+    "spelling", [row for row in ROTATIONS if row.grows], ids=lambda row: row.name
+)
 biases = pytest.mark.parametrize("spelling", BIAS_SPELLINGS, ids=lambda row: row.name)
 EXACT = 1e-10
 
@@ -28,20 +34,56 @@ def assert_rewritten_exactly(layer: nn.Module, *, rotated: int, attended: int) -
     assert (calls.rotated, calls.attended) == (rotated, attended), str(report(compiled))
 
 
+def in_double(spelling: Spelling, length: int) -> tuple[Tensor, ...]:
+    return tuple(each.double() if each.is_floating_point() else each for each in spelling.inputs(length))
+
+
 @rotations
 def test_a_rotation_is_found_and_named(spelling: Spelling) -> None:
-    found = inspect(sharpen(spelling.make()), (example(),))
+    found = inspect(sharpen(spelling.make()), spelling.inputs(12))
     assert found.refusals == (), str(found)
     assert len(found.sites) == spelling.rotations, str(found)
     for site in found.sites:
         assert isinstance(site.encoding, Rotation)
-        assert str(site.encoding.planes) == spelling.planes
+        assert spelling.planes is None or str(site.encoding.planes) == spelling.planes
         assert site.encoding.orientation == spelling.orientation
+        assert spelling.proved is None or site.evidence == ("proved" if spelling.proved else "tables")
 
 
 @rotations
 def test_a_rotation_equals_itself(spelling: Spelling) -> None:
-    assert_rewritten_exactly(spelling.make(), rotated=spelling.rotations, attended=0)
+    """Also at a second length, where torch.compile turns to symbolic sizes."""
+    plain = sharpen(spelling.make()).double()
+    calls = GrapeCalls()
+    compiled = grape_compile(copy.deepcopy(plain), backend=calls)
+    lengths = (12, 17) if spelling.grows and spelling not in ROTATION_SPELLINGS else (12,)
+    for length in lengths:
+        inputs = in_double(spelling, length)
+        calls.reset()
+        torch.testing.assert_close(compiled(*inputs), plain(*inputs), rtol=EXACT, atol=EXACT)
+        assert (calls.rotated, calls.attended) == (spelling.rotations, 0), str(report(compiled))
+
+
+@growing
+def test_a_rotation_exported_for_any_length(spelling: Spelling) -> None:
+    plain = sharpen(spelling.make()).double()
+    inputs = in_double(spelling, 12)
+    shapes = [
+        {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(short.shape) if long.shape[axis] != size}
+        for short, long in zip(inputs, in_double(spelling, 13), strict=True)
+    ]
+    x, *places = shapes
+    given = (
+        {"x": x, "places": tuple(places)}
+        if places and "other" not in plain.forward.__annotations__
+        else shapes
+    )
+    program = torch.export.export(copy.deepcopy(plain), inputs, dynamic_shapes=given, strict=False)
+    rewritten, found = rewrite(program)
+    assert (len(found.sites), found.refusals) == (spelling.rotations, ()), str(found)
+    for length in (12, 17):
+        inputs = in_double(spelling, length)
+        torch.testing.assert_close(rewritten.module()(*inputs), plain(*inputs), rtol=EXACT, atol=EXACT)
 
 
 @biases

@@ -13,11 +13,14 @@ from grape_compile.encoding import (
     Axes,
     Bias,
     Compose,
+    DynamicNtk,
     Euclidean,
+    Geometric,
     Half,
     Learned,
     Positions,
     Rotation,
+    Scaled,
     Steps,
     alibi,
     fox,
@@ -26,7 +29,7 @@ from grape_compile.encoding import (
     nope,
     rope,
 )
-from grape_compile.errors import OperandError
+from grape_compile.errors import EncodingError, OperandError
 from grape_compile.operators import attend, providers, rotate
 
 HEADS = torch.zeros(2, 4, 9, 8)
@@ -163,3 +166,12 @@ def test_a_refused_call_goes_to_the_next_provider() -> None:
     mask = torch.zeros(9, 9, requires_grad=True)
     (gradient,) = torch.autograd.grad(see(HEADS + 1, mask=mask).sum(), mask)
     assert gradient.shape == mask.shape
+
+
+def test_a_rotation_by_length_wants_its_length() -> None:
+    dynamic = Rotation(Half(8), Scaled(DynamicNtk(2.0, 4), Geometric(1e4)), Steps())
+    with pytest.raises(EncodingError, match=r"at\(length\)"):
+        turn(HEADS, dynamic)
+    heads = torch.randn(2, 9, 8)
+    assert not torch.equal(turn(heads, dynamic.at(9))[0], turn(heads, dynamic.at(4))[0])
+    assert torch.equal(turn(heads, dynamic.at(4))[0], turn(heads, rope(8))[0])

@@ -1,0 +1,104 @@
+"""What a node does to memory: whether it is pure, what it writes into, which values share memory with which.
+
+The schemas of operators say all of it: an alias between an argument and a result is a view, or may be one (`reshape`,
+`contiguous`, `to`).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import fx
+
+
+def op_name(node: fx.Node) -> str:
+    """Name of the operator without its overload ("aten::mul"), "getitem", or ""."""
+    if node.op != "call_function":
+        return ""
+    if node.target is operator.getitem:
+        return "getitem"
+    schema = getattr(node.target, "_schema", None)
+    return str(schema.name) if schema is not None else ""
+
+
+def is_pure(node: fx.Node) -> bool:
+    """True when the node neither mutates nor draws random numbers."""
+    if node.op != "call_function":
+        return False
+    if node.target is operator.getitem:
+        return True
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if (
+        node.target is torch.ops.aten.detach_.default
+    ):  # `torch.tensor(...)` in a forward: writes nothing anyone reads
+        return True
+    if node.target._schema.is_mutable:
+        return False
+    return torch.Tag.nondeterministic_seeded not in node.target.tags or _never_draws(node)
+
+
+def _never_draws(node: fx.Node) -> bool:
+    """A dropout that is switched off, and attention without one."""
+    name = op_name(node)
+    if name == "aten::dropout":
+        return node.args[1] in (0, 0.0) or node.args[2] is False
+    if name != "aten::scaled_dot_product_attention":
+        return False
+    return node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0) in (0, 0.0)
+
+
+def writes(node: fx.Node) -> bool:
+    """True when the node writes into one of its operands."""
+    schema = getattr(node.target, "_schema", None) if node.op == "call_function" else None
+    return schema is not None and bool(schema.is_mutable) and not is_pure(node)
+
+
+def written(write: fx.Node) -> list[fx.Node]:
+    """The operands a node writes into."""
+    schema = write.target._schema  # type: ignore[union-attr] # only operators with a schema write
+    found: list[fx.Node] = []
+    for position, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = write.args[position] if position < len(write.args) else write.kwargs.get(argument.name)
+            values = value if isinstance(value, list | tuple) else [value]
+            found += [each for each in values if isinstance(each, fx.Node)]
+    return found
+
+
+def viewed(node: fx.Node) -> fx.Node | None:
+    """The operand whose memory the result of a pure node shares, or may share."""
+    if node.op != "call_function" or not is_pure(node):
+        return None
+    if node.target is operator.getitem:
+        source = node.args[0]
+        return source if isinstance(source, fx.Node) else None
+    for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if argument.alias_info is not None and position < len(node.args):
+            operand = node.args[position]
+            return operand if isinstance(operand, fx.Node) else None
+    return None
+
+
+def owner(node: fx.Node) -> fx.Node:
+    """The value whose memory a value is a view of."""
+    while (source := viewed(node)) is not None:
+        node = source
+    return node
+
+
+def aliases(root: fx.Node) -> list[fx.Node]:
+    """A value and all views of it."""
+    found = [root]
+    for node in found:
+        found += [user for user in node.users if viewed(user) is node and user not in found]
+    return found
+
+
+def late_readers(write: fx.Node, order: Mapping[fx.Node, int]) -> Iterator[fx.Node]:
+    """Nodes behind a write that read what it wrote into by a name from before it."""
+    for root in dict.fromkeys(map(owner, written(write))):
+        for alias in aliases(root):
+            yield from (user for user in alias.users if order.get(user, -1) > order[write])
