@@ -56,6 +56,13 @@ def writes(node: fx.Node) -> bool:
     return schema is not None and bool(schema.is_mutable) and not is_pure(node)
 
 
+#: May return their operand, or views of it, though their schemas do not say so.
+_MAY_SHARE = {
+    f"aten::{name}"
+    for name in ("type_as", "dropout", "einsum", "meshgrid", "broadcast_tensors", "lift_fresh", "positive")
+}
+
+
 def written(write: fx.Node) -> list[fx.Node]:
     """The operands a node writes into."""
     schema = write.target._schema  # type: ignore[union-attr] # only operators with a schema write
@@ -75,6 +82,8 @@ def viewed(node: fx.Node) -> fx.Node | None:
     if node.target is operator.getitem:
         source = node.args[0]
         return source if isinstance(source, fx.Node) else None
+    if op_name(node) in _MAY_SHARE:
+        return node.all_input_nodes[0] if node.all_input_nodes else None
     for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
         if argument.alias_info is not None and position < len(node.args):
             operand = node.args[position]

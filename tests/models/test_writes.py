@@ -1,0 +1,85 @@
+"""Memory that is written to: what is read later is what was written, or nothing is said about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from attention_layers import HEAD_DIM, example, inverse_frequencies
+from torch import Tensor, nn
+
+from grape_compile import rewrite
+
+HALF = HEAD_DIM // 2
+Write = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Turned(nn.Module):
+    """The channels of x turned and written into a tensor that is the output itself."""
+
+    inv_freq: Tensor
+
+    def __init__(self, write: Write) -> None:
+        super().__init__()
+        self.write = write
+        self.register_buffer("inv_freq", inverse_frequencies(HALF))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = 2 * x[..., :HEAD_DIM]
+        angle = torch.outer(torch.arange(x.shape[1], device=x.device).to(x.dtype), self.inv_freq)
+        first, second = x[..., :HALF], x[..., HALF:]
+        cos, sin = angle.cos(), angle.sin()
+        return self.write(x, first * cos - second * sin, second * cos + first * sin)
+
+
+def into_a_copy(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    turned = x.clone()
+    turned[..., :HALF] = first
+    turned[..., HALF:] = second
+    return turned
+
+
+def into_a_view_of_a_copy(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    turned = x.clone()
+    view = turned.transpose(0, 1)
+    turned[..., :HALF] = first
+    turned[..., HALF:] = second
+    return view
+
+
+def into_itself(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    x[..., :HALF] = first
+    x[..., HALF:] = second
+    return x
+
+
+def then_again(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """The first half is written over once more: what comes out is no rotation."""
+    turned = into_a_copy(x, first, second)
+    turned[..., :HALF] = 2 * first
+    return turned
+
+
+def by_a_name_that_may_copy(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    turned = torch.cat((first, second), dim=-1)
+    other = turned.reshape(-1)
+    turned[..., 0] = 1.0
+    return other.view(turned.shape)
+
+
+@pytest.mark.parametrize(
+    ("write", "sites"),
+    [
+        (into_a_copy, 1),
+        (into_a_view_of_a_copy, 1),
+        (into_itself, 1),
+        (then_again, None),
+        (by_a_name_that_may_copy, None),
+    ],
+)
+def test_an_exported_program_returns_what_was_written(write: Write, sites: int | None) -> None:
+    layer, x = Turned(write).double(), example().double()
+    rewritten, found = rewrite(torch.export.export(layer, (x,), strict=False))
+    assert sites is None or len(found.sites) == sites, str(found)
+    torch.testing.assert_close(rewritten.module()(x), layer(x), rtol=1e-12, atol=1e-12)
