@@ -63,7 +63,7 @@ class FunctionalAssignments(Pass):
             if op_name(node) in _IN_PLACE:
                 _out_of_place(program.graph, node)
         for node in program.graph.find_nodes(op="call_function", target=aten.copy_.default):
-            _functionalise(program, node)
+            _functionalise(program.graph, node)
             _read_what_was_copied(program, node)
         return Outcome()
 
@@ -86,8 +86,7 @@ def _out_of_place(graph: fx.Graph, write: fx.Node) -> None:
     graph.erase_node(write)
 
 
-def _functionalise(program: Program, write: fx.Node) -> None:
-    graph = program.graph
+def _functionalise(graph: fx.Graph, write: fx.Node) -> None:
     views = _views(write)
     if not views or write.users or len(write.args) > 2 or not isinstance(write.args[1], fx.Node):
         return
