@@ -140,6 +140,8 @@ class Reader:
             return keeps_numbers(node)
         if name in MOVEMENTS:
             return self.alive or not is_frozen(node, name)
+        if name in SCATTERS:
+            return not any(map(is_symbolic, node.args[2:]))
         if name in COMPLEX:
             return True
         value = fake(node)

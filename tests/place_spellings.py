@@ -137,6 +137,19 @@ def taking_turns(inv_freq: Tensor, places: Tensor) -> Tensor:
     return mixed[:, None]
 
 
+class TurnsOfOneText(nn.Module):
+    """The same where no picture is: three views of one count, which is what the angles are followed to."""
+
+    inv_freq: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("inv_freq", inverse_frequencies(HALF))
+
+    def forward(self, x: Tensor, length: int) -> Tensor:
+        return taking_turns(self.inv_freq, torch.arange(length, device=x.device).expand(3, 1, -1))
+
+
 # Positions given, [B, T].
 
 
@@ -265,6 +278,7 @@ PLACE_SPELLINGS = (
     Spelling("taking_turns", lambda: Placed(taking_turns, narrow_tables), inputs=and_axes),
     Spelling("positions_given", lambda: Placed(given), inputs=and_positions, proved=True),
     Spelling("documents", lambda: Placed(given), inputs=and_documents, proved=True),
+    _by_length("turns_of_one_text", TurnsOfOneText, True, narrow_tables),
     _by_length("frequencies_by_length", ByLength, True),
     _by_length("short_or_long", ShortOrLong, True),
     Spelling(
