@@ -46,7 +46,7 @@ def capture_dynamo(module: fx.GraphModule, examples: Sequence[Any]) -> Program:
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     fakes = [node.meta.get("example_value", example) for node, example in zip(inputs, examples, strict=True)]
     try:
-        traced = _traced(_without_batches(module), fakes)
+        traced = retraced(_without_batches(module), fakes)
     except Exception as failure:
         raise CaptureError(
             "retrace the Dynamo graph into ATen operators",
@@ -84,7 +84,7 @@ def _without_batches(module: fx.GraphModule) -> fx.GraphModule:
     return copied
 
 
-def _traced(module: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:
+def retraced(module: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:
     """The graph of the operators, one placeholder per input.
 
     The inputs go in as one list: `make_fx` would make a function with as many arguments, whose frame, deep in the stack

@@ -117,7 +117,7 @@ def gradients_of(model: nn.Module, parameters: list[nn.Parameter], ids: Tensor, 
     generator = torch.Generator().manual_seed(seed)
     cotangent = torch.randn(output.shape, generator=generator).to(output.dtype)
     found = torch.autograd.grad(output, parameters, cotangent, allow_unused=True)
-    return [output.detach(), *(torch.zeros(()) if each is None else each for each in found)]
+    return [output.detach(), *(each if each is not None else torch.zeros(()) for each in found)]
 
 
 def assert_contract(row: Architecture, plain: nn.Module, torchs: nn.Module, ours: nn.Module) -> None:
