@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from grape_compile import grape_compile, inspect, report
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
 def pause() -> None:
     """Breaks the graph."""
 
@@ -54,7 +54,7 @@ class Spoils:
     def __init__(self, spoil: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
         self.spoil, self.is_on = spoil, False
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
     def __call__(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         return self.spoil(cos, sin) if self.is_on else (cos, sin)
 
@@ -157,7 +157,7 @@ def test_a_model_broken_in_every_layer() -> None:
             pause()
             return run(x)
 
-        layer.get_submodule("mlp").forward = broken  # type: ignore[method-assign]
+        layer.get_submodule("mlp").forward = broken
     grape_compile(model, backend=calls)
     original = row.build()
     for length in (16, 9):
