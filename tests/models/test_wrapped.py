@@ -13,6 +13,7 @@ from attention_layers import RotaryAttention, example, sharpen
 from measuring import GrapeCalls, forward_backward
 from rotation_spellings import plain
 from torch import Tensor, distributed, nn
+from torch.distributed.distributed_c10d import HashStore
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, parametrize
 
@@ -77,14 +78,14 @@ def test_parameters_given_from_outside(row: Architecture) -> None:
 
 def test_many_models_at_once() -> None:
     """An ensemble: `vmap` over the parameters of a rewritten program."""
-    layer = sharpen(RotaryAttention(plain))
+    layer, x = sharpen(RotaryAttention(plain)), example()
     program, _ = rewrite(torch.export.export(layer, (example(),)))
     stacked = {
         name: torch.stack([each.detach(), -1.1 * each.detach()]) for name, each in layer.named_parameters()
     }
 
     def run(model: nn.Module) -> Callable[[dict[str, Tensor]], Tensor]:
-        return lambda parameters: torch.func.functional_call(model, parameters, (example(),))
+        return lambda parameters: torch.func.functional_call(model, parameters, (x,))
 
     found = torch.vmap(run(program.module()))(stacked)
     torch.testing.assert_close(found, torch.vmap(run(layer))(stacked), rtol=1e-4, atol=1e-5)
@@ -119,7 +120,7 @@ def low_rank(layer: nn.Module) -> None:
 
 
 def tied(layer: nn.Module) -> None:
-    layer.key.weight = layer.query.weight  # type: ignore[assignment, union-attr]
+    layer.key.weight = layer.query.weight  # type: ignore[union-attr]
 
 
 def hooked(layer: nn.Module) -> None:
@@ -179,7 +180,7 @@ def one_process() -> Iterator[None]:
     """A group of one process, without a network."""
     if not distributed.is_available():
         pytest.skip("torch was built without distributed")
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     yield
     distributed.destroy_process_group()
 
