@@ -13,7 +13,6 @@ from attention_layers import RotaryAttention, example, sharpen
 from measuring import GrapeCalls, forward_backward
 from rotation_spellings import plain
 from torch import Tensor, distributed, nn
-from torch.distributed.distributed_c10d import HashStore
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, parametrize
 
@@ -180,7 +179,8 @@ def one_process() -> Iterator[None]:
     """A group of one process, without a network."""
     if not distributed.is_available():
         pytest.skip("torch was built without distributed")
-    distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    store = distributed.HashStore()  # type: ignore[attr-defined]  # torch does not list it
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     distributed.destroy_process_group()
 
