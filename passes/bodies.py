@@ -8,15 +8,16 @@ of them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from grape_compile.passes.capture import program_of
-from grape_compile.passes.graph import Program, Role, module_path, source_line
+from grape_compile.passes.capture import program_of, retraced
+from grape_compile.passes.graph import Program, Role, Taint, fake, module_path, source_line
 from grape_compile.passes.regions import inline_regions, outline_regions
 from grape_compile.passes.site import Refusal
 
@@ -48,8 +49,8 @@ class Body:
 
     def refusal(self, what: str) -> Refusal:
         """That something was found where it has to stay."""
-        operator = getattr(self.node.target, "__name__", str(self.node.target))
-        reason = f"{what} stands inside of {operator}, whose graph is left as it was written"
+        name = getattr(self.node.target, "__name__", str(self.node.target))
+        reason = f"{what} stands inside of {name}, whose graph is left as it was written"
         return Refusal("body", reason, self.node.name, module_path(self.node), source_line(self.node))
 
 
@@ -60,23 +61,56 @@ def bodies_of(program: Program) -> Iterator[Body]:
             continue
         for held in node.all_input_nodes:
             body = getattr(program.module, str(held.target), None) if held.op == "get_attr" else None
-            if isinstance(body, fx.GraphModule):
-                yield Body(node, str(held.target), program.module, _program(program, node, body))
+            read = _in_the_dialect(body) if isinstance(body, fx.GraphModule) else None
+            if read is not None:
+                yield Body(node, str(held.target), program.module, _program(program, node, read))
 
 
-def _program(outer: Program, node: fx.Node, body: fx.GraphModule) -> Program:
-    module = fx.GraphModule(body, copy.deepcopy(body.graph))
-    module.meta.update(body.meta)
-    inline_regions(module)
+def _in_the_dialect(body: fx.GraphModule) -> fx.GraphModule | None:
+    """A copy of a body in ATen operators, which those of custom functions are not yet; None where it cannot be had."""
+    if all(_is_read(node) for node in body.graph.nodes):
+        module = fx.GraphModule(body, copy.deepcopy(body.graph))
+        module.meta.update(body.meta)
+        inline_regions(module)
+        return module
+    inputs = body.graph.find_nodes(op="placeholder")
+    try:
+        return retraced(body, [node.meta.get("example_value") for node in inputs])
+    except Exception:
+        return None
+
+
+def _is_read(node: fx.Node) -> bool:
+    if node.op != "call_function":
+        return node.op not in ("call_method", "call_module")
+    return isinstance(node.target, torch._ops.OpOverload | torch._ops.HigherOrderOperator) or (
+        node.target is operator.getitem
+    )
+
+
+def _program(outer: Program, node: fx.Node, module: fx.GraphModule) -> Program:
     inputs = module.graph.find_nodes(op="placeholder")
-    given = node.args[-1] if node.target in _RUNS else ()
-    same = list(given) if isinstance(given, list | tuple) else []
-    known: Mapping[fx.Node, Any] = dict(zip(inputs[len(inputs) - len(same) :], same, strict=False))
-    roles, values = {}, {}
-    for each in inputs:
-        operand = known.get(each)
-        role = outer.roles.get(operand, Role.INPUT) if isinstance(operand, fx.Node) else Role.INPUT
-        roles[each] = role
-        known_value = outer.values.get(operand) if isinstance(operand, fx.Node) else None
-        values[each] = None if role is Role.INPUT else known_value
+    same = _unchanging(node, inputs)
+    roles: dict[fx.Node, Role] = {}
+    values: dict[fx.Node, Any] = {}
+    for each, operand in zip(inputs, [None] * (len(inputs) - len(same)) + same, strict=True):
+        roles[each] = _role(outer, operand) if isinstance(operand, fx.Node) else Role.INPUT
+        known = outer.values.get(operand) if isinstance(operand, fx.Node) else None
+        values[each] = None if roles[each] is Role.INPUT else known
     return program_of(module, roles, values)
+
+
+def _unchanging(node: fx.Node, inputs: Sequence[fx.Node]) -> list[Any]:
+    """What the last inputs of a body are given in every turn."""
+    given = node.args[-1] if node.target in _RUNS else node.args[-len(inputs) :] if inputs else ()
+    return list(given) if isinstance(given, list | tuple) and len(given) <= len(inputs) else []
+
+
+def _role(outer: Program, operand: fx.Node) -> Role:
+    """What an operand is to a body: a value computed from positions alone is as good as stored, but not known."""
+    if operand in outer.roles:
+        return outer.roles[operand]
+    value, taint = fake(operand), outer.taints[operand]
+    if value is None or not value.is_floating_point() or taint is Taint.DATA:
+        return Role.INPUT
+    return Role.PARAMETER if taint is Taint.PARAMETER else Role.BUFFER

@@ -46,7 +46,7 @@ def capture_dynamo(module: fx.GraphModule, examples: Sequence[Any]) -> Program:
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     fakes = [node.meta.get("example_value", example) for node, example in zip(inputs, examples, strict=True)]
     try:
-        traced = _traced(_without_batches(module), fakes)
+        traced = retraced(_without_batches(module), fakes)
     except Exception as failure:
         raise CaptureError(
             "retrace the Dynamo graph into ATen operators",
@@ -84,7 +84,7 @@ def _without_batches(module: fx.GraphModule) -> fx.GraphModule:
     return copied
 
 
-def _traced(module: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:
+def retraced(module: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:
     """The graph of the operators, one placeholder per input.
 
     The inputs go in as one list: `make_fx` would make a function with as many arguments, whose frame, deep in the stack
@@ -131,16 +131,19 @@ def _is_wrapped(value: Any) -> bool:
 
 
 def _dynamo_role(node: fx.Node, example: Any) -> Role:
-    """Parameters by type or by source, a path that starts at `self`; buffers and other attributes of modules by source.
+    """What an input is by where it comes from: a path through modules to a parameter, a buffer or another attribute.
 
-    `torch.func.functional_call` puts plain tensors where a module has parameters.
+    `torch.func.functional_call` puts plain tensors where a module has parameters, and arguments of the caller as well.
     """
-    if isinstance(example, torch.nn.Parameter) or (
-        node.name.startswith("l_self_") and "_parameters_" in node.name
-    ):
+    source = getattr(node, "_dynamo_source", None)
+    path = str(source.name) if source is not None else "L['self']" if node.name.startswith("l_self_") else ""
+    if isinstance(example, torch.nn.Parameter) or "._parameters[" in path:
         return Role.PARAMETER
-    static = (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type")
-    return Role.BUFFER if static == "unguarded" or node.name.startswith("l_self_") else Role.INPUT
+    return (
+        Role.BUFFER
+        if path.startswith("L['self']") or "._modules[" in path or "._buffers[" in path
+        else Role.INPUT
+    )
 
 
 def capture_export(

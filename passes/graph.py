@@ -241,17 +241,9 @@ def module_path(node: fx.Node) -> str:
 
 def clean_path(path: str) -> str:
     """A dotted module path, spelled by Dynamo ("L['self'].model.layers[0]") or by export ("model.layers.0")."""
-    for old, new in (
-        ("L['self']", ""),
-        (".__dict__", ""),
-        ("._modules", ""),
-        ("['", "."),
-        ("']", ""),
-        ("[", "."),
-        ("]", ""),
-    ):
+    for old, new in (("L['self']", ""), ("['", "."), ("']", ""), ("[", "."), ("]", "")):
         path = path.replace(old, new)
-    return path.strip(".")
+    return ".".join(part for part in path.split(".") if part not in ("", "__dict__", "_modules"))
 
 
 def source_line(node: fx.Node) -> str:

@@ -19,7 +19,7 @@ from torch.amp import autocast_mode
 
 _HIGHER = torch.ops.higher_order
 
-_BODY_AT = {
+_BODY_AT: dict[Any, int] = {
     _HIGHER.wrap_with_set_grad_enabled: 1,
     _HIGHER.wrap_with_autocast: 4,
     _HIGHER.tag_activation_checkpoint: 0,

@@ -1,0 +1,170 @@
+"""Behind a graph break: tables made before it are known by their mark, and by nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from architectures import BY_NAME, output_of
+from attention_layers import inverse_frequencies
+from measuring import GrapeCalls
+from torch import Tensor, nn
+
+from grape_compile import grape_compile, inspect, report
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
+def pause() -> None:
+    """Breaks the graph."""
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class Broken(nn.Module):
+    """Makes tables, breaks the graph, does something to them, and turns by them."""
+
+    inv_freq: Tensor
+
+    def __init__(self, between: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.register_buffer("inv_freq", inverse_frequencies(8))
+        self.between = between
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        angle = torch.outer(positions.to(x.dtype), self.inv_freq)
+        cos, sin = torch.cat((angle, angle), -1).cos(), torch.cat((angle, angle), -1).sin()
+        pause()
+        cos, sin = self.between(cos, sin)
+        pause()
+        return turned(x, cos, sin)
+
+
+def untouched(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return cos, sin
+
+
+class Spoils:
+    """Leaves the tables alone until it is told otherwise."""
+
+    def __init__(self, spoil: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+        self.spoil, self.is_on = spoil, False
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
+    def __call__(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return self.spoil(cos, sin) if self.is_on else (cos, sin)
+
+
+def written_into(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    cos[:, :8] *= 3
+    return cos, sin
+
+
+def replaced(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.cat((3 * cos[:, :8], cos[:, 8:]), -1), sin
+
+
+def exchanged(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return sin, cos
+
+
+STEPS = torch.arange(12)
+X = torch.randn(2, 3, 12, 16, generator=torch.Generator().manual_seed(0))
+
+
+def test_tables_are_known_behind_the_break() -> None:
+    calls = GrapeCalls()
+    model = grape_compile(Broken(untouched), backend=calls)
+    for positions in (STEPS, STEPS + 5, STEPS.flip(0)):
+        calls.reset()
+        torch.testing.assert_close(model(X, positions), Broken(untouched)(X, positions))
+        assert calls.rotated == 1
+    (site,) = report(model).sites
+    assert "geometric" in str(site.encoding)
+    assert site.evidence == "tables"
+    assert report(model).refusals == ()
+
+
+@pytest.mark.parametrize("spoil", [written_into, replaced, exchanged], ids=lambda spoil: spoil.__name__)
+def test_other_tables_in_a_later_call_are_not_taken_for_the_first(spoil: Any) -> None:
+    between, calls = Spoils(spoil), GrapeCalls()
+    model, original = grape_compile(Broken(between), backend=calls), Broken(between)
+    assert (model(X, STEPS) - original(X, STEPS)).abs().max() == 0
+    for is_on, rotated in ((True, 0), (False, 1)):
+        between.is_on = is_on
+        calls.reset()
+        torch.testing.assert_close(model(X, STEPS), original(X, STEPS), rtol=1e-6, atol=1e-6)
+        assert calls.rotated == rotated
+
+
+def test_tables_of_two_calls_are_not_tables_of_one() -> None:
+    """The cosine of this call with the sine of the last: equal to nothing that was proved."""
+    kept: list[Tensor] = []
+
+    def stale(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        kept.append(sin)
+        return cos, kept[-2] if len(kept) > 1 else sin
+
+    between, calls = Spoils(stale), GrapeCalls()
+    between.is_on = True
+    model = grape_compile(Broken(between), backend=calls)
+    model(X, STEPS)
+    assert calls.rotated == 1
+    calls.reset()
+    wanted = turned(
+        X, *(torch.outer(at.float(), inverse_frequencies(8)).repeat(1, 2) for at in (STEPS, STEPS))
+    )
+    found = model(X, STEPS + 7)
+    angles = [torch.outer(at.float(), inverse_frequencies(8)).repeat(1, 2) for at in (STEPS + 7, STEPS)]
+    wanted = turned(X, angles[0].cos(), angles[1].sin())
+    torch.testing.assert_close(found, wanted)
+    assert calls.rotated == 0
+
+
+class Given(nn.Module):
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return turned(x, cos, sin)
+
+
+def test_tables_that_a_caller_gives_are_refused_with_a_reason() -> None:
+    angle = torch.outer(STEPS.float(), inverse_frequencies(8)).repeat(1, 2)
+    compiled = grape_compile(Given(), backend="eager")
+    torch.testing.assert_close(compiled(X, angle.cos(), angle.sin()), Given()(X, angle.cos(), angle.sin()))
+    for found in (report(compiled), inspect(Given(), (X, angle.cos(), angle.sin()))):
+        assert found.sites == ()
+        assert [refusal.rule for refusal in found.refusals] == ["outside"]
+        assert "graph break" in found.refusals[0].reason
+
+
+def test_a_gate_that_is_no_rotation_is_not_taken_for_one() -> None:
+    """Factors of any modulus are no tables of one angle: neither a site nor a refusal."""
+    found = inspect(Given(), (X, torch.randn(12, 16), torch.randn(12, 16)))
+    assert (found.sites, found.refusals) == ((), ())
+
+
+def test_a_model_broken_in_every_layer() -> None:
+    """As the loops over experts of dbrx and jetmoe break it: tables of the first graph, layers in the later ones."""
+    row = BY_NAME["llama"]
+    model, calls = row.build(), GrapeCalls()
+    for layer in model.get_submodule("model.layers").children():
+        run = layer.get_submodule("mlp").forward
+
+        def broken(x: Tensor, run: Callable[[Tensor], Tensor] = run) -> Tensor:
+            pause()
+            return run(x)
+
+        layer.get_submodule("mlp").forward = broken
+    grape_compile(model, backend=calls)
+    original = row.build()
+    for length in (16, 9):
+        inputs = row.inputs(seq=length)
+        calls.reset()
+        with torch.no_grad():
+            found, wanted = output_of(model(**inputs)), output_of(original(**inputs))
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        assert calls.rotated == row.rotations
+    assert report(model).refusals == ()
