@@ -272,9 +272,9 @@ def fake_value(node: fx.Node) -> Any:
 
 
 def _same(first: Any, second: Any) -> bool:
-    if isinstance(first, torch.SymInt) and isinstance(second, torch.SymInt):
-        return bool(first.node.expr == second.node.expr)
-    return isinstance(first, int) and isinstance(second, int) and first == second
+    """Equal sizes, symbols that were found to have one value among them."""
+    one, other = (size.node.expr if isinstance(size, torch.SymInt) else size for size in (first, second))
+    return bool(one == other)
 
 
 def _nodes(args: Any) -> list[fx.Node]:

@@ -6,13 +6,15 @@ import io
 import pytest
 import torch
 from architectures import BY_NAME, Architecture, output_of
-from attention_layers import example, inverse_frequencies, sharpen
+from attention_layers import RotaryAttention, example, inverse_frequencies, sharpen
 from bias_spellings import BIAS_SPELLINGS
 from rotation_spellings import ROTATION_SPELLINGS, plain
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from grape_compile import inspect, rewrite
+from grape_compile.errors import CaptureError
 
 ROWS = [BY_NAME[name] for name in ("llama", "gptj", "bloom", "mpt", "deepseek_v3")]
 rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
@@ -175,6 +177,62 @@ def test_a_graph_module_traced_symbolically() -> None:
     rewritten, found = rewrite(module, (x,))
     assert operators_in(rewritten.graph) == (1, 0), str(found)
     torch.testing.assert_close(rewritten(x), module(x))
+
+
+class Scaled(nn.Module):
+    """Two layers and a number that need not be given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(RotaryAttention(plain), RotaryAttention(plain))
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        out: Tensor = self.layers(x) * scale
+        return out
+
+
+def test_a_traced_module_of_submodules_is_trained_and_takes_other_sizes() -> None:
+    model = sharpen(Scaled())
+    traced = fx.symbolic_trace(model)
+    assert traced.graph.find_nodes(op="call_module")
+    rewritten, found = rewrite(traced, (example(),))
+    assert len(found.sites) == 4, str(found)
+    for x in (example(), example(9, 3), example(30, 1)):
+        torch.testing.assert_close(rewritten(x), model(x), rtol=1e-4, atol=1e-5)
+    gradients = []
+    for each in (model, rewritten):
+        model.zero_grad()
+        torch.autograd.backward(each(example()).square().sum())
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_module_traced_by_make_fx() -> None:
+    model = sharpen(Scaled())
+    for pre_dispatch in (False, True):
+        rewritten, found = rewrite(make_fx(model, pre_dispatch=pre_dispatch)(example()), (example(),))
+        assert len(found.sites) == 4, str(found)
+        torch.testing.assert_close(rewritten(example()), model(example()), rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_that_a_tracer_keeps_whole() -> None:
+    model = sharpen(Scaled())
+
+    class Tracer(fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+            return isinstance(m, RotaryAttention) or super().is_leaf_module(m, module_qualified_name)
+
+    traced = fx.GraphModule(model, Tracer().trace(model))
+    rewritten, found = rewrite(traced, (example(),))
+    assert len(found.sites) == 4, str(found)
+    torch.testing.assert_close(rewritten(example()), model(example()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("args", [(), (torch.randn(3, 3),)], ids=["none", "of another shape"])
+def test_a_traced_module_without_fitting_examples(args: tuple[Tensor, ...]) -> None:
+    with pytest.raises(CaptureError) as caught:
+        rewrite(fx.symbolic_trace(sharpen(Scaled())), args)
+    assert "as `args`" in caught.value.works
 
 
 def test_inspect_and_rewrite_agree() -> None:
