@@ -25,6 +25,7 @@ from torch.fx.experimental.proxy_tensor import (
     track_tensor_tree,
 )
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from grape_compile.passes.graph import Unreadable, frozen, layout
 from grape_compile.passes.regions import body_of, marked, operands_of
@@ -32,7 +33,7 @@ from grape_compile.passes.regions import body_of, marked, operands_of
 
 @dataclass
 class Common:
-    """What the retraces of a graph and of the bodies in it share: `kept` are the results of custom functions."""
+    """What the retraces of a graph and of the bodies in it share: `kept` are the results of what stays a call."""
 
     kept: dict[fx.Node, Any]
     devices: list[str]
@@ -48,7 +49,7 @@ class Common:
             node: pytree.tree_map(lambda value: _fresh(value, mode), node.meta["example_value"])
             for graph in graphs
             for node in graph.nodes
-            if _is_custom_function(node)
+            if _stays_a_call(node)
         }
         return cls(kept, sorted({fake.device.type for fake in fakes if isinstance(fake, Tensor)}))
 
@@ -59,7 +60,9 @@ class Common:
 
 
 class Retrace(fx.Interpreter):
-    """Interprets a Dynamo graph; a custom autograd function stays one call, with the backward its author wrote."""
+    """Interprets a Dynamo graph; a custom autograd function stays one call, with the backward its author wrote, and so
+    does what is asked of a tensor that wraps others (a quantised cache gives its keys back).
+    """
 
     def __init__(self, module: fx.GraphModule, common: Common) -> None:
         super().__init__(module)
@@ -131,7 +134,7 @@ class Retrace(fx.Interpreter):
             if isinstance(body, fx.GraphModule):
                 root.register_module(f"body_{len(list(root.children()))}", body)
         operands, options = pytree.tree_map(tracer.unwrap_proxy, (args, kwargs))
-        call = tracer.create_proxy("call_function", node.target, operands, options)
+        call = tracer.create_proxy(node.op, node.target, operands, options)
         return track_tensor_tree(self.common.kept[node], call, constant=None, tracer=tracer)
 
 
@@ -252,8 +255,11 @@ def _is_repeatable(step: fx.Node, inside: set[fx.Node]) -> bool:
     )
 
 
-def _is_custom_function(node: fx.Node) -> bool:
-    return node.op == "call_function" and getattr(node.target, "__name__", "") == "autograd_function_apply"
+def _stays_a_call(node: fx.Node) -> bool:
+    if node.op == "call_function" and getattr(node.target, "__name__", "") == "autograd_function_apply":
+        return True
+    operands = (operand.meta.get("example_value") for operand in node.all_input_nodes)
+    return node.op in ("call_function", "call_method") and any(map(is_traceable_wrapper_subclass, operands))
 
 
 def _fresh(value: Any, mode: Any) -> Any:
