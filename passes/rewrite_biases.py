@@ -23,7 +23,7 @@ from grape_compile.passes.graph import Program, Sizes, Unreadable, module_path, 
 from grape_compile.passes.operands import Emitter
 from grape_compile.passes.plans import Miss
 from grape_compile.passes.replay import Replay
-from grape_compile.passes.rewrite_rotations import mutation_between, overwritten, refusal, remove_unused
+from grape_compile.passes.rewrite_rotations import overwritten, refusal, remove_unused
 from grape_compile.passes.score_terms import ScoreTerm
 from grape_compile.passes.scores import DEAD
 from grape_compile.passes.site import Site
@@ -81,7 +81,7 @@ class _Layer:
     def replace(self) -> Site:
         """Emit, verify, and only then redirect the consumers."""
         layer, plan = self.layer, self.plan
-        hazard = mutation_between(self.program, [layer.query, layer.key, layer.value], layer.output)
+        hazard = overwritten(self.program, [layer.query, layer.key, layer.value], layer.output)
         if hazard is not None:
             raise Unreadable(f"{hazard.name} changes query, key or value in place inside the layer")
         query, key, value = self._four_axes()

@@ -28,7 +28,7 @@ from grape_compile.passes.graph import (
     require_fake,
     source_line,
 )
-from grape_compile.passes.memory import owner, written
+from grape_compile.passes.memory import owner, writes, written
 from grape_compile.passes.operands import Emitter
 from grape_compile.passes.plans import Miss, RotationPlan
 from grape_compile.passes.replay import Replay
@@ -124,10 +124,19 @@ def mutation_between(program: Program, region: Iterable[fx.Node], output: fx.Nod
 def overwritten(program: Program, operands: Iterable[fx.Node], output: fx.Node) -> fx.Node | None:
     """A node that writes into an operand before `output`, where the operator reads it."""
     for root in map(owner, operands) if program.mutations else ():
-        write = _write_into(program, {root}, program.order.get(root, -1), output)
+        write = _write_into(program, _handed_on(root), program.order.get(root, -1), output)
         if write is not None:
             return write
     return None
+
+
+def _handed_on(root: fx.Node) -> set[fx.Node]:
+    """The names of a value's memory: its own and, for the result of a write, what was written into."""
+    names = {root}
+    while writes(root) and written(root):
+        root = owner(written(root)[0])
+        names.add(root)
+    return names
 
 
 def _write_into(program: Program, memory: set[fx.Node], start: int, output: fx.Node) -> fx.Node | None:
