@@ -71,7 +71,9 @@ def capture_dynamo(module: fx.GraphModule, examples: Sequence[Any]) -> Program:
     }
     values = dict(zip(placeholders, examples, strict=True))
     program = program_of(traced, roles, values)
-    marks = {node: mark for node, value in values.items() if (mark := mark_on(value))}
+    # What a module keeps is read as it is; only what is handed over needs to be known by its origin.
+    handed = (node for node in values if roles.get(node) is Role.INPUT)
+    marks = {node: mark for node in handed if (mark := mark_on(values[node]))}
     return graft(program, marks) if marks else program
 
 
