@@ -53,6 +53,10 @@ class _Compiled:
     in_buckets: bool = False
 
 
+_OWN_GRAPH = (
+    "a module compiled by grape_compile keeps its own graphs: an outer torch.compile cannot be a full graph"
+)
+
 _compiled: weakref.WeakKeyDictionary[nn.Module, _Compiled] = weakref.WeakKeyDictionary()
 
 
@@ -366,7 +370,11 @@ def _by_bucket(inner: Backend) -> Backend:
 
 
 def _unwrapped_errors(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a GrapeError raised inside the backend reach the user as itself."""
+    """Let a GrapeError raised inside the backend reach the user as itself.
+
+    An outer `torch.compile`, such as the one transformers puts around the decoding step, breaks its graph here: it
+    would take the plain code in and compile it without a single operator of ours.
+    """
 
     @functools.wraps(compiled)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -377,4 +385,5 @@ def _unwrapped_errors(compiled: Callable[..., Any]) -> Callable[..., Any]:
                 raise failure.inner_exception from None
             raise
 
-    return call
+    own: Callable[..., Any] = torch.compiler.disable(call, reason=_OWN_GRAPH)
+    return own
