@@ -8,6 +8,7 @@
 | cache | the same, one token after a prefill of the plain model |
 | training | the same, gradients of every parameter for a random cotangent |
 | bf16 | the same, parameters in bfloat16 |
+| generate | greedy generation from a left-padded batch; found and truth are counted over all its forward passes |
 
 Each counts its own truth by running the original through the same inputs.
 """
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.coverage.generation import Ran, compared, generated, prompt
 from benchmarks.coverage.inputs import Inputs, lengthened, sequence_axes
 from benchmarks.coverage.oracle import Run, cast, live, measured, output_of
 from benchmarks.coverage.truth import Count, counting
@@ -126,6 +128,33 @@ def bf16(case: Case) -> Outcome:
     return _through_compile(Case(model, inputs, truth), _forward, torch.bfloat16)
 
 
+def generate(case: Case) -> Outcome:
+    """The prompt, then one token at a time: all tokens must run through every operator."""
+    ids = case.inputs.get("input_ids")
+    if not getattr(case.model, "can_generate", bool)() or not isinstance(ids, Tensor) or ids.dim() != 2:
+        return {"skipped": "the model does not generate from token ids"}
+    if "decoder_input_ids" in case.inputs or "pixel_values" in case.inputs:
+        return {"skipped": "no decoder of plain token ids"}
+    model, inputs = case.fresh(), prompt({"input_ids": ids})
+    try:
+        with counting(model) as truth:
+            generated(model, inputs)
+    except Exception as failure:
+        return {"skipped": f"the original does not generate: {first_line(failure)}"}
+    ran = Ran()
+    ours = grape_compile(case.fresh(), backend=ran)
+    try:
+        generated(ours, inputs)
+    except Exception as failure:
+        return _alone(
+            Case(model, inputs, truth),
+            lambda plain, _, given: {"output": generated(plain, given).logits},
+            failure,
+        )
+    found = _found(report(ours), truth) | {"rotations": ran.rotations, "biases": ran.biases}
+    return found | compared(ours, model, inputs)
+
+
 DOORS: dict[str, Callable[[Case], Outcome]] = {
     "static": static,
     "dynamic": dynamic,
@@ -133,6 +162,7 @@ DOORS: dict[str, Callable[[Case], Outcome]] = {
     "cache": cache,
     "training": training,
     "bf16": bf16,
+    "generate": generate,
 }
 
 

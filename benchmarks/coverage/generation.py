@@ -1,0 +1,138 @@
+"""Greedy generation, the default cache: what ran in the prompt and in every token after it, and how exact it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.coverage.inputs import Inputs, redrawn
+from benchmarks.coverage.oracle import (
+    AGAINST_ORIGINAL,
+    FLOOR,
+    MARGIN,
+    SEEDS,
+    Deviation,
+    InDouble,
+    in_double,
+    live,
+)
+
+NEW_TOKENS = 4
+PADDED = 3
+"""Tokens of the second sample that are padding, at its left."""
+
+
+class Ran(TorchDispatchMode):
+    """A backend that runs a graph as it is and counts what ran of ours; nothing is compiled under an active mode."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self.rotations = self.biases = 0
+
+    def __call__(self, module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        def counted(*args: Any) -> Any:
+            with self:
+                return module(*args)
+
+        return counted
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name = func._schema.name
+        self.rotations += len(args[0]) if name == "grape::rotate" else 0
+        self.biases += name == "grape::attend"
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Tokens [batch, new] and the logits each was chosen by, [batch, new, vocabulary]."""
+
+    tokens: Tensor
+    logits: Tensor
+
+
+def prompt(inputs: Inputs) -> Inputs:
+    """A batch of two whose second sample begins with padding."""
+    ids = inputs["input_ids"].clone()
+    mask = torch.ones_like(ids)
+    ids[1:, :PADDED] = mask[1:, :PADDED] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def generated(model: nn.Module, inputs: Inputs) -> Generated:
+    """The most likely tokens, one after another."""
+    torch.manual_seed(0)
+    generate: Any = model.generate
+    with torch.no_grad():
+        found = generate(
+            **copy.deepcopy(inputs),
+            do_sample=False,
+            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS,
+            return_dict_in_generate=True,
+            output_logits=True,
+            pad_token_id=0,
+        )
+    return Generated(found.sequences[:, -NEW_TOKENS:], torch.stack(found.logits, 1))
+
+
+def compared(ours: nn.Module, original: nn.Module, inputs: Inputs) -> dict[str, Any]:
+    """Error of the logits of ours and of the original over `SEEDS`, and whether the same tokens were chosen.
+
+    Logits are compared as long as the tokens before them agree. Where two tokens are closer to each other than the
+    errors of the logits, either may be chosen.
+    """
+    wide: nn.Module | None = in_double(original)
+    errors = {"ours": Deviation(), "original": Deviation()}
+    same, ties = True, 0
+    for seed in SEEDS:
+        drawn = prompt(redrawn(inputs, seed))
+        runs = {"ours": generated(ours, drawn), "original": generated(original, drawn)}
+        reference = _in_double(wide, drawn) if wide is not None else None
+        if reference is None:
+            wide, reference = None, runs["original"]
+        for name, found in runs.items():
+            for sample in range(len(reference.tokens)):
+                end, tie = _agreement(found, reference, sample)
+                errors[name].add(
+                    {"output": found.logits[sample, :end]}, {"output": reference.logits[sample, :end]}
+                )
+                ties += name == "ours" and tie is True
+                same &= name == "original" or tie is not False
+    error, other = errors["ours"].relative, errors["original"].relative
+    bound = MARGIN * other + FLOOR if wide is not None else AGAINST_ORIGINAL[torch.float32]
+    return {
+        "error": error,
+        "original": other,
+        "oracle": "original" if wide is None else "fp64",
+        "bound": bound,
+        "near ties": ties,
+        "holds": same and error <= bound,
+    }
+
+
+def _in_double(wide: nn.Module, inputs: Inputs) -> Generated | None:
+    try:
+        with InDouble():
+            return generated(wide, inputs)
+    except Exception:  # kernels without float64, casts to float32 that no mode sees
+        return None
+
+
+def _agreement(found: Generated, wanted: Generated, sample: int) -> tuple[int, bool | None]:
+    """How many tokens were chosen from the same past, and where the next differs, whether rounding explains it."""
+    differs = (found.tokens[sample] != wanted.tokens[sample]).nonzero()
+    if not len(differs):
+        return NEW_TOKENS, None
+    at = int(differs[0])
+    ours, theirs = found.logits[sample, at].double(), wanted.logits[sample, at].double()
+    margin = theirs[wanted.tokens[sample, at]] - theirs[found.tokens[sample, at]]
+    return at + 1, bool(margin <= 2 * (ours - theirs)[live(theirs)].abs().max())
