@@ -162,12 +162,27 @@ def _gemma3() -> Any:
     return hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**sizes, layer_types=layers))
 
 
+def _llama_dynamic() -> Any:
+    # Longer than what it was trained on from the first decoded tokens on: the frequencies change underway.
+    return _llama(**_rope("dynamic", factor=2.0) | {"max_position_embeddings": 12})
+
+
 def _phi() -> Any:
     return hf.PhiForCausalLM(hf.PhiConfig(**GROUPED))
 
 
 def _phi3() -> Any:
     return hf.Phi3ForCausalLM(hf.Phi3Config(**GROUPED, original_max_position_embeddings=256))
+
+
+def _phi3_longrope() -> Any:
+    planes = range(HEAD_DIM // 2)
+    factors = {
+        "short_factor": [1.0 + 0.1 * j for j in planes],
+        "long_factor": [2.0 + 0.1 * j for j in planes],
+    }
+    trained = {"original_max_position_embeddings": 12}
+    return hf.Phi3ForCausalLM(hf.Phi3Config(**GROUPED, **trained, **_rope("longrope", **factors, **trained)))
 
 
 def _gpt_neox() -> Any:
@@ -351,6 +366,19 @@ ENCODED: tuple[Architecture, ...] = (
     _encoder("eurobert", _eurobert),
     _encoder("dinov3_vit", _dinov3_vit, input_kind="pixels"),
 )
+
+CACHED: tuple[Architecture, ...] = (
+    *(
+        row
+        for row in ENCODED
+        if row.name
+        in ("llama", "gptj", "bloom", "mpt", "falcon", "gemma3", "mistral", "deepseek_v3", "gpt_oss", "qwen3")
+    ),
+    _with_bias("falcon-alibi", lambda: _falcon(alibi=True)),
+    _decoder("phi3-longrope", _phi3_longrope),
+    _decoder("llama-dynamic", _llama_dynamic),
+)
+"""Decoders that stand for the ways of writing a position down, run with every kind of cache."""
 
 WITHOUT: tuple[Architecture, ...] = (
     _decoder("gpt2", _gpt2, rotations=0),
