@@ -8,3 +8,24 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 
 torch.set_num_threads(1)
+
+from collections.abc import Iterator
+
+import pytest
+from generated.tally import Tally
+
+
+def tallies(reporter: pytest.TerminalReporter) -> Iterator[Tally]:
+    """What the tests over generated programs counted, in whichever process they ran."""
+    for outcome in ("passed", "failed"):
+        for report in reporter.getreports(outcome):
+            yield from (Tally(**value) for name, value in report.user_properties if name == "generated")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    total = Tally()
+    for tally in tallies(terminalreporter):
+        total.add(tally)
+    if total.programs:
+        terminalreporter.section("generated programs")
+        terminalreporter.write_line("\n".join(total.lines()))
