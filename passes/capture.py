@@ -17,7 +17,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, InputSpec
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
@@ -162,7 +162,7 @@ def capture_export(
     values: dict[fx.Node, Any] = {}
     for spec in program.graph_signature.input_specs:
         node = placeholders[spec.arg.name]
-        roles[node] = _KINDS.get(spec.kind, Role.INPUT)
+        roles[node] = Role.LITERAL if _is_literal(spec) else _KINDS.get(spec.kind, Role.INPUT)
         if spec.kind is InputKind.USER_INPUT:
             values[node] = examples.pop(0) if examples else None
         elif spec.target is not None:
@@ -212,6 +212,11 @@ def export_traced(module: fx.GraphModule, args: tuple[Any, ...]) -> ExportedProg
             f"{type(failure).__name__}: {failure}".splitlines()[0],
             "the tensors that its forward accepts, in their order, as `args`",
         ) from failure
+
+
+def _is_literal(spec: InputSpec) -> bool:
+    """Whether an input is a tensor the code makes of numbers: nobody can reach it to write to it."""
+    return spec.kind is InputKind.CONSTANT_TENSOR and str(spec.target).startswith("lifted_tensor")
 
 
 def has_unknown_sizes(program: ExportedProgram) -> bool:

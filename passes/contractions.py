@@ -92,7 +92,10 @@ def _letters(equation: str, ranks: tuple[int, ...]) -> tuple[str, ...] | None:
     if not arrow or len(names) != len(ranks):
         return None
     free = [letter for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if letter not in equation]
-    counts = [rank - len(name.replace("...", "")) if "..." in name else 0 for name, rank in zip(names, ranks, strict=True)]
+    counts = [
+        rank - len(name.replace("...", "")) if "..." in name else 0
+        for name, rank in zip(names, ranks, strict=True)
+    ]
     hidden = "".join(free[: max(counts)])
     filled = [
         name.replace("...", hidden[len(hidden) - count :]) for name, count in zip(names, counts, strict=True)

@@ -50,7 +50,7 @@ COMPLEX = {
 }
 SUMS = {"aten::add", "aten::sub", "aten::neg", "aten::sum", "aten::rsub", "aten::addcmul"}
 PRODUCTS = {"aten::mul", "aten::div", "aten::multiply", "aten::divide", "aten::true_divide"}
-PICKS = {"aten::index_select"}
+PICKS = {"aten::index_select", "aten::index"}
 SCATTERS = {"aten::slice_scatter", "aten::select_scatter"}
 PADS = {"aten::pad", "aten::constant_pad_nd"}
 _MASKED = {"aten::masked_fill", "aten::where"}
@@ -152,7 +152,7 @@ class Reader:
         if name in CONTRACTIONS:
             product = contraction(node, self.sizes)
             return product is not None and product.size == 1
-        return name == "aten::neg"
+        return name == "aten::neg" or (name in SUMS and any(is_zero(operand) for operand in node.args[:2]))
 
     # -- one step back -----------------------------------------------------------------------------------------------
 
@@ -186,9 +186,9 @@ class Reader:
             return self._scatter(node, name, index, rows, back)
         if name in PADS:
             return self._padded(node, name, index, rows, back)
-        moved = renamed(node, index)
-        if moved is not None:
-            return back(*moved, rows)
+        reordered = renamed(node, index)
+        if reordered is not None:
+            return back(*reordered, rows)
         product = contraction(node, self.sizes)
         if product is not None:
             return self._contracted(product, index, rows, back)
@@ -211,12 +211,21 @@ class Reader:
         return kept[0] if len(kept) == 1 else None
 
     def _picked(self, node: fx.Node, index: Index) -> Index:
-        """`index_select` by a constant list of places (a buffer may change, a constant may not)."""
-        places = operand_of(node, 2)
-        if not self.program.is_constant(places):
-            raise Unreadable("elements picked by an index that may change")
-        axes, dim = list(index), ints(node.args[1])[0]
-        axes[dim] = self.replay.tensor(places)[axes[dim]]
+        """`index_select`, or `index` along one axis, by a constant list of places (a buffer may change)."""
+        axes = list(index)
+        if op_name(node) == "aten::index_select":
+            dim, places = ints(node.args[1])[0], operand_of(node, 2)
+        else:
+            given = node.args[1]
+            assert isinstance(given, list | tuple)
+            picked = [(dim, each) for dim, each in enumerate(given) if isinstance(each, fx.Node)]
+            raise_if(len(picked) != 1 or require_fake(picked[0][1]).dim() != 1, "elements picked one by one")
+            ((dim, places),) = picked
+        raise_if(not self.program.is_constant(places), "elements picked by an index that may change")
+        held = self.replay.tensor(places)
+        raise_if(held.dtype.is_floating_point or held.dtype is torch.bool, "elements picked by a mask")
+        dim %= len(axes)
+        axes[dim] = held[axes[dim]].to(torch.int64) % self.shape(operand_of(node, 0))[dim]
         return tuple(axes)
 
     def _padded(self, node: fx.Node, name: str, index: Index, rows: Tensor, back: Back) -> list[Term]:
@@ -370,6 +379,11 @@ class Reader:
         conjugate_too = any(factor.is_complex for term in terms for factor in term.factors)
         raise_if(conjugate_too, "the conjugate of a complex position-side value")
         return [replace(term, coefficient=term.coefficient.conj()) for term in terms]
+
+
+def is_zero(operand: Any) -> bool:
+    """The number zero: a sum with it is no sum."""
+    return isinstance(operand, int | float) and operand == 0
 
 
 def raise_if(condition: bool, reason: str) -> None:

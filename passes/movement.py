@@ -152,7 +152,7 @@ def move(node: fx.Node, name: str, index: Index, sizes: Sizes) -> tuple[fx.Node,
         return operand, broadcast(index, shape)
     if name in PERMUTES:
         moved = list(index)
-        for position, dim in enumerate(_order(node, name, len(shape))):
+        for position, dim in enumerate(permutation(node, name, len(shape))):
             moved[dim] = index[position]
         return operand, tuple(moved)
     return operand, _step(node, name, index, shape, sizes)
@@ -242,7 +242,8 @@ def _axis_of_grid(grid: fx.Node, which: int, index: Index) -> tuple[fx.Node, Ind
     return axes[which], (index[dim],) if axes[which].meta["val"].dim() else ()
 
 
-def _order(node: fx.Node, name: str, rank: int) -> list[int]:
+def permutation(node: fx.Node, name: str, rank: int) -> list[int]:
+    """For every axis of the result the axis of the operand it is."""
     order = list(range(rank))
     if name == "aten::permute":
         return [dim % rank for dim in ints(node.args[1])]

@@ -12,7 +12,8 @@ from grape_compile.passes.graph import Program, Taint, fake, op_name, require_fa
 
 PASSED = {"aten::to", "aten::_to_copy", "aten::clone", "aten::contiguous", "aten::type_as", "aten::alias"}
 _RESHAPED = {
-    "aten::view", "aten::reshape", "aten::_unsafe_view", "aten::unsqueeze", "aten::squeeze", "aten::expand", "aten::select",
+    "aten::view", "aten::reshape", "aten::_unsafe_view", "aten::unsqueeze", "aten::squeeze", "aten::expand",
+    "aten::select",
 }  # fmt: skip
 _LOWEST = -1e4
 

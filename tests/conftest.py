@@ -1,18 +1,16 @@
-"""What holds for every test, however pytest was started: nothing is downloaded, torch runs on one thread."""
+"""What holds for every test: nothing is downloaded, torch runs on one thread, generated programs are counted."""
 
 import os
+from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import pytest
 import torch
+from generated.tally import Tally
 
 torch.set_num_threads(1)
-
-from collections.abc import Iterator
-
-import pytest
-from generated.tally import Tally
 
 
 def tallies(reporter: pytest.TerminalReporter) -> Iterator[Tally]:

@@ -141,7 +141,9 @@ def gated_by_key(key: Tensor, slopes: Tensor, length: int) -> Tensor:
 
 
 def gated_by_both(query: Tensor, key: Tensor, slopes: Tensor, length: int) -> Tensor:
-    gates = functional.softplus(query.mean(-1)).unsqueeze(-1) + functional.softplus(key.mean(-1)).unsqueeze(-2)
+    gates = functional.softplus(query.mean(-1)).unsqueeze(-1) + functional.softplus(key.mean(-1)).unsqueeze(
+        -2
+    )
     return slopes[:, None, None] * apart(torch.arange(length)) * gates
 
 
@@ -311,7 +313,9 @@ def forgetting_times_distance(rates: Tensor, length: int) -> Tensor:
 
 
 def product_of_gates(query: Tensor, key: Tensor, slopes: Tensor, length: int) -> Tensor:
-    gates = functional.softplus(query.mean(-1)).unsqueeze(-1) * functional.softplus(key.mean(-1)).unsqueeze(-2)
+    gates = functional.softplus(query.mean(-1)).unsqueeze(-1) * functional.softplus(key.mean(-1)).unsqueeze(
+        -2
+    )
     return by_distance(slopes, length) * gates
 
 

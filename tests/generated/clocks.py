@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from rotation_spellings import HALF, HEAD_DIM
+from attention_layers import HEAD_DIM
+from rotation_spellings import HALF
 from torch import Tensor
 from torch.nn import functional
 

@@ -16,7 +16,19 @@ NUMBERS = {"length", "batch", "times", "scale", "least", "math", "torch", "nn", 
 TRUTHS = {"seen", "hidden"}
 COMPLEX = {"numbers", "pairs_of_numbers", "turned_numbers"}
 WHOLE = {"steps", "clock", "positions", "places", "partner"}
-_NO_TENSOR = {"size", "item", "dim", "numel", "split", "chunk", "unbind", "meshgrid", "finfo", "sqrt", "is_complex"}
+_NO_TENSOR = {
+    "size",
+    "item",
+    "dim",
+    "numel",
+    "split",
+    "chunk",
+    "unbind",
+    "meshgrid",
+    "finfo",
+    "sqrt",
+    "is_complex",
+}
 _NO_TENSOR_ATTRIBUTES = {"shape", "dtype", "device", "ndim", "min", "max"}
 
 
@@ -29,6 +41,9 @@ def _tree(function: Callable[..., Any]) -> str:
     tree.returns = None
     for argument in tree.args.args:
         argument.annotation = None
+    for number, step in enumerate(tree.body):
+        if isinstance(step, ast.AnnAssign) and step.value is not None:
+            tree.body[number] = ast.copy_location(ast.Assign([step.target], step.value), step)
     return ast.unparse(tree)
 
 

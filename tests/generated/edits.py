@@ -86,7 +86,11 @@ def _multiplied_and_added(node: ast.AST) -> ast.expr | None:
 
 def _bounds(node: ast.AST) -> tuple[ast.expr, ast.expr, ast.expr] | None:
     """The tensor, start and stop of `x[..., start:stop]`."""
-    if not isinstance(node, ast.Subscript) or not is_tensor(node.value) or not isinstance(node.slice, ast.Tuple):
+    if (
+        not isinstance(node, ast.Subscript)
+        or not is_tensor(node.value)
+        or not isinstance(node.slice, ast.Tuple)
+    ):
         return None
     if len(node.slice.elts) != 2 or not isinstance(cut := node.slice.elts[1], ast.Slice):
         return None
@@ -182,7 +186,9 @@ def apply(edit: Edit, functions: list[Function]) -> bool:
 
 
 def _apply_rule(rule: Rule, place: int, functions: list[Function]) -> bool:
-    found = [(function, node, new) for function in functions for node in walk(function) if (new := rule(node))]
+    found = [
+        (function, node, new) for function in functions for node in walk(function) if (new := rule(node))
+    ]
     if not found:
         return False
     function, node, new = found[place % len(found)]

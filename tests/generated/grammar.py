@@ -1,4 +1,4 @@
-"""The grammar: hypothesis strategies that draw programs. Earlier choices are simpler: a failure shrinks towards them."""
+"""The grammar: hypothesis strategies that draw programs. Earlier choices are simpler: failures shrink to them."""
 
 from __future__ import annotations
 

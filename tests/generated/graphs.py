@@ -10,10 +10,11 @@ from torch.export import ExportedProgram
 
 
 def decomposed(program: ExportedProgram, how: str) -> ExportedProgram:
-    """"core": the core ATen operators; "functional": without mutation; "": as it was exported."""
-    if how == "core":
-        return program.run_decompositions()
-    return program.run_decompositions({}) if how == "functional" else program
+    """ "core": the core ATen operators; "functional": without mutation; "": as it was exported."""
+    if not how:
+        return program
+    taken_apart: ExportedProgram = program.run_decompositions(*([{}] if how == "functional" else []))
+    return taken_apart
 
 
 def shuffle(program: ExportedProgram, seed: int) -> None:

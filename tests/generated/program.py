@@ -1,4 +1,4 @@
-"""A generated program: a tree of words that renders itself as the source of a model, and is run from that very source."""
+"""A generated program: a tree of words that renders itself as the source of a model and is run from that source."""
 
 from __future__ import annotations
 
@@ -130,8 +130,8 @@ class Program:
 
     def options(self) -> str:
         """What is done with the program besides running its text."""
-        graph = f"decomposed={self.decomposed!r}, shuffle={self.shuffle}"
-        return f"{self.door}, {self.dtype}, T={self.length}, dynamic={self.dynamic}, gradients={self.gradients}, {graph}"
+        names = "door", "dtype", "length", "dynamic", "gradients", "decomposed", "shuffle"
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
 
 _numbers = itertools.count()
@@ -187,7 +187,11 @@ class _Writer:
         edited = [*self.functions.values(), *(step for step in model.body[1:] if isinstance(step, Function))]
         if program.spoil is not None:
             suffix = f"_{program.spoil.part}"
-            own = [tree for name, tree in self.functions.items() if name.endswith(suffix)]
+            own = [
+                tree
+                for name, tree in self.functions.items()
+                if name.endswith(suffix) and name != f"turn{suffix}"
+            ]
             spoils.apply(program.spoil, own)
         for edit in program.edits:
             apply(edit, edited)
@@ -293,7 +297,9 @@ class _Writer:
         self.init.append(f"{', '.join(names)} = {rows}")
         for name in names:
             self.init.append(f'self.register_buffer("all_{name}", {name})')
-            given = ", ".join({"table": f"self.all_{name}"}.get(each, each) for each in _parameters(table.look_up))
+            given = ", ".join(
+                {"table": f"self.all_{name}"}.get(each, each) for each in _parameters(table.look_up)
+            )
             yield f"{name} = {self._use(table.look_up)}({given})"
 
     def _given(self, word: Word) -> str:

@@ -59,9 +59,14 @@ def _name(node: ast.AST, names: set[str]) -> list[ast.expr]:
 
 
 def _number(node: ast.AST, _: set[str]) -> list[ast.expr]:
-    if not isinstance(node, ast.Constant) or type(node.value) not in (int, float):
+    value = node.value if isinstance(node, ast.Constant) else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return []
-    return [ast.Constant(node.value + 1), ast.Constant(node.value * 1.25)][: 1 + (type(node.value) is float)]
+    return (
+        [ast.Constant(value + 1), ast.Constant(value * 1.25)]
+        if isinstance(value, float)
+        else [ast.Constant(value + 1)]
+    )
 
 
 def _value(text: str) -> object:
@@ -95,9 +100,9 @@ def apply(spoil: Spoil, functions: list[Function]) -> bool:
     found = []
     for function in functions:
         nodes = list(walk(function))
-        names = {
-            node.id for node in nodes if isinstance(node, ast.Name) and is_tensor(node)
-        } - {tree.name for tree in functions}
+        names = {node.id for node in nodes if isinstance(node, ast.Name) and is_tensor(node)} - {
+            tree.name for tree in functions
+        }
         found += [(function, node, new) for node in nodes for new in change(node, names)]  # type: ignore[operator]
     if not found:
         return False

@@ -44,7 +44,7 @@ def tables(program: Program, angle: Tensor) -> tuple[Tensor, ...]:
 
 
 def matrices(program: Program, loaded: Loaded, name: str) -> Tensor | None:
-    """The matrix of `turn_<name>` for every token, [T, D, D]; None where it is no linear map of the token's channels."""
+    """The matrices of `turn_<name>`, [T, D, D], by token; None where it is no linear map of the token's channels."""
     dim, heads_last = program.shape.dim, program.shape.heads_last
     generator = torch.Generator().manual_seed(3)
     angle = 0.3 + 2.4 * torch.rand(TOKENS, program.shape.width // 2, generator=generator, dtype=torch.float64)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import rotation_spellings as spelled
 import torch
-from rotation_spellings import HALF, HEAD_DIM
+from attention_layers import HEAD_DIM
+from rotation_spellings import HALF
 from torch import Tensor
 
 
@@ -56,7 +57,8 @@ def of_stacked_parts(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def of_matrices_of_parts(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     rows = torch.stack((torch.stack((cos, -sin), dim=-2), torch.stack((sin, cos), dim=-2)), dim=-3)
-    return (rows * x.unflatten(-1, (1, 2, HALF))).sum(-2).flatten(-2)
+    turned: Tensor = (rows * x.unflatten(-1, (1, 2, HALF))).sum(-2)
+    return turned.flatten(-2)
 
 
 def of_even_and_odd(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -78,7 +80,8 @@ def of_pairs_joined(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def of_products_of_matrices(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     matrix = torch.stack((cos, -sin, sin, cos), dim=-1).unflatten(-1, (2, 2))
-    return (matrix @ x.unflatten(-1, (HALF, 2)).unsqueeze(-1)).squeeze(-1).flatten(-2)
+    turned: Tensor = matrix @ x.unflatten(-1, (HALF, 2)).unsqueeze(-1)
+    return turned.squeeze(-1).flatten(-2)
 
 
 def of_contracted_matrices(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -89,7 +92,8 @@ def of_contracted_matrices(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def of_flipped_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     pairs = x.unflatten(-1, (HALF, 2))
     sines = torch.stack((-sin, sin), dim=-1)
-    return (pairs * cos.unsqueeze(-1) + pairs.flip(-1) * sines).flatten(-2)
+    turned: Tensor = pairs * cos.unsqueeze(-1) + pairs.flip(-1) * sines
+    return turned.flatten(-2)
 
 
 # Given cosines and sines of every channel.

@@ -10,9 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 import pytest
-import torch
-from generated import judge as judging
-from generated.biases import ALIBI, WRONG
+from generated.biases import ALIBI
 from generated.runs import run
 from generated.tally import Tally
 from generated.truth import Truth, linearity
@@ -50,6 +48,6 @@ def test_10000_programs(shard: int, record_property: Record) -> None:
 # The generator itself.
 
 
-@pytest.mark.parametrize("word", [each for each in ALIBI], ids=lambda word: word.name)
+@pytest.mark.parametrize("word", list(ALIBI), ids=lambda word: word.name)
 def test_a_right_bias_is_slope_times_key(word) -> None:  # type: ignore[no-untyped-def]
     assert linearity(2, word.function) is Truth.TRUE
