@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from attention_layers import causal
 from bias_spellings import fill_above_diagonal
-from rotation_spellings import largest_score_subtracted
+from layer_spellings import largest_score_subtracted
 from torch import Tensor
 from torch.nn import functional
 

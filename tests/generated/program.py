@@ -128,6 +128,10 @@ class Program:
     def __repr__(self) -> str:
         return f"\n{self.source()}\n# {self.options()}\n"
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """As hypothesis prints a failing example: the code."""
+        printer.text(repr(self))
+
     def options(self) -> str:
         """What is done with the program besides running its text."""
         names = "door", "dtype", "length", "dynamic", "gradients", "decomposed", "shuffle"

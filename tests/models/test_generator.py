@@ -55,17 +55,19 @@ def test_a_word_turns_as_it_says(turn: Turn) -> None:
 
 @turns
 def test_a_wrong_word_is_told(turn: Turn) -> None:
-    """Of the changes that spoil a word some leave a rotation, most do not: both are seen."""
-    truths = []
-    for kind in spoils.KINDS:
-        program = program_of(turn, spoil=Spoil("query", kind, 1))
-        if program.source() == program_of(turn).source():
-            continue
-        try:
-            truths.append(of_side(program, load(program), "query"))
-        except (RuntimeError, TypeError, IndexError, NameError):
-            continue
-    assert Truth.FALSE in truths
+    """Some changes of one thing leave a rotation, most do not."""
+    assert any(
+        truth_of_spoiled(turn, kind, place) is Truth.FALSE for kind in spoils.KINDS for place in range(3)
+    )
+
+
+def truth_of_spoiled(turn: Turn, kind: str, place: int) -> Truth | None:
+    """None where the spoilt program does not run."""
+    program = program_of(turn, spoil=Spoil("query", kind, place))
+    try:
+        return of_side(program, load(program), "query")
+    except (RuntimeError, TypeError, IndexError, NameError):
+        return None
 
 
 @pytest.mark.parametrize("word", ALIBI, ids=lambda word: word.name)
@@ -82,11 +84,11 @@ def test_a_wrong_bias_is_none(word: BiasWord) -> None:
 @pytest.mark.parametrize("kind", edits.KINDS)
 def test_an_edit_changes_the_text_and_not_the_meaning(kind: str) -> None:
     changed = 0
-    for name in ("of_parts", "by_roll", "every_two", "rolled"):
+    for name in ("of_parts", "every_two", "rolled"):
         turn = next(turn for turn in TURNS if turn.name == name)
         plain = program_of(turn, attention=BIASED[5], bias=ALIBI[0], slopes=SLOPES[0])
         wanted = output_of(plain)
-        for place in range(12):
+        for place in (0, 5):
             edited = dataclasses.replace(plain, edits=(Edit(kind, place),))
             if edited.source() != plain.source():
                 changed += 1
@@ -121,7 +123,7 @@ def test_a_failing_program_is_shrunk_and_printed(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.timeout(3600)
 def test_a_broken_pass_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every rotation is rewritten into the opposite one, unverified: a small program shows it."""
-    rotations: Callable[..., Any] = rewrite_rotations.detect_rotations
+    rotations: Callable[..., Any] = getattr(rewrite_rotations, "detect_rotations")  # noqa: B009 - not exported there
 
     def opposite(*args: Any) -> Any:
         found, misses = rotations(*args)
