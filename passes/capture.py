@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from grape_compile.errors import CaptureError
 from grape_compile.passes.batches import flatten_batches, has_batches
-from grape_compile.passes.graph import Program, Role
+from grape_compile.passes.graph import Program, Role, op_name
 from grape_compile.passes.origins import graft, mark_on
 from grape_compile.passes.regions import inline_regions, outline_regions, without_gradient
 from grape_compile.passes.retrace import Common, Retrace
@@ -219,6 +219,11 @@ def _is_literal(spec: InputSpec) -> bool:
     return spec.kind is InputKind.CONSTANT_TENSOR and str(spec.target).startswith("lifted_tensor")
 
 
+def _is_lifted(node: fx.Node) -> bool:
+    """The same for an attribute of a traced graph: `torch.tensor(...)` is read through a lift and nothing else."""
+    return bool(node.users) and all(op_name(user).startswith("aten::lift_fresh") for user in node.users)
+
+
 def has_unknown_sizes(program: ExportedProgram) -> bool:
     """Whether a tensor of the program has a size that depends on values, such as the patches of a grid of images."""
     fakes = (node.meta.get("val") for node in program.graph.nodes)
@@ -240,7 +245,8 @@ def program_of(module: fx.GraphModule, roles: dict[fx.Node, Role], values: dict[
         if node.op == "get_attr":
             value = _attribute(module, str(node.target))
             values[node] = value if isinstance(value, torch.Tensor) else None
-            roles[node] = Role.PARAMETER if isinstance(value, torch.nn.Parameter) else Role.BUFFER
+            stored = Role.LITERAL if _is_lifted(node) else Role.BUFFER
+            roles[node] = Role.PARAMETER if isinstance(value, torch.nn.Parameter) else stored
             if isinstance(value, torch.Tensor):
                 node.meta.setdefault("val", value)
     return Program(module, roles, values, frozenset(without_gradient(module.graph)))

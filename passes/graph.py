@@ -302,7 +302,7 @@ ANGLES = {"aten::cos", "aten::sin", "aten::polar"}
 PHASES = {
     "aten::cumsum", "aten::mul", "aten::div", "aten::neg", "aten::add", "aten::sub", "aten::einsum", "aten::outer",
     "aten::matmul", "aten::unsqueeze", "aten::squeeze", "aten::view", "aten::reshape", "aten::unflatten",
-    "aten::flatten", "aten::permute", "aten::transpose", "aten::mT", "aten::expand", "aten::repeat",
+    "aten::flatten", "aten::permute", "aten::transpose", "aten::mT", "aten::expand", "aten::repeat", "aten::tile",
     "aten::repeat_interleave", "aten::cat", "aten::stack", "aten::slice", "aten::select", "aten::pad",
     "aten::constant_pad_nd", "aten::to", "aten::_to_copy", "aten::clone", "aten::contiguous", "aten::type_as",
     "aten::detach",

@@ -80,7 +80,12 @@ def is_frozen(node: fx.Node, name: str) -> bool:
         return _repeat(node) is None
     if name in ("aten::flip", "aten::roll", "aten::tile"):
         shape = operand_of(node, 0).meta["val"].shape
-        dims = [] if name == "aten::tile" else node.args[2:3] if name == "aten::roll" else node.args[1:2]
+        if name == "aten::tile":
+            times = ints(node.args[1])[::-1]
+            return any(
+                is_symbolic(size) for size, count in zip(shape[::-1], times, strict=False) if count != 1
+            )
+        dims = node.args[2:3] if name == "aten::roll" else node.args[1:2]
         moved = [shape[dim] for each in dims for dim in ints(each)] or shape
         return any(map(is_symbolic, moved))
     if name == "getitem":

@@ -7,6 +7,8 @@ which is what `grape::attend` gives for such a row.
 
 from __future__ import annotations
 
+import math
+
 from torch import fx
 
 from grape_compile.passes.graph import op_name
@@ -39,7 +41,8 @@ def _without_live_key(node: object, scores: object) -> bool:
     equal = _operand(alive.args[0], "aten::logical_not")
     if equal is None or op_name(equal) != "aten::eq":
         return False
-    return equal.args[0] is scores and equal.args[1] == float("-inf")
+    lowest = constant(equal.args[1])
+    return equal.args[0] is scores and lowest is not None and lowest == -math.inf
 
 
 def _operand(node: object, name: str) -> fx.Node | None:
