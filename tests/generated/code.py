@@ -14,7 +14,7 @@ Function = ast.FunctionDef
 # Names that stand for numbers, modules or truth values; upper-case names are constants. All others are tensors.
 NUMBERS = {"length", "batch", "times", "scale", "least", "math", "torch", "nn", "functional", "self"}
 TRUTHS = {"seen", "hidden"}
-COMPLEX = {"numbers", "pairs_of_numbers", "turned_numbers"}
+COMPLEX = {"numbers"}
 WHOLE = {"steps", "clock", "positions", "places", "partner"}
 _NO_TENSOR = {
     "size",

@@ -200,6 +200,8 @@ def _apply_nothing(edit: Edit, functions: list[Function]) -> bool:
     real = edit.kind in NOTHING_REAL
     found = []
     for function in functions:
+        if real and _makes_complex(function):
+            continue
         for position, step in enumerate(function.body):
             if not isinstance(step, ast.Assign) or len(step.targets) != 1:
                 continue
@@ -219,7 +221,15 @@ def _apply_nothing(edit: Edit, functions: list[Function]) -> bool:
     return True
 
 
+def _makes_complex(function: Function) -> bool:
+    """Whether complex numbers are made in a function: which of its values are real is not told by their names."""
+    return any(
+        isinstance(node, ast.Attribute) and node.attr in ("complex", "polar", "view_as_complex")
+        for node in walk(function)
+    )
+
+
 def _allowed(name: str, real: bool) -> bool:
-    if name in TRUTHS or name.startswith("cell"):
+    if name in TRUTHS:
         return False
     return name not in COMPLEX | WHOLE if real else True

@@ -261,15 +261,8 @@ def _told(site: Site) -> tuple[str, str, int]:
 
 
 def _agree(told: Counter[tuple[str, str, int]], wanted: Counter[tuple[str, str, int]]) -> bool:
-    """Whether the rotations told can be paired with those wanted."""
-    rest = wanted.copy()
-    for planes, out, orientation in sorted(told.elements(), key=lambda each: each[2] == 0):
-        signs = (orientation,) if orientation else (1, -1)
-        held = next((key for sign in signs if rest[key := (planes, out, sign)] > 0), None)
-        if held is None:
-            return False
-        rest[held] -= 1
-    return True
+    """Whether the rotations told are among those wanted; one by tables may be told of a view, [..., planes, 2] say."""
+    return not Counter({key: count for key, count in told.items() if key[2]}) - wanted
 
 
 def _check_name(program: Program, model: nn.Module, site: Site) -> None:
