@@ -25,9 +25,7 @@ from grape_compile.passes.movement import SINGLE, SPLITS, is_frozen, keeps_numbe
 from grape_compile.passes.operands import Operand
 from grape_compile.passes.score_terms import ScoreTerm
 from grape_compile.passes.scores import KEY, QUERY, Scores
-from grape_compile.passes.terms import Factor, Index, Term, multiply, unit
-
-_LONGEST_SUM = 8
+from grape_compile.passes.terms import Factor, Index, Term, unit
 
 
 @dataclass(frozen=True)
@@ -92,27 +90,17 @@ class AddendReader:
             return leaf
 
     def _pull(self, node: fx.Node, index: Index, rows: Tensor, lead: Index) -> list[Term]:
-        """One step back; products of tensors over a few elements are sums of products."""
-
-        def back(operand: fx.Node, at: Index, who: Tensor) -> list[Term]:
-            return self._back(operand, at, who, lead)
-
-        moved = renamed(node, index)
-        if moved is not None:
-            return back(*moved, rows)
+        """One step back; products of two activations over an axis stay whole."""
         product = contraction(node, self.scores.sizes)
-        if product is None or not 1 < product.size <= _LONGEST_SUM or self._data(node) > 1:
-            return self.reader.pull(node, index, rows, back)
-        terms: list[Term] = []
-        for place in range(product.size):
-            at = torch.full_like(rows, place)
-            left = back(product.left, product.left_at(index, at), rows)
-            terms += multiply(left, back(product.right, product.right_at(index, at), rows))
-        return terms
+        if product is not None and product.size > 1 and self._data((product.left, product.right)) > 1:
+            raise Unreadable("a product of two activations over an axis")
+        return self.reader.pull(
+            node, index, rows, lambda operand, at, who: self._back(operand, at, who, lead)
+        )
 
-    def _data(self, node: fx.Node) -> int:
-        """How many activations a node takes."""
-        return sum(self.program.taints[each] is Taint.DATA for each in node.all_input_nodes)
+    def _data(self, operands: Sequence[object]) -> int:
+        """How many of these are activations."""
+        return sum(isinstance(each, fx.Node) and self.program.taints[each] is Taint.DATA for each in operands)
 
     def _opens(self, node: fx.Node, view: Operand) -> bool:
         """Whether reading goes on behind a value: where it mixes query and key, or multiplies slope and clock."""
@@ -136,7 +124,7 @@ class AddendReader:
             return True
         if op_name(node) not in PRODUCTS:
             return False
-        return self._data(node) < 2 and node.args[0] is not node.args[1]
+        return self._data(node.args[:2]) < 2
 
     def _addend(self, term: Term, samples: int, lead: Index) -> Addend:
         number = term.constant()

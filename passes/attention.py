@@ -12,6 +12,7 @@ from typing import Any
 from torch import fx
 
 from grape_compile.passes.graph import Program, Taint, fake, op_name, require_fake
+from grape_compile.passes.safe_softmax import guarded
 from grape_compile.passes.score_terms import PASSED, ScoreTerm, constant, split_terms
 
 _RESHAPED = {"aten::view", "aten::reshape", "aten::_unsafe_view", "aten::flatten", "aten::unflatten"}
@@ -290,7 +291,7 @@ class _Reader:
 
     def _consumer(self, softmax: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         """The product with the values, and the values, when nothing else looks at the weights."""
-        node = softmax
+        node = guarded(softmax)
         while True:
             users = [user for user in node.users if op_name(user) != "aten::_assert_tensor_metadata"]
             if not users:

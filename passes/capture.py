@@ -17,14 +17,14 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, InputSpec
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from grape_compile.errors import CaptureError
 from grape_compile.passes.batches import flatten_batches, has_batches
-from grape_compile.passes.graph import Program, Role
+from grape_compile.passes.graph import Program, Role, op_name
 from grape_compile.passes.origins import graft, mark_on
 from grape_compile.passes.regions import inline_regions, outline_regions, without_gradient
 from grape_compile.passes.retrace import Common, Retrace
@@ -164,7 +164,7 @@ def capture_export(
     values: dict[fx.Node, Any] = {}
     for spec in program.graph_signature.input_specs:
         node = placeholders[spec.arg.name]
-        roles[node] = _KINDS.get(spec.kind, Role.INPUT)
+        roles[node] = Role.LITERAL if _is_literal(spec) else _KINDS.get(spec.kind, Role.INPUT)
         if spec.kind is InputKind.USER_INPUT:
             values[node] = examples.pop(0) if examples else None
         elif spec.target is not None:
@@ -216,6 +216,16 @@ def export_traced(module: fx.GraphModule, args: tuple[Any, ...]) -> ExportedProg
         ) from failure
 
 
+def _is_literal(spec: InputSpec) -> bool:
+    """Whether an input is a tensor the code makes of numbers: nobody can reach it to write to it."""
+    return spec.kind is InputKind.CONSTANT_TENSOR and str(spec.target).startswith("lifted_tensor")
+
+
+def _is_lifted(node: fx.Node) -> bool:
+    """The same for an attribute of a traced graph: `torch.tensor(...)` is read through a lift and nothing else."""
+    return bool(node.users) and all(op_name(user).startswith("aten::lift_fresh") for user in node.users)
+
+
 def has_unknown_sizes(program: ExportedProgram) -> bool:
     """Whether a tensor of the program has a size that depends on values, such as the patches of a grid of images."""
     fakes = (node.meta.get("val") for node in program.graph.nodes)
@@ -237,7 +247,8 @@ def program_of(module: fx.GraphModule, roles: dict[fx.Node, Role], values: dict[
         if node.op == "get_attr":
             value = _attribute(module, str(node.target))
             values[node] = value if isinstance(value, torch.Tensor) else None
-            roles[node] = Role.PARAMETER if isinstance(value, torch.nn.Parameter) else Role.BUFFER
+            stored = Role.LITERAL if _is_lifted(node) else Role.BUFFER
+            roles[node] = Role.PARAMETER if isinstance(value, torch.nn.Parameter) else stored
             if isinstance(value, torch.Tensor):
                 node.meta.setdefault("val", value)
     return Program(module, roles, values, frozenset(without_gradient(module.graph)))

@@ -1,4 +1,4 @@
-"""Products of tensors as sums over one axis: `matmul`, `bmm` and `einsum`, by the indices they pair."""
+"""Products of tensors as sums over one axis, or none: `matmul`, `bmm`, `outer`, `einsum`, by the indices they pair."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from grape_compile.passes.graph import Sizes, Unreadable, op_name
-from grape_compile.passes.movement import operand_of
+from grape_compile.passes.graph import Sizes, Unreadable, op_name, require_fake
+from grape_compile.passes.movement import is_symbolic, operand_of
 from grape_compile.passes.terms import Index, broadcast
+
+CONTRACTIONS = {"aten::matmul", "aten::bmm", "aten::mm", "aten::outer", "aten::ger", "aten::einsum"}
 
 Pick = Callable[[Index, Tensor], Index]
 """From the index of the result and of the summed axis to the index of an operand."""
@@ -27,11 +29,14 @@ class Contraction:
 
 
 def contraction(node: fx.Node, sizes: Sizes) -> Contraction | None:
-    """The product of two tensors that a node is; None for other nodes and for sums over several axes."""
+    """The product of two tensors that a node is; None for other nodes and for sums over several or open-ended axes."""
     name = op_name(node)
     try:
         if name in ("aten::matmul", "aten::bmm", "aten::mm"):
             return _product(node, sizes)
+        if name in ("aten::outer", "aten::ger"):
+            left, right = operand_of(node, 0), operand_of(node, 1)
+            return Contraction(left, right, 1, lambda index, _: index[:1], lambda index, _: index[1:])
         return _einsum(node, sizes) if name == "aten::einsum" else None
     except Unreadable:
         return None
@@ -40,7 +45,7 @@ def contraction(node: fx.Node, sizes: Sizes) -> Contraction | None:
 def _product(node: fx.Node, sizes: Sizes) -> Contraction | None:
     left, right = operand_of(node, 0), operand_of(node, 1)
     left_shape, right_shape = sizes.shape(left), sizes.shape(right)
-    if len(left_shape) < 2 or len(right_shape) < 2:
+    if len(left_shape) < 2 or len(right_shape) < 2 or is_symbolic(require_fake(left).shape[-1]):
         return None
     return Contraction(
         left,
@@ -52,29 +57,50 @@ def _product(node: fx.Node, sizes: Sizes) -> Contraction | None:
 
 
 def _einsum(node: fx.Node, sizes: Sizes) -> Contraction | None:
-    inputs, arrow, out = str(node.args[0]).replace(" ", "").partition("->")
-    names, operands = inputs.split(","), node.args[1]
-    if (
-        not arrow
-        or "." in inputs
-        or not isinstance(operands, list | tuple)
-        or len(names) != 2
-        or len(operands) != 2
-    ):
+    operands = node.args[1]
+    if not isinstance(operands, list | tuple) or len(operands) != 2:
         return None
     left, right = operands
+    if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
+        return None
+    shapes = sizes.shape(left), sizes.shape(right)
+    letters = _letters(str(node.args[0]), tuple(map(len, shapes)))
+    if letters is None or any(len(set(name)) != len(name) for name in letters):
+        return None
+    *names, out = letters
     summed = set(names[0] + names[1]) - set(out)
-    if not isinstance(left, fx.Node) or not isinstance(right, fx.Node) or len(summed) != 1:
+    if len(summed) > 1 or any(not summed <= set(name) for name in names):
         return None
-    (letter,) = summed
-    if any(letter not in name or len(set(name)) != len(name) for name in names):
+    size = 1
+    for letter in summed:
+        size = shapes[0][names[0].index(letter)]
+        if is_symbolic(require_fake(left).shape[names[0].index(letter)]):
+            return None
+
+    def pick(name: str, shape: tuple[int, ...]) -> Pick:
+        return lambda index, c: broadcast(
+            tuple(c if each in summed else index[out.index(each)] for each in name), shape
+        )
+
+    return Contraction(left, right, size, *map(pick, names, shapes))
+
+
+def _letters(equation: str, ranks: tuple[int, ...]) -> tuple[str, ...] | None:
+    """A letter for every axis of the two operands and of the result; "..." are axes counted from the last."""
+    inputs, arrow, out = equation.replace(" ", "").partition("->")
+    names = inputs.split(",")
+    if not arrow or len(names) != len(ranks):
         return None
-    size = sizes.shape(left)[names[0].index(letter)]
-
-    def pick(name: str) -> Pick:
-        return lambda index, c: tuple(c if each == letter else index[out.index(each)] for each in name)
-
-    return Contraction(left, right, size, pick(names[0]), pick(names[1]))
+    free = [letter for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if letter not in equation]
+    counts = [
+        rank - len(name.replace("...", "")) if "..." in name else 0
+        for name, rank in zip(names, ranks, strict=True)
+    ]
+    hidden = "".join(free[: max(counts)])
+    filled = [
+        name.replace("...", hidden[len(hidden) - count :]) for name, count in zip(names, counts, strict=True)
+    ]
+    return (*filled, out.replace("...", hidden))
 
 
 def renamed(node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:

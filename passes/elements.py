@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from grape_compile.passes.contractions import CONTRACTIONS, Contraction, contraction, renamed
 from grape_compile.passes.graph import Program, Sizes, Taint, Unreadable, fake, op_name, require_fake
 from grape_compile.passes.movement import (
     IDENTITIES,
@@ -37,7 +38,6 @@ from grape_compile.passes.terms import Factor, Index, Term, broadcast, multiply,
 
 Back = Callable[[fx.Node, Index, Tensor], list[Term]]
 """How reading goes on at an operand."""
-Pair = tuple[tuple[fx.Node, Index], tuple[fx.Node, Index]]
 
 COMPLEX = {
     "aten::view_as_complex",
@@ -50,12 +50,12 @@ COMPLEX = {
 }
 SUMS = {"aten::add", "aten::sub", "aten::neg", "aten::sum", "aten::rsub", "aten::addcmul"}
 PRODUCTS = {"aten::mul", "aten::div", "aten::multiply", "aten::divide", "aten::true_divide"}
-PICKS = {"aten::index_select"}
+PICKS = {"aten::index_select", "aten::index"}
 SCATTERS = {"aten::slice_scatter", "aten::select_scatter"}
 PADS = {"aten::pad", "aten::constant_pad_nd"}
 _MASKED = {"aten::masked_fill", "aten::where"}
 _DETACHES = {"aten::detach", "aten::detach_"}
-_SUM_LIMIT = 8
+SUM_LIMIT = 8
 
 
 class Reader:
@@ -149,9 +149,10 @@ class Reader:
             return False
         if name in PRODUCTS:
             return "rounding_mode" not in node.kwargs
-        if name in ("aten::matmul", "aten::bmm", "aten::outer", "aten::ger", "aten::einsum"):
-            return self._outer(node, name) is not None
-        return name == "aten::neg"
+        if name in CONTRACTIONS:
+            product = contraction(node, self.sizes)
+            return product is not None and product.size == 1
+        return name == "aten::neg" or (name in SUMS and any(is_zero(operand) for operand in node.args[:2]))
 
     # -- one step back -----------------------------------------------------------------------------------------------
 
@@ -185,11 +186,23 @@ class Reader:
             return self._scatter(node, name, index, rows, back)
         if name in PADS:
             return self._padded(node, name, index, rows, back)
-        outer = self._outer(node, name)
-        if outer is not None:
-            left, right = outer(index)
-            return multiply(back(left[0], left[1], rows), back(right[0], right[1], rows))
+        reordered = renamed(node, index)
+        if reordered is not None:
+            return back(*reordered, rows)
+        product = contraction(node, self.sizes)
+        if product is not None:
+            return self._contracted(product, index, rows, back)
         raise Unreadable(f"{name or node.op} is not linear movement")
+
+    def _contracted(self, product: Contraction, index: Index, rows: Tensor, back: Back) -> list[Term]:
+        """A product of tensors over a few elements: a sum of products."""
+        raise_if(product.size > SUM_LIMIT, "a product of tensors over many elements")
+        terms: list[Term] = []
+        for place in range(product.size):
+            at = torch.full_like(rows, place)
+            left = back(product.left, product.left_at(index, at), rows)
+            terms += multiply(left, back(product.right, product.right_at(index, at), rows))
+        return terms
 
     def _kept(self, node: fx.Node, name: str) -> fx.Node | None:
         """What a mask leaves: the operand that is not the constant written over it."""
@@ -198,12 +211,21 @@ class Reader:
         return kept[0] if len(kept) == 1 else None
 
     def _picked(self, node: fx.Node, index: Index) -> Index:
-        """`index_select` by a constant list of places (a buffer may change, a constant may not)."""
-        places = operand_of(node, 2)
-        if not self.program.is_constant(places):
-            raise Unreadable("elements picked by an index that may change")
-        axes, dim = list(index), ints(node.args[1])[0]
-        axes[dim] = self.replay.tensor(places)[axes[dim]]
+        """`index_select`, or `index` along one axis, by a constant list of places (a buffer may change)."""
+        axes = list(index)
+        if op_name(node) == "aten::index_select":
+            dim, places = ints(node.args[1])[0], operand_of(node, 2)
+        else:
+            given = node.args[1]
+            assert isinstance(given, list | tuple)
+            picked = [(dim, each) for dim, each in enumerate(given) if isinstance(each, fx.Node)]
+            raise_if(len(picked) != 1 or require_fake(picked[0][1]).dim() != 1, "elements picked one by one")
+            ((dim, places),) = picked
+        raise_if(not self.program.is_constant(places), "elements picked by an index that may change")
+        held = self.replay.tensor(places)
+        raise_if(held.dtype.is_floating_point or held.dtype is torch.bool, "elements picked by a mask")
+        dim %= len(axes)
+        axes[dim] = held[axes[dim]].to(torch.int64) % self.shape(operand_of(node, 0))[dim]
         return tuple(axes)
 
     def _padded(self, node: fx.Node, name: str, index: Index, rows: Tensor, back: Back) -> list[Term]:
@@ -278,12 +300,11 @@ class Reader:
             return self._reduce(node, index, rows, back)
         if name == "aten::neg":
             return [term.scaled(-1) for term in back(operand_of(node, 0), index, rows)]
-        first, second = operand_of(node, 0), operand_of(node, 1)
+        first, second = node.args[:2]
         if name == "aten::addcmul":
-            third = operand_of(node, 2)
-            product = multiply(self._at(second, index, rows, back), self._at(third, index, rows, back))
+            factors = (self._at(operand_of(node, place), index, rows, back) for place in (1, 2))
             value = _number(node.kwargs.get("value", 1))
-            return self._at(first, index, rows, back) + [term.scaled(value) for term in product]
+            return self._at(first, index, rows, back) + [term.scaled(value) for term in multiply(*factors)]
         alpha = _number(node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 else 1))
         if name == "aten::rsub":
             first, second = second, first
@@ -293,8 +314,12 @@ class Reader:
             term.scaled(sign * alpha) for term in self._at(second, index, rows, back)
         ]
 
-    def _at(self, operand: fx.Node, index: Index, rows: Tensor, back: Back) -> list[Term]:
-        return back(operand, broadcast(index, self.shape(operand)), rows)
+    def _at(self, operand: object, index: Index, rows: Tensor, back: Back) -> list[Term]:
+        """The elements of an operand that broadcasting pairs with `index`; a number is a term, zero is none."""
+        if isinstance(operand, fx.Node):
+            return back(operand, broadcast(index, self.shape(operand)), rows)
+        number = _number(operand)
+        return [unit(rows).scaled(number)] if number else []
 
     def _reduce(self, node: fx.Node, index: Index, rows: Tensor, back: Back) -> list[Term]:
         operand = operand_of(node, 0)
@@ -305,7 +330,8 @@ class Reader:
             else []
         )
         keep_dims = bool(node.args[2]) if len(node.args) > 2 else False
-        raise_if(len(dims) != 1 or shape[dims[0]] > _SUM_LIMIT, "a sum over many elements")
+        raise_if(len(dims) != 1 or shape[dims[0]] > SUM_LIMIT, "a sum over many elements")
+        raise_if(is_symbolic(require_fake(operand).shape[dims[0]]), "a sum over an axis of open size")
         terms: list[Term] = []
         for position in range(shape[dims[0]]):
             axes = list(index)
@@ -354,40 +380,10 @@ class Reader:
         raise_if(conjugate_too, "the conjugate of a complex position-side value")
         return [replace(term, coefficient=term.coefficient.conj()) for term in terms]
 
-    def _outer(self, node: fx.Node, name: str) -> Callable[[Index], Pair] | None:
-        """A product without a sum: `outer`, a matrix product over a dimension of size 1, an einsum of that kind."""
-        if name in ("aten::outer", "aten::ger"):
-            return lambda index: ((operand_of(node, 0), (index[0],)), (operand_of(node, 1), (index[1],)))
-        if name in ("aten::matmul", "aten::bmm"):
-            left, right = operand_of(node, 0), operand_of(node, 1)
-            left_shape, right_shape = self.shape(left), self.shape(right)
-            if len(left_shape) < 2 or len(right_shape) < 2 or left_shape[-1] != 1:
-                return None
-            return lambda index: (
-                (left, broadcast((*index[:-1], torch.zeros_like(index[-1])), left_shape)),
-                (right, broadcast((*index[:-2], torch.zeros_like(index[-1]), index[-1]), right_shape)),
-            )
-        return self._einsum(node) if name == "aten::einsum" else None
 
-    def _einsum(self, node: fx.Node) -> Callable[[Index], Pair] | None:
-        equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
-        inputs, arrow, output = equation.partition("->")
-        left, comma, right = inputs.partition(",")
-        if (
-            not arrow
-            or not comma
-            or "." in equation
-            or set(left + right) - set(output)
-            or not isinstance(operands, list | tuple)
-        ):
-            return None
-        first, second = operands
-        assert isinstance(first, fx.Node)
-        assert isinstance(second, fx.Node)
-        return lambda index: (
-            (first, tuple(index[output.index(letter)] for letter in left)),
-            (second, tuple(index[output.index(letter)] for letter in right)),
-        )
+def is_zero(operand: Any) -> bool:
+    """The number zero: a sum with it is no sum."""
+    return isinstance(operand, int | float) and operand == 0
 
 
 def raise_if(condition: bool, reason: str) -> None:

@@ -22,11 +22,12 @@ from grape_compile.passes.site import Site
 
 
 class Role(enum.Enum):
-    """What an input of the graph is to the model."""
+    """What an input of the graph is to the model; a literal is a tensor written out in its code."""
 
     PARAMETER = "parameter"
     BUFFER = "buffer"
     INPUT = "input"
+    LITERAL = "literal"
 
 
 class Taint(enum.IntEnum):
@@ -153,7 +154,7 @@ class Program:
         if node not in self.constants:
             inputs = node.all_input_nodes
             sized = isinstance(node.meta.get("val"), torch.SymInt) or _has_symbols(node)
-            self.constants[node] = bool(
+            self.constants[node] = self.roles.get(node) is Role.LITERAL or bool(
                 is_pure(node) and not sized and all(self.is_constant(operand) for operand in inputs)
             )
         return self.constants[node]
@@ -301,7 +302,7 @@ ANGLES = {"aten::cos", "aten::sin", "aten::polar"}
 PHASES = {
     "aten::cumsum", "aten::mul", "aten::div", "aten::neg", "aten::add", "aten::sub", "aten::einsum", "aten::outer",
     "aten::matmul", "aten::unsqueeze", "aten::squeeze", "aten::view", "aten::reshape", "aten::unflatten",
-    "aten::flatten", "aten::permute", "aten::transpose", "aten::mT", "aten::expand", "aten::repeat",
+    "aten::flatten", "aten::permute", "aten::transpose", "aten::mT", "aten::expand", "aten::repeat", "aten::tile",
     "aten::repeat_interleave", "aten::cat", "aten::stack", "aten::slice", "aten::select", "aten::pad",
     "aten::constant_pad_nd", "aten::to", "aten::_to_copy", "aten::clone", "aten::contiguous", "aten::type_as",
     "aten::detach",
@@ -370,6 +371,6 @@ def _input_taint(node: fx.Node, roles: Mapping[fx.Node, Role]) -> Taint:
     value = node.meta.get("val")
     if role is Role.PARAMETER:
         return Taint.PARAMETER
-    if role is Role.BUFFER or not isinstance(value, torch.Tensor):
+    if role in (Role.BUFFER, Role.LITERAL) or not isinstance(value, torch.Tensor):
         return Taint.STRUCTURE
     return Taint.DATA if value.is_floating_point() or value.is_complex() else Taint.POSITION

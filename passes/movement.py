@@ -80,7 +80,12 @@ def is_frozen(node: fx.Node, name: str) -> bool:
         return _repeat(node) is None
     if name in ("aten::flip", "aten::roll", "aten::tile"):
         shape = operand_of(node, 0).meta["val"].shape
-        dims = [] if name == "aten::tile" else node.args[2:3] if name == "aten::roll" else node.args[1:2]
+        if name == "aten::tile":
+            times = ints(node.args[1])[::-1]
+            return any(
+                is_symbolic(size) for size, count in zip(shape[::-1], times, strict=False) if count != 1
+            )
+        dims = node.args[2:3] if name == "aten::roll" else node.args[1:2]
         moved = [shape[dim] for each in dims for dim in ints(each)] or shape
         return any(map(is_symbolic, moved))
     if name == "getitem":
@@ -152,7 +157,7 @@ def move(node: fx.Node, name: str, index: Index, sizes: Sizes) -> tuple[fx.Node,
         return operand, broadcast(index, shape)
     if name in PERMUTES:
         moved = list(index)
-        for position, dim in enumerate(_order(node, name, len(shape))):
+        for position, dim in enumerate(permutation(node, name, len(shape))):
             moved[dim] = index[position]
         return operand, tuple(moved)
     return operand, _step(node, name, index, shape, sizes)
@@ -242,7 +247,8 @@ def _axis_of_grid(grid: fx.Node, which: int, index: Index) -> tuple[fx.Node, Ind
     return axes[which], (index[dim],) if axes[which].meta["val"].dim() else ()
 
 
-def _order(node: fx.Node, name: str, rank: int) -> list[int]:
+def permutation(node: fx.Node, name: str, rank: int) -> list[int]:
+    """For every axis of the result the axis of the operand it is."""
     order = list(range(rank))
     if name == "aten::permute":
         return [dim % rank for dim in ints(node.args[1])]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from grape_compile.passes.assignments import FunctionalAssignments
 from grape_compile.passes.base import Outcome
 from grape_compile.passes.bodies import Body, bodies_of
+from grape_compile.passes.drop_nothing import DropNothing
 from grape_compile.passes.graph import Program
 from grape_compile.passes.loosen_views import LoosenViews
 from grape_compile.passes.note_given_tables import NoteGivenTables
@@ -12,7 +13,14 @@ from grape_compile.passes.rewrite_biases import RewriteBiases
 from grape_compile.passes.rewrite_rotations import RewriteRotations
 from grape_compile.passes.site import Refusal
 
-_PASSES = (FunctionalAssignments(), RewriteRotations(), RewriteBiases(), NoteGivenTables(), LoosenViews())
+_PASSES = (
+    FunctionalAssignments(),
+    DropNothing(),
+    RewriteRotations(),
+    RewriteBiases(),
+    NoteGivenTables(),
+    LoosenViews(),
+)
 
 
 def rewrite_program(program: Program) -> Outcome:

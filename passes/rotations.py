@@ -17,6 +17,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
+from grape_compile.passes.contractions import CONTRACTIONS
 from grape_compile.passes.elements import COMPLEX, PICKS, PRODUCTS, SCATTERS, SUMS, Reader
 from grape_compile.passes.graph import Program, Taint, Unreadable, fake, is_pure, op_name
 from grape_compile.passes.movement import JOINS, MOVEMENTS
@@ -74,7 +75,10 @@ class _Finder:
             operands
         ):
             return None
-        factor = name in PRODUCTS and len(data) < len(operands) and self._varies(operands)
+        if name in CONTRACTIONS and len(data) == len(operands) > 1:
+            return None
+        product = name in PRODUCTS or name in CONTRACTIONS
+        factor = product and len(data) < len(operands) and self._varies(operands)
         return data[0][0], factor or any(mixed for _, mixed in data)
 
     def _varies(self, operands: Iterable[fx.Node]) -> bool:
@@ -138,13 +142,15 @@ class _Finder:
         return self._maximal(found), self._refusals(found, misses)
 
     def _maximal(self, found: list[RotationPlan]) -> list[RotationPlan]:
-        """Of rotations one inside the other keep the one over the most elements; of equals that of the smallest head,
-        which says more than several heads side by side, and the earliest.
+        """Of rotations one inside the other keep the one over the most elements; of equals that whose angles differ
+        along the fewest axes (planes are channels, no axis), then that of the smallest head, which says more than
+        several heads side by side, and the earliest.
         """
 
-        def rank(plan: RotationPlan) -> tuple[int, int, int]:
+        def rank(plan: RotationPlan) -> tuple[int, int, int, int]:
             elements = torch.Size(self.replay.sizes.shape(plan.output)).numel()
-            return -elements, plan.encoding.planes.head_dim, self.program.order[plan.output]
+            axes = {axis for operand in plan.operands for axis in operand.token_axes}
+            return -elements, len(axes), plan.encoding.planes.head_dim, self.program.order[plan.output]
 
         kept: list[RotationPlan] = []
         for plan in sorted(found, key=rank):
@@ -210,10 +216,11 @@ class _Finder:
         return nearest
 
 
-_LINEAR = MOVEMENTS | SUMS | PRODUCTS | COMPLEX | PICKS | SCATTERS
+_LINEAR = MOVEMENTS | SUMS | PRODUCTS | CONTRACTIONS | COMPLEX | PICKS | SCATTERS
 _COMPLETIONS = (
     JOINS
     | SCATTERS
+    | CONTRACTIONS
     | {
         "aten::transpose",
         "aten::permute",

@@ -5,11 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
-from grape_compile.passes.graph import Program, Taint, op_name, require_fake
+from grape_compile.passes.graph import Program, Taint, fake, op_name, require_fake
 
 PASSED = {"aten::to", "aten::_to_copy", "aten::clone", "aten::contiguous", "aten::type_as", "aten::alias"}
+_RESHAPED = {
+    "aten::view", "aten::reshape", "aten::_unsafe_view", "aten::unsqueeze", "aten::squeeze", "aten::expand",
+    "aten::select",
+}  # fmt: skip
 _LOWEST = -1e4
 
 
@@ -33,8 +38,11 @@ class ScoreTerm:
 def split_terms(program: Program, node: fx.Node, factor: float, folded: bool = False) -> list[ScoreTerm]:
     """Split a value along its sums and fills, so that a bias and a mask added together are seen apart."""
     name, args = op_name(node), node.args
-    if name in PASSED and isinstance(args[0], fx.Node) and require_fake(args[0]).is_floating_point():
-        return split_terms(program, args[0], factor, folded)
+    inner = _passed(node)
+    if inner is not None:
+        found = split_terms(program, inner[0], factor * inner[1], folded)
+        # A product that holds no sum is a term as it stands: `-1e9 * hidden` is a mask, `hidden` is none.
+        return found if inner[1] == 1.0 or len(found) > 1 else [ScoreTerm(node, factor, folded=folded)]
     if (
         name in ("aten::add", "aten::sub")
         and all(isinstance(arg, fx.Node) for arg in args[:2])
@@ -60,7 +68,7 @@ def split_terms(program: Program, node: fx.Node, factor: float, folded: bool = F
         value_of, kept_of = constant(filled), constant(kept)
         if (
             value_of is not None
-            and value_of <= _LOWEST
+            and value_of * factor <= _LOWEST
             and kept_of is None
             and isinstance(mask, fx.Node)
             and isinstance(kept, fx.Node)
@@ -71,6 +79,32 @@ def split_terms(program: Program, node: fx.Node, factor: float, folded: bool = F
                 *split_terms(program, kept, factor, folded),
             ]
     return [ScoreTerm(node, factor, folded=folded)]
+
+
+def _passed(node: fx.Node) -> tuple[fx.Node, float] | None:
+    """The value a node hands on, times a number, axes of one entry in front aside; None for anything else."""
+    name, args = op_name(node), node.args
+    if not args or not isinstance(args[0], fx.Node):
+        return None
+    before, after = fake(args[0]), fake(node)
+    if before is None or after is None or not before.is_floating_point():
+        return None
+    if name in PASSED or (name in _RESHAPED and _aligned(before) == _aligned(after)):
+        return args[0], 1.0
+    if name == "aten::neg":
+        return args[0], -1.0
+    number = args[1] if len(args) > 1 else None
+    if name in ("aten::mul", "aten::div") and isinstance(number, int | float) and number:
+        return args[0], float(number) if name == "aten::mul" else 1.0 / number
+    return (args[0], 1.0) if name in ("aten::add", "aten::sub") and number == 0 else None
+
+
+def _aligned(value: torch.Tensor) -> list[str]:
+    """Sizes from the first that is not one."""
+    sizes = list(map(str, value.shape))
+    while sizes and sizes[0] == "1":
+        del sizes[0]
+    return sizes
 
 
 def constant(value: Any) -> float | None:

@@ -157,6 +157,13 @@ def softmax_in_wider_type(query: Tensor, key: Tensor, value: Tensor, slopes: Ten
     return scores.softmax(-1, dtype=torch.float64).to(query.dtype) @ value
 
 
+def through_axes_of_one(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    mask = fill_above_diagonal(by_distance(slopes, key.shape[-2])).to(query.dtype)
+    mask = mask.unsqueeze(0).reshape(1, *mask.shape) * 1.0
+    scores = torch.cat((scores_of(query, key) + mask,), dim=-1)
+    return scores[None][0].softmax(-1) @ value
+
+
 class LearnedSlopes(nn.Module):
     """Slopes that are trained."""
 
@@ -198,5 +205,6 @@ BIAS_SPELLINGS: tuple[BiasSpelling, ...] = (
     _row(fused_attention_by_key),
     _row(sliding_window),
     _row(softmax_in_wider_type),
+    _row(through_axes_of_one),
     BiasSpelling("learned_slopes", lambda: LearnedSlopes(distance_then_masked_fill)),
 )

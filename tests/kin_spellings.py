@@ -82,6 +82,12 @@ def exponential_path(layer: Kin, x: Tensor, query: Tensor, key: Tensor) -> Tenso
     return layer.slopes[:, None, None] * (edges.sum(-1, keepdim=True) - edges.cumsum(-1))
 
 
+def exponential_path_by_name(layer: Kin, x: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    p = layer.path(x).unflatten(-1, (HEADS, 4))
+    edges = -(torch.einsum("bthd,blhd->bhtl", p, p) / 4).exp().tril()
+    return layer.slopes[:, None, None] * (edges.sum(-1, keepdim=True) - edges.cumsum(-1))
+
+
 def path_moved_on(layer: Kin, x: Tensor, query: Tensor, key: Tensor) -> Tensor:
     sums = functional.logsigmoid(layer.edges(x)).tril().flip(-1).cumsum(-1).flip(-1)
     return functional.pad(sums[..., 1:], (0, 1)) * layer.slopes[:, None, None]
@@ -102,6 +108,7 @@ KIN_SPELLINGS: tuple[KinSpelling, ...] = (
     _row(shifted_rates, 'accumulated("log_forget", false)'),
     _row(gates_of_a_mirrored_distance, "steps", "gate(query=", ", key="),
     _row(exponential_path, "path_bias(negative_exp"),
+    _row(exponential_path_by_name, "path_bias(negative_exp"),
     _row(path_moved_on, "path_bias(log_sigmoid"),
     _row(path_and_alibi, "compose(", "path_bias(negative_exp", "steps"),
 )

@@ -6,6 +6,7 @@ import pytest
 import torch
 from attention_layers import example, sharpen
 from bias_spellings import BIAS_SPELLINGS, BiasSpelling
+from detour_spellings import DETOUR_SPELLINGS
 from layer_spellings import LAYER_SPELLINGS
 from measuring import GrapeCalls
 from place_spellings import PLACE_SPELLINGS
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from grape_compile import grape_compile, inspect, report, rewrite
 from grape_compile.encoding import Bias, Rotation
 
-ROTATIONS = (*ROTATION_SPELLINGS, *LAYER_SPELLINGS, *PLACE_SPELLINGS)
+ROTATIONS = (*ROTATION_SPELLINGS, *DETOUR_SPELLINGS, *LAYER_SPELLINGS, *PLACE_SPELLINGS)
 rotations = pytest.mark.parametrize("spelling", ROTATIONS, ids=lambda row: row.name)
 growing = pytest.mark.parametrize(
     "spelling", [row for row in ROTATIONS if row.grows], ids=lambda row: row.name
@@ -56,7 +57,9 @@ def test_a_rotation_equals_itself(spelling: Spelling) -> None:
     plain = sharpen(spelling.make()).double()
     calls = GrapeCalls()
     compiled = grape_compile(copy.deepcopy(plain), backend=calls)
-    lengths = (12, 17) if spelling.grows and spelling not in ROTATION_SPELLINGS else (12,)
+    lengths = (
+        (12, 17) if spelling.grows and spelling not in (*ROTATION_SPELLINGS, *DETOUR_SPELLINGS) else (12,)
+    )
     for length in lengths:
         inputs = in_double(spelling, length)
         calls.reset()

@@ -1,0 +1,1 @@
+"""Programs drawn from a grammar of position encodings: models with known truth, and near misses with known falsity."""
