@@ -16,6 +16,8 @@ from generated.tally import Tally
 Record = Callable[[str, object], None]
 SHARDS, LONG_SHARDS = 6, 40
 RECALL = 0.99
+FEW = 0.97
+"""The same for a part of some eighty sites, of which two may be missed."""
 
 
 @pytest.mark.timeout(1800)
@@ -23,9 +25,11 @@ RECALL = 0.99
 def test_300_programs(shard: int, record_property: Record) -> None:
     tally = Tally()
     try:
-        run(shard, 300 // SHARDS, tally)
+        run(shard, 300 // SHARDS, tally, misses_allowed=True)
     finally:
         record_property("generated", asdict(tally))
+    if tally.found < FEW * tally.truths:
+        run(shard, 300 // SHARDS, Tally())  # shrinks the first program with a miss, and fails
 
 
 @pytest.mark.slow
