@@ -109,7 +109,7 @@ def _through_door(program: Program, model: nn.Module) -> tuple[Report, nn.Module
         torch.compiler.reset()
         compiled = grape_compile(copy.deepcopy(model), backend="eager", dynamic=program.dynamic or None)
         compiled(*args)
-        return report(compiled), model, compiled, True
+        return report(compiled), model, _Parameters(compiled, model), True
     shapes = None
     if program.dynamic:
         auto = torch.export.Dim.AUTO
@@ -128,7 +128,7 @@ def _through_door(program: Program, model: nn.Module) -> tuple[Report, nn.Module
 
 
 class _Parameters(nn.Module):
-    """A rewritten program that is given the model's weights before each call."""
+    """A program or a compiled copy that is given the model's weights before each call."""
 
     def __init__(self, module: Any, model: nn.Module) -> None:
         super().__init__()
