@@ -7,7 +7,6 @@ weights and inputs, at most `MARGIN` times the larger error of the original and 
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,28 +15,13 @@ from typing import Any
 import torch
 from architectures import Architecture, draw_parameters, output_of
 from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.coverage.oracle import InDouble, in_double
 
 SEEDS = (0, 1, 2)
 MARGIN = 1.25
 FLOOR = 1e-7
-
-
-class InDouble(TorchFunctionMode):
-    """Turns requests for float32 into ones for float64: `.double()` leaves the casts a model writes out."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        wider = {key: _widen(value) for key, value in (kwargs or {}).items()}
-        if func is Tensor.float:
-            return args[0].double()
-        return func(*(_widen(value) for value in args), **wider)
-
-
-def _widen(value: Any) -> Any:
-    return torch.float64 if value is torch.float32 else value
 
 
 class GrapeCalls(TorchDispatchMode):
@@ -69,16 +53,6 @@ class GrapeCalls(TorchDispatchMode):
         self.rotated += len(args[0]) if name == "grape::rotate" else 0
         self.attended += name == "grape::attend"
         return func(*args, **(kwargs or {}))
-
-
-def in_double(model: nn.Module) -> nn.Module:
-    """A copy of the model in float64; run it under `InDouble`."""
-    wide = copy.deepcopy(model).double()
-    config = getattr(wide, "config", None)
-    if getattr(config, "_experts_implementation", None) is not None:
-        # The grouped matrix product knows no float64.
-        wide.set_experts_implementation("eager")  # type: ignore[operator]  # a method of transformers' models
-    return wide
 
 
 def widened(inputs: Mapping[str, Any]) -> dict[str, Any]:

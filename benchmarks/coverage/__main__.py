@@ -6,11 +6,11 @@ import argparse
 import json
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from benchmarks.coverage.architectures import Architecture, architectures
-from benchmarks.coverage.doors import DOORS
+from benchmarks.coverage.doors import DOORS, SAMPLED
 from benchmarks.coverage.page import line_of, page
 from benchmarks.coverage.processes import ALWAYS, Record, Task, run_all, warm_up
 from benchmarks.coverage.records import append, load, write
@@ -32,12 +32,16 @@ def main() -> None:
     start = time.monotonic()
     print("reading the architectures of transformers", flush=True)
     known = list(architectures(only))
-    tasks = list(_tasks(known, doors, load(lines)))
+    tasks = list(_tasks(known, doors, load(lines), arguments.retry))
     print(f"{len(known)} architectures, {len(tasks)} to do", flush=True)
     warm_up()
-    for number, record in enumerate(run_all(tasks, jobs=arguments.jobs, timeout=arguments.timeout), 1):
-        append(lines, record)
-        print(f"[{number}/{len(tasks)} {time.monotonic() - start:.0f} s] {line_of(record)}", flush=True)
+    for part in (tasks, None):
+        # Which rows are in a sample is known when all rows are.
+        part = list(sampled(known, doors, load(lines))) if part is None else part
+        done = run_all(part, jobs=arguments.jobs, timeout=arguments.timeout)
+        for number, record in enumerate(done, 1):
+            append(lines, record)
+            print(f"[{number}/{len(part)} {time.monotonic() - start:.0f} s] {line_of(record)}", flush=True)
     records = load(lines)
     document = {
         "machine": machine(),
@@ -48,16 +52,39 @@ def main() -> None:
     write(arguments.page or (PAGE if arguments.out == RESULTS else arguments.out / PAGE.name), page(document))
 
 
-def _tasks(known: Iterable[Architecture], doors: tuple[str, ...], done: dict[str, Record]) -> Iterator[Task]:
+def _tasks(
+    known: Iterable[Architecture], doors: tuple[str, ...], done: dict[str, Record], retry: bool
+) -> Iterator[Task]:
     for each in known:
         record = done.get(each.name)
-        left = tuple(door for door in doors if record is None or door not in record["doors"])
-        if record is not None and "unbuilt" in record:
+        left = tuple(
+            door for door in doors if door not in SAMPLED and (record is None or door not in record["doors"])
+        )
+        if record is not None and "unbuilt" in record and not retry:
             continue
-        if record is not None and not any(record["truth"].values()):
+        if record is not None and "truth" in record and not any(record["truth"].values()):
             left = tuple(door for door in left if door in ALWAYS)
         if left:
             yield Task(each, left)
+
+
+def sampled(
+    known: Iterable[Architecture],
+    doors: tuple[str, ...],
+    done: dict[str, Record],
+    sizes: Mapping[str, int] = SAMPLED,
+) -> Iterator[Task]:
+    """The doors for a sample: one architecture a family, families evenly spaced."""
+    families: dict[str, Architecture] = {}
+    for each in sorted(known, key=lambda each: each.name):
+        if any(done.get(each.name, {}).get("truth", {}).values()):
+            families.setdefault(each.module, each)
+    names = list(families)
+    for door in doors:
+        if door in sizes:
+            size = min(sizes[door], len(names))
+            chosen = (families[names[place * len(names) // size]] for place in range(size))
+            yield from (Task(each, (door,)) for each in chosen if door not in done[each.name]["doors"])
 
 
 def _arguments() -> argparse.Namespace:
@@ -75,6 +102,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds per model")
     parser.add_argument("--resume", action="store_true", help="keep the records there are and do the rest")
+    parser.add_argument(
+        "--retry", action="store_true", help="with --resume: try again what could not be built"
+    )
     return parser.parse_args()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import os
 import re
@@ -20,7 +21,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from benchmarks.coverage.configurations import grown, shrunk
+from benchmarks.coverage.configurations import grown, shrunk, trimmed
 from benchmarks.coverage.overrides import CHANGES, VARIANTS
 from benchmarks.coverage.truth import has_encoding_code
 
@@ -28,6 +29,7 @@ MODELS = Path(transformers.__file__).parent / "models"
 PREFERRED = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "Model", "Backbone", "")
 """Endings of class names, the best first: a head that mixes all positions shows a wrong rotation."""
 CLASSES_TRIED = 3
+MOST_PARAMETERS = 60_000_000
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class Architecture:
     def models(self) -> Iterator[tuple[nn.Module, Any]]:
         """Every model that can be built, with its configuration. Raises nothing: failures are yielded.
 
-        The class is tried with a default configuration edited in place, then with one built from small sizes.
+        The class is tried with a default configuration edited in place, then with one built from small sizes, then
+        with the default one made shallow, if that is not too large.
         """
         module = importlib.import_module(self.module)
         # Missing image libraries do not matter to a model that is given tensors.
@@ -51,12 +54,20 @@ class Architecture:
         changes = dict(self.changes)
         for name in self.classes[:CLASSES_TRIED]:
             model_class = getattr(module, name)
-            for make in (shrunk, grown):
+            for make in (shrunk, grown, trimmed):
                 try:
                     config = make(model_class.config_class, changes)
+                    if make is trimmed and _parameters(model_class, config) > MOST_PARAMETERS:
+                        continue
                     yield _built(model_class, config), config
                 except Exception as failure:
                     yield nn.Identity(), failure
+
+
+def _parameters(model_class: Any, config: Any) -> int:
+    """How many numbers a model holds, found without making them."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in model_class(copy.deepcopy(config)).parameters())
 
 
 def _built(model_class: Any, config: Any) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Tiny configurations of any architecture: a default one edited in place, or one built from small sizes."""
+"""Tiny configurations of any architecture: a default one edited in place, one built from small sizes, a shallow one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SIZES: dict[str, int] = {
         "hidden_size d_model n_embd embed_dim embed_dims dim hidden_dim width encoder_embed_dim intermediate_size_mlp "
         "lru_width out_hidden_size projection_dim text_hidden_size vision_hidden_size vision_output_dim output_dim "
         "projector_hidden_size projector_input_dim projector_output_dim encoder_hash_byte_group_vocab embedding_size "
-        "backbone_hidden_size emb_dim",
+        "backbone_hidden_size emb_dim hidden_size_global cross_hidden_size",
     ),
     **_alike(
         96,
@@ -47,7 +47,7 @@ SIZES: dict[str, int] = {
         "head_dim kv_channels attention_head_dim swa_head_dim attention_head_size qk_nope_head_dim v_head_dim "
         "index_head_dim indexer_head_dim hidden_size_per_layer_input mamba_d_head mamba_d_state mamba_head_dim "
         "ssm_state_size mamba_chunk_size chunk_size linear_key_head_dim linear_value_head_dim attention_window_size "
-        "num_mel_bins n_mels num_conv_pos_embeddings d_kv",
+        "num_mel_bins n_mels num_conv_pos_embeddings d_kv cross_head_dim",
     ),
     **_alike(
         8,
@@ -59,7 +59,7 @@ SIZES: dict[str, int] = {
         "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads "
         "encoder_num_attention_heads decoder_num_attention_heads attention_heads num_global_query_heads "
         "swa_num_attention_heads index_n_heads mamba_d_conv linear_num_value_heads patch_size spatial_patch_size "
-        "frames_per_clip",
+        "frames_per_clip cross_num_attention_heads cross_num_key_value_heads",
     ),
     **_alike(
         2,
@@ -85,6 +85,9 @@ SIZES: dict[str, int] = {
 }
 """Small value of an attribute, used where a configuration has the attribute and it is an integer."""
 
+LAYERS = re.compile(r"(layers?|depth|blocks)$")
+DEPTH_SIZES = {name: size for name, size in SIZES.items() if LAYERS.search(name)}
+
 MISSING = {
     "num_experts_per_tok": 2,
     "n_routed_experts": 2,
@@ -92,6 +95,7 @@ MISSING = {
     "topk_group": 1,
     "n_shared_experts": 1,
     "head_dim": 16,
+    "num_key_value_heads": 4,
 }
 """The same where the default is None and the model needs a number."""
 
@@ -112,6 +116,14 @@ def shrunk(config_class: type[PreTrainedConfig], changes: Mapping[str, Any]) -> 
     return config
 
 
+def trimmed(config_class: type[PreTrainedConfig], changes: Mapping[str, Any]) -> PreTrainedConfig:
+    """The default configuration with fewer layers alone, for those whose sizes hang together in ways of their own."""
+    rest = dict(changes)
+    config = config_class(**rest.pop("__init__", {}))
+    _shrink(config, rest, set(), DEPTH_SIZES)
+    return config
+
+
 def grown(config_class: type[PreTrainedConfig], changes: Mapping[str, Any]) -> PreTrainedConfig:
     """A configuration constructed from small sizes, for those that derive settings of layers on construction."""
     rest = dict(changes)
@@ -123,7 +135,9 @@ def parts(config: PreTrainedConfig) -> dict[str, PreTrainedConfig]:
     return {name: value for name, value in vars(config).items() if isinstance(value, PreTrainedConfig)}
 
 
-def _shrink(config: PreTrainedConfig, changes: Mapping[str, Any], seen: set[int]) -> None:
+def _shrink(
+    config: PreTrainedConfig, changes: Mapping[str, Any], seen: set[int], sizes: Mapping[str, int] = SIZES
+) -> None:
     if id(config) in seen:
         return
     seen.add(id(config))
@@ -137,7 +151,7 @@ def _shrink(config: PreTrainedConfig, changes: Mapping[str, Any], seen: set[int]
     for name, value in MISSING.items():
         if hasattr(type(config), name) and _get(config, name, 0) is None:
             _set(config, name, value)
-    for name, size in SIZES.items():
+    for name, size in sizes.items():
         value = _get(config, name)
         if isinstance(value, bool) or not isinstance(value, int) or name in inner:
             continue
@@ -151,15 +165,16 @@ def _shrink(config: PreTrainedConfig, changes: Mapping[str, Any], seen: set[int]
             and before["head_dim"] == before["qk_rope_head_dim"]
         ):
             size = SIZES["qk_rope_head_dim"]
-        if name.startswith(COUNTS) or re.search(r"(layers?|depth|blocks)$", name):
+        if name.startswith(COUNTS) or LAYERS.search(name):
             size = min(size, value)
         _set(config, name, size)
     _still(config)
-    _small_ids(config)
-    _small_image(config)
+    if sizes is SIZES:
+        _small_ids(config)
+        _small_image(config)
     for name, part in inner.items():
         change = changes.get(name)
-        _shrink(part, change if isinstance(change, Mapping) else {}, seen)
+        _shrink(part, change if isinstance(change, Mapping) else {}, seen, sizes)
     for name, value in changes.items():
         if name not in inner:
             _set(config, name, value)

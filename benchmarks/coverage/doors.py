@@ -9,6 +9,7 @@
 | training | the same, gradients of every parameter for a random cotangent |
 | bf16 | the same, parameters in bfloat16 |
 | generate | greedy generation from a left-padded batch; found and truth are counted over all its forward passes |
+| inductor | `grape_compile(backend="inductor")`, gradients in float32 and a forward pass in bfloat16, for a sample |
 
 Each counts its own truth by running the original through the same inputs.
 """
@@ -24,8 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.coverage.arguments import Inputs
 from benchmarks.coverage.generation import Ran, compared, generated, prompt
-from benchmarks.coverage.inputs import Inputs, lengthened, sequence_axes
+from benchmarks.coverage.inputs import lengthened, sequence_axes
 from benchmarks.coverage.oracle import Run, cast, live, measured, output_of
 from benchmarks.coverage.truth import Count, counting
 from grape_compile import grape_compile, inspect, report, rewrite
@@ -117,6 +119,19 @@ def training(case: Case) -> Outcome:
 
 def bf16(case: Case) -> Outcome:
     """A forward pass with parameters in bfloat16; buffers stay as a loaded checkpoint has them."""
+    return _in_bf16(case, "eager")
+
+
+def inductor(case: Case) -> Outcome:
+    """Through Inductor: gradients in float32, then a forward pass in bfloat16."""
+    outcome = _through_compile(case, _gradients, backend="inductor")
+    torch.compiler.reset()
+    half = _in_bf16(case, "inductor")
+    told = {name: half[name] for name in ("error", "bound", "skipped", "failed") if name in half}
+    return outcome | {"bf16": told, "holds": outcome.get("holds", True) and half.get("holds", True)}
+
+
+def _in_bf16(case: Case, backend: str) -> Outcome:
     model, inputs = case.fresh(), cast(case.inputs, torch.bfloat16)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
@@ -125,7 +140,7 @@ def bf16(case: Case) -> Outcome:
             output_of(model(**inputs))
     except Exception as failure:
         return {"skipped": f"the original does not run: {first_line(failure)}"}
-    return _through_compile(Case(model, inputs, truth), _forward, torch.bfloat16)
+    return _through_compile(Case(model, inputs, truth), _forward, torch.bfloat16, backend)
 
 
 def generate(case: Case) -> Outcome:
@@ -163,7 +178,10 @@ DOORS: dict[str, Callable[[Case], Outcome]] = {
     "training": training,
     "bf16": bf16,
     "generate": generate,
+    "inductor": inductor,
 }
+SAMPLED = {"inductor": 25}
+"""Doors for a sample of so many architectures."""
 
 
 def first_line(failure: BaseException) -> str:
@@ -172,21 +190,26 @@ def first_line(failure: BaseException) -> str:
     return f"{type(failure).__name__}: {lines[0][:200] if lines else ''}"
 
 
-def _through_compile(case: Case, run: Run, dtype: torch.dtype = torch.float32) -> Outcome:
-    ours = grape_compile(case.fresh(), backend="eager")
+def _through_compile(
+    case: Case, run: Run, dtype: torch.dtype = torch.float32, backend: str = "eager"
+) -> Outcome:
+    def alone() -> nn.Module:
+        torch.compiler.reset()
+        plain = case.fresh()
+        plain.compile(backend=backend)
+        return plain
+
+    ours = grape_compile(case.fresh(), backend=backend)
     try:
         run(ours, case.model, case.inputs)
     except Exception as failure:
-        return _alone(case, run, failure)
-    verdict = measured(ours, case.model, case.model, case.inputs, run, dtype)
+        return _alone(case, run, failure, alone())
+    verdict = measured(ours, case.model, case.model, case.inputs, run, dtype, alone)
     return _found(report(ours), case.truth) | verdict
 
 
-def _alone(case: Case, run: Run, failure: Exception) -> Outcome:
+def _alone(case: Case, run: Run, failure: Exception, plain: nn.Module) -> Outcome:
     """Whose failure it is: torch.compile alone may not take the model either."""
-    torch.compiler.reset()
-    plain = case.fresh()
-    plain.compile(backend="eager")
     try:
         run(plain, case.model, case.inputs)
     except Exception as other:

@@ -9,12 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Inputs = dict[str, Any]
+from benchmarks.coverage.arguments import Inputs, completed
 
 BATCH, LENGTH = 2, 16
 FRAMES = 64
 SAMPLES = ((1, 4000), (1, 1, 4000), (1, 1, 16000), (1, 7680), (1, 1, 7680))
 FIRST_ID, LAST_ID = 3, 90
+
+HIDDEN = (
+    "inputs_embeds",
+    "hidden_states",
+    "latents",
+    "patch_embeds",
+    "noise_embeds",
+    "image_features",
+    "audio_mel",
+)
 
 SEQUENCE_AXIS = {
     "input_ids": 1,
@@ -30,10 +40,13 @@ def candidates(model: nn.Module, config: Any, name: str) -> Iterator[Inputs]:
     """Keyword arguments of one forward pass, the most telling first."""
     accepted = set(inspect.signature(model.forward).parameters)
     settings: Inputs = {"use_cache": False} if "use_cache" in accepted else {}
-    random = _Random(config)
+    random = Random(config)
     made: list[Iterator[Inputs]] = [SPECIAL[name](random)] if name in SPECIAL else []
     decodes = "decoder_input_ids" in accepted and getattr(config, "is_encoder_decoder", False)
     target = {"decoder_input_ids": random.ids[:, :8].clone()} if decodes else {}
+    books = getattr(getattr(config, "decoder_config", None), "num_channels", None)
+    if decodes and isinstance(books, int):
+        target = {"decoder_input_ids": random.ids[:, :8, None].repeat(1, 1, books) % 8}
     if "input_ids" in accepted:
         made.append(_text(random, target))
     if accepted & {"pixel_values", "hidden_states", "flatten_patches"}:
@@ -44,19 +57,25 @@ def candidates(model: nn.Module, config: Any, name: str) -> Iterator[Inputs]:
         made.append(_features(random, target))
     if "input_values" in accepted:
         made.append(_sound(random, target))
-    made.extend(_hidden(random, each) for each in ("inputs_embeds", "hidden_states") if each in accepted)
-    for group in made:
-        for inputs in group:
-            yield {**settings, **inputs}
+    if "past_values" in accepted:
+        made.append(iter([{"past_values": random.normal(1, 4 * random.number("patch_length", default=32))}]))
+    made.extend(_hidden(random, each) for each in HIDDEN if each in accepted)
+    alone = [inputs for group in made for inputs in group]
+    yield from ({**settings, **inputs} for inputs in alone)
+    for helpful in (False, True):
+        for inputs in alone:
+            whole = completed(inputs, model, random, helpful)
+            if whole is not None and whole.keys() != inputs.keys():
+                yield {**settings, **whole}
 
 
-class _Random:
+class Random:
     """Random tensors of the shapes a configuration speaks of."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
-        self.generator = torch.Generator().manual_seed(0)
-        self.ids = torch.randint(FIRST_ID, LAST_ID, (BATCH, LENGTH), generator=self.generator)
+        self.generator: torch.Generator = torch.Generator().manual_seed(0)
+        self.ids: Tensor = torch.randint(FIRST_ID, LAST_ID, (BATCH, LENGTH), generator=self.generator)
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.generator)
@@ -95,7 +114,7 @@ class _Random:
         return self.number("hidden_size", "d_model", default=64)
 
 
-def _text(random: _Random, target: Inputs) -> Iterator[Inputs]:
+def _text(random: Random, target: Inputs) -> Iterator[Inputs]:
     ids = random.ids
     yield {"input_ids": ids, **target}
     yield {"input_ids": ids, "attention_mask": torch.ones_like(ids), **target}
@@ -104,7 +123,7 @@ def _text(random: _Random, target: Inputs) -> Iterator[Inputs]:
     yield {"input_ids": (ids % 8)[..., None].repeat(1, 1, books), **target}
 
 
-def _image(random: _Random, accepted: set[str]) -> Iterator[Inputs]:
+def _image(random: Random, accepted: set[str]) -> Iterator[Inputs]:
     grid, patches, channels, side = torch.tensor([[1, 8, 8]]), 64, random.channels, random.side
     grid_name = next((name for name in ("grid_thw", "image_grid_thw") if name in accepted), None)
     main = next(name for name in ("hidden_states", "pixel_values", "flatten_patches") if name in accepted)
@@ -130,12 +149,12 @@ def _image(random: _Random, accepted: set[str]) -> Iterator[Inputs]:
         yield {"pixel_values": pixels, "decoder_input_ids": random.ids[:, :8].clone()}
 
 
-def _video(random: _Random) -> Iterator[Inputs]:
+def _video(random: Random) -> Iterator[Inputs]:
     frames = random.number("frames_per_clip", default=4)
     yield {"pixel_values_videos": random.normal(1, frames, random.channels, random.side, random.side)}
 
 
-def _features(random: _Random, target: Inputs) -> Iterator[Inputs]:
+def _features(random: Random, target: Inputs) -> Iterator[Inputs]:
     target = {name: ids[:1] for name, ids in target.items()}
     mask = torch.ones(1, FRAMES, dtype=torch.long)
     for mels in dict.fromkeys((random.mels, 16, 80, 128, 160)):
@@ -143,19 +162,24 @@ def _features(random: _Random, target: Inputs) -> Iterator[Inputs]:
             yield {"input_features": random.normal(*shape), **target}
             yield {"input_features": random.normal(*shape), "attention_mask": mask, **target}
     yield {"input_features": random.normal(1, random.mels, 3000), **target}
+    yield {"input_features": random.normal(random.mels, FRAMES), **target}
+    yield {"input_features": random.normal(1, 16, 2 * FRAMES), **target}
 
 
-def _sound(random: _Random, target: Inputs) -> Iterator[Inputs]:
+def _sound(random: Random, target: Inputs) -> Iterator[Inputs]:
     target = {name: ids[:1] for name, ids in target.items()}
     for shape in (*SAMPLES, (1, FRAMES, random.mels)):
         yield {"input_values": random.normal(*shape), **target}
 
 
-def _hidden(random: _Random, name: str) -> Iterator[Inputs]:
+def _hidden(random: Random, name: str) -> Iterator[Inputs]:
     yield {name: random.normal(1, LENGTH, random.width)}
+    yield {name: random.normal(1, random.width, LENGTH)}
+    yield {name: random.normal(1, random.width, 8, 8)}
+    yield {name: random.normal(1, FRAMES, random.number("input_size", "input_feat_size", default=80))}
 
 
-def _picture_in_text(random: _Random) -> Iterator[Inputs]:
+def _picture_in_text(random: Random) -> Iterator[Inputs]:
     """Text with one picture of 64 patches between its tokens."""
     vision, token = random.config.vision_config, random.config.image_token_id
     values = getattr(vision, "in_channels", 3) * vision.temporal_patch_size * vision.patch_size**2
@@ -170,7 +194,7 @@ def _picture_in_text(random: _Random) -> Iterator[Inputs]:
     }
 
 
-def _merged_video(random: _Random) -> Iterator[Inputs]:
+def _merged_video(random: Random) -> Iterator[Inputs]:
     yield {
         "pixel_values": random.normal(64, random.config.num_channels * random.config.patch_size**2),
         "grid_thw": torch.tensor([[1, 8, 8]]),
@@ -178,7 +202,7 @@ def _merged_video(random: _Random) -> Iterator[Inputs]:
     }
 
 
-def _tiles(random: _Random) -> Iterator[Inputs]:
+def _tiles(random: Random) -> Iterator[Inputs]:
     yield {
         "pixel_values": random.normal(1, 1, 4, 3, 32, 32),
         "aspect_ratio_ids": torch.ones(1, 1, dtype=torch.long),
@@ -186,11 +210,11 @@ def _tiles(random: _Random) -> Iterator[Inputs]:
     }
 
 
-def _masked(random: _Random) -> Iterator[Inputs]:
+def _masked(random: Random) -> Iterator[Inputs]:
     yield {"input_ids": random.ids, "attention_mask": torch.ones_like(random.ids)}
 
 
-SPECIAL: Mapping[str, Callable[[_Random], Iterator[Inputs]]] = {
+SPECIAL: Mapping[str, Callable[[Random], Iterator[Inputs]]] = {
     "qwen2_vl@image": _picture_in_text,
     "qwen2_5_vl@image": _picture_in_text,
     "video_llama_3/VideoLlama3Vision": _merged_video,

@@ -22,7 +22,46 @@ _SHORT_WINDOW = {"sliding_window": 8}
 _CONVOLUTION_AND_ATTENTION = {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}
 _ROTARY_POSITIONS = {"position_embeddings_type": "rotary"}
 
+_ONE_WIDTH = {"hidden_size": 256, "projection_dim": 256}
+_NOTE_TEXT = {"head_dim": 32}
+_NOTE_VISION = {"adapter_in_dim": 64, "adapter_out_dim": 64}
+_NOTE_AUDIO = {"adapter_input_size": 64, "adapter_out_dim": 64}
+_INDEXER = {
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+}
+_NO_DROPOUT = {"dropout_rate": 0.0}
+_SHARED_EXPERT = {"shared_expert_intermediate_size": 32}
+
 CHANGES: dict[str, dict[str, Any]] = {
+    "blt/Blt": {"global_config": {"encoder_cross_output_size": 128}},
+    "clvp/Clvp": {"text_config": _ONE_WIDTH, "speech_config": _ONE_WIDTH},
+    "deepseek_ocr2/DeepseekOcr2Vision": {"sam_config": {"downsample_channels": [64, 64]}},
+    "dots3_note/Dots3NoteText": _NOTE_TEXT,
+    "dots3_note/Dots3NoteVision": _NOTE_VISION,
+    "dots3_note/Dots3NoteAudio": _NOTE_AUDIO,
+    "dots3_note/Dots3Note": {
+        "text_config": _NOTE_TEXT,
+        "vision_config": _NOTE_VISION,
+        "audio_config": _NOTE_AUDIO,
+    },
+    "mllama/MllamaVision": {"intermediate_layers_indices": [0], "vision_output_dim": 128},
+    "molmo2/Molmo2Vision": {"image_size": [32, 32], "num_position_embeddings": 64},
+    "moonshine_streaming/MoonshineStreaming": {"num_key_value_heads": 4},
+    "molmo2/Molmo2Adapter": {"vision_feature_layer": [-1]},
+    "moshi/MoshiDepth": {"num_codebooks": 17, "input_size": 64},
+    "phi4_multimodal/Phi4MultimodalAudio": {"ext_pw_out_channel": 64, "nemo_conv_channels": 64},
+    "pocket_tts_audio_tokenizer": {"upsample_groups": 64},
+    "qwen3_omni_moe/Qwen3OmniMoeTalkerText": _SHARED_EXPERT,
+    "qwen3_omni_moe/Qwen3OmniMoeTalker": {"text_config": _SHARED_EXPERT, "spatial_merge_size": 2},
+    "qwen4_exp/Qwen4ExpText": _INDEXER,
+    "qwen4_exp/Qwen4Exp": {"text_config": _INDEXER},
+    "t5gemma2/T5Gemma2Text": _NO_DROPOUT,
+    "t5gemma2/T5Gemma2Encoder": {"text_config": _NO_DROPOUT},
+    "t5gemma2/T5Gemma2Decoder": _NO_DROPOUT,
     "bamba": {"attn_layer_indices": [1]},
     "chameleon": {"vocabulary_map": {"<image>": 100, "IMGIMGA": 101}},
     "clvp/ClvpEncoder": {"hidden_size": 256, "projection_dim": 256},
@@ -65,6 +104,8 @@ CHANGES: dict[str, dict[str, Any]] = {
         "attention_hidden_size": 128,
         "attention_head_dim": 32,
         "mamba_ngroups": 1,
+        "layers_block_type": ["mamba", "hybrid"],
+        "hybrid_layer_ids": [1],
     },
 }
 """Settings by model folder or by `folder/Configuration`; those under `__init__` go to the constructor."""

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from benchmarks.coverage.doors import DOORS
+from benchmarks.coverage.doors import DOORS, SAMPLED
 from benchmarks.coverage.processes import Record
 
 TITLE = """# Coverage
 
-Every architecture of transformers {transformers} as a tiny random model (torch {torch}, {processor}), and what
-grape_compile finds in it. Written by `make coverage`.
+Every architecture of transformers {transformers} as a tiny random model, and what grape_compile finds in it. Written by
+`make coverage` on {date}: torch {torch}, Python {python}, one thread of {processor}.
 
 **Truth** is counted by patching the model's own functions while it runs: each tensor that is rotated is one site, each
 attention layer that adds ALiBi is one. A cell reads found / truth, then the error. For `static` that is the largest
 absolute difference of a site to an fp64 replay of the model's own code; elsewhere it is the relative root-mean-square
 error of the output (and, for training, of the gradients) against the original in fp64, over three draws. It may be
-1.25 times that of the original plus 1e-7; a cell that breaks this contract says so. Where the original does not run in
-fp64 (`o`), ours is compared with the original itself.
+1.25 times the larger of the original's and of plain `torch.compile`'s, plus 1e-7; a cell that breaks this contract says
+so. Where the original does not run in fp64 (`o`), ours is compared with the original itself.
 
 | column | what happens |
 |---|---|
@@ -28,35 +29,35 @@ fp64 (`o`), ours is compared with the original itself.
 | cache | the same, one token after a prefill |
 | training | the same in training mode, with gradients |
 | bf16 | the same with parameters in bfloat16 |
+| inductor | `grape_compile(backend="inductor")`, with gradients in fp32 and forward in bfloat16; {sample} models |
 
-A dash means that the model, torch.export or torch.compile alone does not take that way; the reason is in
-`benchmarks/results/coverage.json`. An empty cell was not run yet (`make coverage` goes on where it stopped).
+A dash means that the model, torch.export or torch.compile alone does not take that way; the reasons stand
+[below](#ways-a-model-does-not-take). An empty cell was not run yet (`make coverage` goes on where it stopped).
 """
+
+PROMISED_SECONDS = 1.5
 
 
 def page(document: dict[str, Any]) -> str:
-    """The page: totals, the table, what was missed and why, models without an encoding, models not built."""
+    """The page: totals, what was missed and why, the table, models without an encoding, models not built."""
     rows: list[Record] = document["rows"]
     encoded = [row for row in rows if "truth" in row and any(row["truth"].values())]
     plain = [row for row in rows if "truth" in row and not any(row["truth"].values())]
-    unbuilt = [row for row in rows if "unbuilt" in row]
     parts = [
-        TITLE.format(**document["machine"]),
+        TITLE.format(**document["machine"], date=document["date"], sample=SAMPLED["inductor"]),
         "## In numbers\n",
         *_totals(encoded, plain),
-        "\n## Table\n",
-        *_table(encoded),
+        *_seconds(encoded),
         "\n## Missed, and why\n",
         *(_missed(encoded) or ["Nothing."]),
-        f"\n## Without an encoding\n\n{len(plain)} architectures rotate and bias nothing.",
+        "\n## Table\n",
+        *_table(encoded),
+        *_sampled(encoded),
         *_false_positives(plain),
-        "\n" + ", ".join(f"`{row['name']}`" for row in plain),
+        *_folded("Without an encoding", f"{len(plain)} architectures", _names(plain)),
+        *_ways_not_taken(encoded),
+        *_unbuilt([row for row in rows if "unbuilt" in row]),
     ]
-    if unbuilt:
-        parts.append(
-            "\n## Not built\n\nNo tiny model of these runs on inputs made up from the configuration.\n"
-        )
-        parts += [f"* `{row['name']}`: {row['unbuilt'][:160]}" for row in unbuilt]
     return "\n".join(parts) + "\n"
 
 
@@ -73,25 +74,29 @@ def complete(outcome: dict[str, Any]) -> bool:
     return "truth" in outcome and all(outcome[kind] == count for kind, count in outcome["truth"].items())
 
 
-def _totals(encoded: list[Record], plain: list[Record]) -> Iterable[str]:
-    yield "| column | models | all sites found | sites found | sites there are | contract broken | failed |"
-    yield "|---|---|---|---|---|---|---|"
+def _totals(encoded: list[Record], plain: list[Record]) -> Iterator[str]:
+    yield "| column | models | complete | share | sites found | sites | contract broken | failed | dash | not run |"
+    yield "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|"
     for door in DOORS:
         outcomes = [row["doors"][door] for row in encoded if door in row["doors"]]
         counted = [each for each in outcomes if "truth" in each]
+        whole = sum(map(complete, counted))
         found = sum(min(each[kind], each["truth"][kind]) for each in counted for kind in each["truth"])
         there = sum(sum(each["truth"].values()) for each in counted)
         broken = sum(each.get("holds") is False for each in counted)
         failed = sum("failed" in each for each in outcomes)
-        yield (
-            f"| {door} | {len(counted)} | {sum(map(complete, counted))} | {found} | {there} | {broken} | {failed} |"
-        )
+        rows = min(SAMPLED.get(door, len(encoded)), len(encoded))
+        numbers = (
+            len(counted), whole, f"{whole / max(len(counted), 1):.1%}", found, there, broken, failed,
+            len(outcomes) - len(counted) - failed, rows - len(outcomes),
+        )  # fmt: skip
+        yield f"| {door} | {' | '.join(map(str, numbers))} |"
     yield from _evidence(encoded)
     wrong = sum(_sites(row["doors"].get("static", {})) for row in plain)
     yield f"\nFalse positives on {len(plain)} architectures without an encoding: {wrong}."
 
 
-def _evidence(rows: list[Record]) -> Iterable[str]:
+def _evidence(rows: list[Record]) -> Iterator[str]:
     """How many sites of causal language models were followed to their formula, as far as the records tell."""
     outcomes = [
         row["doors"].get("static", {}) for row in rows if row.get("model", "").endswith("ForCausalLM")
@@ -105,12 +110,50 @@ def _evidence(rows: list[Record]) -> Iterable[str]:
         )
 
 
-def _table(rows: list[Record]) -> Iterable[str]:
-    yield f"| model | {' | '.join(DOORS)} |"
-    yield "|---" * (1 + len(DOORS)) + "|"
+def _seconds(rows: list[Record]) -> Iterator[str]:
+    """What `inspect` takes after import."""
+    outcomes = [row["doors"]["static"] for row in rows if "static" in row["doors"]]
+    for name, what in (
+        ("processor_seconds", "of one processor"),
+        ("seconds", "on the clock of a shared machine"),
+    ):
+        seconds = sorted(each[name] for each in outcomes if name in each and "truth" in each)
+        if len(seconds) > 1:
+            tenths = statistics.quantiles(seconds, n=10, method="inclusive")
+            below = sum(each <= PROMISED_SECONDS for each in seconds)
+            yield (
+                f"\n`inspect` takes {statistics.median(seconds):.2f} s {what} for the median of {len(seconds)} models, "
+                f"{tenths[-1]:.2f} s at the ninetieth percentile; {below} stay within {PROMISED_SECONDS} s."
+            )
+
+
+def _table(rows: list[Record]) -> Iterator[str]:
+    doors = [door for door in DOORS if door not in SAMPLED]
+    yield f"| model | {' | '.join(doors)} |"
+    yield "|---" * (1 + len(doors)) + "|"
     for row in rows:
-        cells = (_cell(row["doors"].get(door, {})) for door in DOORS)
+        cells = (_cell(row["doors"].get(door, {})) for door in doors)
         yield f"| {row['name']} | {' | '.join(cells)} |"
+
+
+def _sampled(rows: list[Record]) -> Iterator[str]:
+    for door in SAMPLED:
+        ran = [row for row in rows if door in row["doors"]]
+        if not ran:
+            continue
+        yield f"\n## Through {door.capitalize()}\n"
+        yield "| model | fp32, with gradients | bound | bf16 | bound |\n|---|---|---|---|---|"
+        for row in ran:
+            outcome = row["doors"][door]
+            half = outcome.get("bf16", {})
+            yield (
+                f"| {row['name']} | {_cell(outcome)} | {_number(outcome.get('bound'))} | "
+                f"{_number(half.get('error'))} | {_number(half.get('bound'))} |"
+            )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0e}"
 
 
 def _cell(outcome: dict[str, Any]) -> str:
@@ -132,19 +175,80 @@ def _sites(outcome: dict[str, Any]) -> int:
 
 
 def _missed(rows: list[Record]) -> list[str]:
+    """One item a model and reason, with the columns it holds for."""
     lines = []
     for row in rows:
+        by_reasons: dict[tuple[str, ...], list[str]] = {}
         for door, outcome in row["doors"].items():
             if "failed" in outcome:
-                lines.append(f"* `{row['name']}`, {door}: {outcome['failed']}")
+                by_reasons.setdefault((outcome["failed"],), []).append(f"{door} failed")
             elif "truth" in outcome and not complete(outcome):
-                reasons = "; ".join(dict.fromkeys(each["reason"] for each in outcome["refusals"]))
-                lines.append(f"* `{row['name']}`, {door}: {_cell(outcome)}. {reasons or 'No refusal.'}")
+                by_reasons.setdefault(_reasons(outcome), []).append(f"{door} {_cell(outcome)}")
+        for reasons, cells in by_reasons.items():
+            lines.append(f"* `{row['name']}` ({'; '.join(cells)})")
+            lines += [f"  * {reason}" for reason in reasons or ("No refusal.",)]
     return lines
 
 
-def _false_positives(rows: list[Record]) -> Iterable[str]:
+def _reasons(outcome: dict[str, Any]) -> tuple[str, ...]:
+    """What the refusals say, each sentence once, with the line of the model it is about."""
+    said = {
+        f"{' '.join(each['reason'].split())} {_where(each)}".strip(): None for each in outcome["refusals"]
+    }
+    return tuple(said)
+
+
+def _where(refusal: dict[str, Any]) -> str:
+    return f"(`{refusal['source'].rpartition('models/')[2]}`)" if refusal["source"] else ""
+
+
+def _false_positives(rows: list[Record]) -> Iterator[str]:
+    wrong = [row for row in rows if _sites(row["doors"].get("static", {}))]
+    if wrong:
+        yield "\n## Found where nothing is\n"
+    for row in wrong:
+        yield f"* `{row['name']}`: {', '.join(row['doors']['static']['encodings'])}"
+
+
+def _ways_not_taken(rows: list[Record]) -> Iterator[str]:
+    by_reason: dict[tuple[str, str], list[str]] = {}
     for row in rows:
-        outcome = row["doors"].get("static", {})
-        if _sites(outcome):
-            yield f"\n* `{row['name']}`: {', '.join(outcome['encodings'])}"
+        for door, outcome in row["doors"].items():
+            if "skipped" in outcome:
+                reason = " ".join(outcome["skipped"].split())[:160]
+                by_reason.setdefault((door, reason), []).append(f"`{row['name']}`")
+    places = {door: place for place, door in enumerate(DOORS)}
+    lines = [
+        f"* {door}: {_text(reason)}: {', '.join(names)}"
+        for (door, reason), names in sorted(
+            by_reason.items(), key=lambda item: (places[item[0][0]], item[0][1])
+        )
+    ]
+    count = sum(len(names) for names in by_reason.values())
+    yield from _folded("Ways a model does not take", f"{count} dashes", lines)
+
+
+def _unbuilt(rows: list[Record]) -> Iterator[str]:
+    lines = [f"* `{row['name']}`: {_text(' '.join(row['unbuilt'].split())[:200])}" for row in rows]
+    yield from _folded(
+        "Not built",
+        f"{len(rows)} configurations of which no tiny model runs on inputs made up from them",
+        lines,
+    )
+
+
+def _names(rows: list[Record]) -> list[str]:
+    return [", ".join(f"`{row['name']}`" for row in rows)] if rows else []
+
+
+def _folded(title: str, summary: str, lines: Iterable[str]) -> Iterator[str]:
+    lines = list(lines)
+    if lines:
+        yield f"\n## {title}\n\n<details><summary>{summary}</summary>\n"
+        yield from lines
+        yield "\n</details>"
+
+
+def _text(words: str) -> str:
+    """Words of others, kept from being read as markup."""
+    return words.replace("<", "&lt;").replace("|", "\\|").replace("*", "\\*")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import multiprocessing
 import os
 import resource
@@ -112,12 +113,13 @@ def _work(task: Task, connection: Connection) -> None:
         if not case.truth.sites and door not in ALWAYS:
             continue
         connection.send({"at": door})
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         try:
             outcome = DOORS[door](case)
         except Exception as failure:
             outcome = {"failed": first_line(failure)}
         outcome["seconds"] = round(time.perf_counter() - start, 2)
+        outcome["processor_seconds"] = round(time.process_time() - busy, 2)
         connection.send({"doors": {door: outcome}})
         torch.compiler.reset()
     connection.send({"at": None})
@@ -130,7 +132,9 @@ def _case(architecture: Architecture) -> tuple[Case | None, Record]:
         if isinstance(config, Exception):
             failures.append(first_line(config))
             continue
+        tried = False
         for inputs in candidates(model, config, architecture.name):
+            tried = True
             try:
                 with torch.no_grad(), counting(model) as truth:
                     model(**inputs)
@@ -146,7 +150,18 @@ def _case(architecture: Architecture) -> tuple[Case | None, Record]:
                 "truth": {"rotations": truth.rotations, "biases": truth.biases},
                 "counted": truth.functions,
             }
+        if not tried:
+            failures.append(f"no inputs are known for {type(model).__name__}{_arguments(model)}")
     return None, {"unbuilt": "; ".join(dict.fromkeys(failures)) or "no model class"}
+
+
+def _arguments(model: torch.nn.Module) -> str:
+    """The names of what a forward pass must be given."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    required = (
+        each.name for each in parameters if each.default is each.empty and each.kind < each.VAR_KEYWORD
+    )
+    return f"({', '.join(required)})"
 
 
 def _drawn(case: Case) -> bool:

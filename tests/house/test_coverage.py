@@ -13,10 +13,12 @@ from architectures import BY_NAME
 from torch import nn
 
 from benchmarks.coverage import records
+from benchmarks.coverage.__main__ import sampled
 from benchmarks.coverage.architectures import Architecture, architectures
+from benchmarks.coverage.arguments import completed
 from benchmarks.coverage.doors import DOORS
-from benchmarks.coverage.inputs import lengthened, redrawn
-from benchmarks.coverage.oracle import Deviation
+from benchmarks.coverage.inputs import Random, lengthened, redrawn
+from benchmarks.coverage.oracle import Deviation, InDouble
 from benchmarks.coverage.page import complete, page
 from benchmarks.coverage.processes import Task, run_all
 from benchmarks.coverage.truth import counting
@@ -106,7 +108,7 @@ def test_the_page_tells_what_was_missed_and_why() -> None:
         "replay": 1e-15,
         "proved": 2,
         "encodings": [],
-        "refusals": [{"reason": "the map is a reflection"}],
+        "refusals": [{"reason": "the map is a\nreflection", "source": "transformers/models/a/b.py:7"}],
     }
     rows = [
         {
@@ -118,10 +120,51 @@ def test_the_page_tells_what_was_missed_and_why() -> None:
         {"name": "plain", "truth": {"rotations": 0, "biases": 0}, "doors": {"static": {}}},
         {"name": "unknown", "unbuilt": "no model class", "doors": {}},
     ]
-    machine = {"transformers": "5", "torch": "2", "processor": "any"}
-    text = page({"machine": machine, "rows": rows})
+    machine = {"transformers": "5", "torch": "2", "python": "3", "processor": "any"}
+    text = page({"machine": machine, "date": "2026-01-01", "rows": rows})
     assert "| missed | 3 / 4, 1e-15 |" in text
-    assert "* `missed`, static: 3 / 4, 1e-15. the map is a reflection" in text
+    assert "* `missed` (static 3 / 4, 1e-15)\n  * the map is a reflection (`a/b.py:7`)" in text
     assert "2 of the 3 sites of 1 causal language models (67%)" in text
-    assert "1 architectures rotate and bias nothing" in text
+    assert "* cache: none: `missed`" in text
+    assert "False positives on 1 architectures without an encoding: 0." in text
     assert "* `unknown`: no model class" in text
+
+
+def test_random_numbers_in_double_are_those_of_float() -> None:
+    torch.manual_seed(0)
+    first, second = torch.rand(3), torch.empty(3).uniform_(-1, 1)
+    torch.manual_seed(0)
+    with InDouble():
+        wide = torch.rand(3), torch.empty(3, dtype=torch.float32).uniform_(-1, 1)
+    assert wide[0].dtype is wide[1].dtype is torch.float64
+    assert torch.equal(wide[0], first.double())
+    assert torch.equal(wide[1], second.double())
+
+
+def test_a_sample_is_spread_over_the_families() -> None:
+    known = [Architecture(f"{family}/{size}", family, ()) for family in "abcdefgh" for size in (1, 2)]
+    done: dict[str, dict[str, Any]] = {
+        each.name: {"truth": {"rotations": each.module != "a"}, "doors": {}} for each in known
+    }
+    done["c/1"]["doors"] = {"inductor": {}}
+    tasks = list(sampled(known, ("static", "inductor"), done, {"inductor": 3}))
+    assert [task.architecture.name for task in tasks] == ["b/1", "d/1", "f/1"]
+    assert {task.doors for task in tasks} == {("inductor",)}
+
+
+class Captioner(nn.Module):
+    """Takes a picture only with a box and a mask for every token."""
+
+    def forward(self, input_ids: Any, bbox: Any, attention_mask: Any, unheard_of: Any = None) -> Any:
+        return input_ids
+
+
+def test_arguments_that_go_together_are_made_up_by_name() -> None:
+    inputs = {"input_ids": torch.zeros(2, 6, dtype=torch.long)}
+    whole = completed(inputs, Captioner(), Random(None), helpful=False)
+    assert whole is not None
+    assert {name: tuple(value.shape) for name, value in whole.items()} == {
+        "input_ids": (2, 6),
+        "bbox": (2, 6, 4),
+        "attention_mask": (2, 6),
+    }
