@@ -22,7 +22,7 @@ from grape_compile.encoding import (
 )
 from grape_compile.passes.clocks import is_steps, is_unit_clock
 from grape_compile.passes.coefficients import Coefficients, element_values, scaled_turns
-from grape_compile.passes.graph import Taint, Unreadable, op_name, require_fake
+from grape_compile.passes.graph import ANGLES, Taint, Unreadable, op_name, require_fake
 from grape_compile.passes.movement import SINGLE, is_frozen, move
 from grape_compile.passes.operands import Operand, fit
 from grape_compile.passes.plans import Miss
@@ -248,6 +248,21 @@ class _Namer:
             for cos, sin in pairs
         )
 
+    def _of_activations(self, at: tuple[int, int]) -> bool:
+        """Whether a coefficient is made of the cosine or sine of an activation."""
+        stack = [factor.node for factor in self.coefficients.entry(at).factors]
+        seen = set(stack)
+        while stack:
+            node = stack.pop()
+            taints = [self.program.taints[operand] for operand in node.all_input_nodes]
+            if op_name(node) in ANGLES and Taint.DATA in taints:
+                return True
+            for operand, taint in zip(node.all_input_nodes, taints, strict=True):
+                if taint is not Taint.DATA and operand not in seen:
+                    seen.add(operand)
+                    stack.append(operand)
+        return False
+
     def _by_token(self, operand: Operand) -> bool:
         """A table with an axis of tokens, be it of one token, and not merely one number per channel."""
         return bool(operand.token_axes) or require_fake(operand.node).dim() > 1
@@ -311,6 +326,14 @@ class _Namer:
         return max([_TABLE_TOLERANCE, *(4 * epsilon for epsilon in epsilons)])
 
     def _table_values(self, cosines: list[tuple[int, int]], sines: list[tuple[int, int]]) -> Miss | None:
+        """Whether tables that are the same in every run are cosines and sines of one angle times a number."""
+        if any(self._of_activations(at) for at in (*cosines, *sines)):
+            return Miss(
+                "one angle",
+                "cos and sin of activations are not followed to one angle, and their values differ from run to run",
+                4,
+                "a rotation with these planes",
+            )
         cos = torch.stack([self.coefficients.values(at) for at in cosines])
         sin = torch.stack([self.coefficients.values(at) for at in sines])
         # Half of what cos^2 + sin^2 may be off by is left of its root.

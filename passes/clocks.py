@@ -19,6 +19,9 @@ _COUNTING = MOVEMENTS | {
 }  # fmt: skip
 
 
+_ONES = {"aten::ones", "aten::ones_like", "aten::new_ones"}
+
+
 def is_unit_clock(program: Program, replay: Replay, clock: Operand) -> bool:
     """True for given positions, and for values that count them: shifted, restarted or masked, never squared or binned.
 
@@ -136,9 +139,10 @@ def _fills_by_mask(node: fx.Node) -> bool:
 
 
 def _is_mask(node: fx.Node) -> bool:
+    """A mask that was given, or one of ones, that masks nothing."""
     while op_name(node) in MOVEMENTS and node.all_input_nodes:
         node = node.all_input_nodes[0]
-    return node.op == "placeholder" and _is_index(node)
+    return op_name(node) in _ONES or (node.op == "placeholder" and _is_index(node))
 
 
 def _along_token(replay: Replay, clock: Operand) -> torch.Tensor:

@@ -34,7 +34,7 @@ class Taint(enum.IntEnum):
     """What a value depends on, ordered: a result carries the largest taint of its operands.
 
     STRUCTURE: shapes, constants, buffers, aranges. POSITION: integer and boolean inputs as well (positions, masks),
-    and the cosines and sines of learned or accumulated angles.
+    and the cosines and sines of any angle: learned, accumulated, drawn at random, or an activation's.
     PARAMETER: weights. DATA: activations.
     """
 
@@ -299,14 +299,6 @@ _SHAPE_ONLY = {
     "aten::full_like", "aten::empty_like", "aten::new_zeros", "aten::new_ones", "aten::new_full", "aten::new_empty",
 }  # fmt: skip
 ANGLES = {"aten::cos", "aten::sin", "aten::polar"}
-PHASES = {
-    "aten::cumsum", "aten::mul", "aten::div", "aten::neg", "aten::add", "aten::sub", "aten::einsum", "aten::outer",
-    "aten::matmul", "aten::unsqueeze", "aten::squeeze", "aten::view", "aten::reshape", "aten::unflatten",
-    "aten::flatten", "aten::permute", "aten::transpose", "aten::mT", "aten::expand", "aten::repeat", "aten::tile",
-    "aten::repeat_interleave", "aten::cat", "aten::stack", "aten::slice", "aten::select", "aten::pad",
-    "aten::constant_pad_nd", "aten::to", "aten::_to_copy", "aten::clone", "aten::contiguous", "aten::type_as",
-    "aten::detach",
-}  # fmt: skip
 _LOOKUPS = {
     "aten::embedding": (0, 1),
     "aten::index_select": (0, 2),
@@ -331,26 +323,11 @@ def _taint(node: fx.Node, taints: Mapping[fx.Node, Taint], roles: Mapping[fx.Nod
     if name in ("aten::type_as", "aten::expand_as", "aten::view_as", "aten::to") and node.args:
         return _of(node.args[0], taints)
     worst = max(operands, default=Taint.STRUCTURE)
-    if name in ANGLES and (worst is Taint.PARAMETER or (worst is Taint.DATA and _is_phase(node, taints))):
+    if name in ANGLES and worst >= Taint.PARAMETER:
         return Taint.POSITION
     if worst is Taint.PARAMETER and name in _LOOKUPS:
         return _lookup_taint(node, taints, *_LOOKUPS[name])
     return worst
-
-
-def _is_phase(node: fx.Node, taints: Mapping[fx.Node, Taint]) -> bool:
-    """Whether the activation an angle is made of holds a running sum: content tells the time, as positions else."""
-    stack, seen = list(node.all_input_nodes), set()
-    while stack:
-        step = stack.pop()
-        if step in seen or taints[step] is not Taint.DATA:
-            continue
-        seen.add(step)
-        if op_name(step) == "aten::cumsum":
-            return True
-        if op_name(step) in PHASES:
-            stack += step.all_input_nodes
-    return False
 
 
 def _of(argument: Any, taints: Mapping[fx.Node, Taint]) -> Taint:

@@ -6,9 +6,17 @@ import torch
 from torch import fx
 
 from grape_compile.operators import reference_rotate
-from grape_compile.passes.graph import ANGLES, PHASES, Program, Taint, Unreadable, fake, op_name
+from grape_compile.passes.graph import ANGLES, Program, Taint, Unreadable, fake, op_name
+from grape_compile.passes.movement import MOVEMENTS
 from grape_compile.passes.plans import RotationPlan
 from grape_compile.passes.replay import Replay, has_value
+
+PHASES = MOVEMENTS | {
+    "aten::cumsum", "aten::mul", "aten::div", "aten::neg", "aten::add", "aten::sub", "aten::einsum", "aten::outer",
+    "aten::matmul", "aten::to", "aten::_to_copy", "aten::clone", "aten::contiguous", "aten::type_as", "aten::detach",
+    "aten::pad", "aten::constant_pad_nd",
+}  # fmt: skip
+"""What an angle is read through: an activation before anything else may hold any number."""
 
 TOLERANCE = 1e-9
 """Largest difference to the fp64 replay, relative to its largest value. Both sides use the model's own stored tables,

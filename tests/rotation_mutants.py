@@ -307,6 +307,34 @@ def seen_through_a_view(steps: Tensor) -> Tensor:
     return torch.cat((steps[:1], view))
 
 
+def three_axes_written_into_the_first(x: Tensor, angle: Tensor) -> Tensor:
+    axes = torch.stack((angle, angle.flip(-2), 2 * angle))
+    first = axes[0]
+    for axis in (1, 2):
+        first[..., axis::3] = axes[axis, ..., axis::3]
+    return turn(x, first)
+
+
+def sine_read_before_the_write(x: Tensor, angle: Tensor) -> Tensor:
+    axes = torch.stack((angle, 2 * angle))
+    first = axes[0]
+    sin = torch.cat((first, first), dim=-1).sin()
+    first[..., ::3] = axes[1, ..., ::3]
+    cos = torch.cat((first, first), dim=-1).cos()
+    left, right = halves(x)
+    return x * cos + torch.cat((-right, left), dim=-1) * sin
+
+
+def sine_of_another_activation(x: Tensor, angle: Tensor) -> Tensor:
+    (cos, _), (_, sin) = wide(angle + x.mean(-1, keepdim=True)), wide(angle + x.amax(-1, keepdim=True))
+    first, second = halves(x)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def angle_of_an_activation(x: Tensor, angle: Tensor) -> Tensor:
+    return turn(x, angle + x.mean(-1, keepdim=True))
+
+
 def _layer(query: Turn, key: Turn | None = None) -> Callable[[], nn.Module]:
     return lambda: RotaryAttention(query, key, expose=True)
 
@@ -337,6 +365,8 @@ BROKEN: tuple[Turn, ...] = (
     first_token_of_unequal_halves,
     axes_of_exchanged_sines,
     one_half_overwritten,
+    sine_read_before_the_write,
+    sine_of_another_activation,
 )
 XPOS: tuple[Callable[..., Tensor], ...] = (xpos, xpos_by_products, xpos_by_radius)
 
@@ -370,6 +400,8 @@ ROTATION_MUTANTS: tuple[RotationMutant, ...] = (
     RotationMutant("pairs_from_both_ends", _layer(pairs_from_both_ends), refused=False, ordinary=2),
     RotationMutant("reflection", _layer(reflection), refused=False, ordinary=2),
     RotationMutant("off_by_one_on_k", _layer(turn, next_position), refused=False, ordinary=1),
+    RotationMutant("three_axes", _layer(three_axes_written_into_the_first), refused=False),
+    RotationMutant("angle_of_an_activation", _layer(angle_of_an_activation), refused=False),
     RotationMutant("position_squared", _clock(torch.square), refused=False),
     RotationMutant("position_shifted", _clock(lambda steps: steps + 5), refused=False),
     RotationMutant("position_shifted_behind_a_view", _clock(seen_through_a_view), refused=False, told=False),
