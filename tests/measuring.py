@@ -17,7 +17,8 @@ from architectures import Architecture, draw_parameters, output_of
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.coverage.oracle import InDouble, in_double
+from benchmarks.coverage.oracle import InDouble as InDouble
+from benchmarks.coverage.oracle import in_double as in_double
 
 SEEDS = (0, 1, 2)
 MARGIN = 1.25

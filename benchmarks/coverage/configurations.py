@@ -196,7 +196,9 @@ def _kept_layers(config: PreTrainedConfig) -> list[int]:
 
 
 def _still(config: PreTrainedConfig) -> None:
-    """No dropout: a training step is compared with another run of itself."""
+    """No dropout, as a training step is compared with another run of itself; no cache among the results."""
+    if _get(config, "use_cache"):
+        _set(config, "use_cache", False)
     for name, value in list(vars(config).items()):
         if re.search(r"drop(out|_path|_rate|_prob)|layerdrop|_pdrop$|_drop$", name) and isinstance(
             value, float
