@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import copy
 import inspect as python_inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from benchmarks.coverage.arguments import Inputs
 from benchmarks.coverage.generation import Ran, compared, generated, prompt
@@ -199,13 +199,40 @@ def _through_compile(
         plain.compile(backend=backend)
         return plain
 
-    ours = grape_compile(case.fresh(), backend=backend)
+    counted = Counted(backend)
+    ours = grape_compile(case.fresh(), backend=counted)
     try:
+        run(ours, case.model, case.inputs)
+        counted.rotations = counted.biases = 0
         run(ours, case.model, case.inputs)
     except Exception as failure:
         return _alone(case, run, failure, alone())
+    ran = {"rotations": counted.rotations, "biases": counted.biases}
     verdict = measured(ours, case.model, case.model, case.inputs, run, dtype, alone)
-    return _found(report(ours), case.truth) | verdict
+    return _found(report(ours), case.truth) | ran | verdict
+
+
+class Counted:
+    """A backend that counts what its graphs rotate and bias each time they run: layers may share one graph."""
+
+    def __init__(self, backend: str) -> None:
+        self.inner = torch._dynamo.lookup_backend(backend)  # noqa: TID251 - by name, as torch.compile takes it
+        self.rotations = self.biases = 0
+
+    def __call__(self, module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        graphs = [each.graph for each in module.modules() if isinstance(each, fx.GraphModule)]
+        nodes = [node for graph in graphs for node in graph.nodes]
+        rotated = [node for node in nodes if node.target is torch.ops.grape.rotate.default]
+        rotations = sum(len(node.args[0]) for node in rotated)
+        biases = sum(node.target is torch.ops.grape.attend.default for node in nodes)
+        compiled = self.inner(module, list(examples))
+
+        def call(*args: Any) -> Any:
+            self.rotations += rotations
+            self.biases += biases
+            return compiled(*args)
+
+        return call
 
 
 def _alone(case: Case, run: Run, failure: Exception, plain: nn.Module) -> Outcome:
