@@ -181,7 +181,7 @@ def _missed(rows: list[Record]) -> list[str]:
         by_reasons: dict[tuple[str, ...], list[str]] = {}
         for door, outcome in row["doors"].items():
             if "failed" in outcome:
-                by_reasons.setdefault((outcome["failed"],), []).append(f"{door} failed")
+                by_reasons.setdefault((_text(outcome["failed"]),), []).append(f"{door} failed")
             elif "truth" in outcome and not complete(outcome):
                 by_reasons.setdefault(_reasons(outcome), []).append(f"{door} {_cell(outcome)}")
         for reasons, cells in by_reasons.items():
@@ -193,7 +193,8 @@ def _missed(rows: list[Record]) -> list[str]:
 def _reasons(outcome: dict[str, Any]) -> tuple[str, ...]:
     """What the refusals say, each sentence once, with the line of the model it is about."""
     said = {
-        f"{' '.join(each['reason'].split())} {_where(each)}".strip(): None for each in outcome["refusals"]
+        f"{_text(' '.join(each['reason'].split()))} {_where(each)}".strip(): None
+        for each in outcome["refusals"]
     }
     return tuple(said)
 
