@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from grape_compile.passes.graph import Program, Role, Sizes, Taint, Unreadable, fake, is_pure
+from grape_compile.passes.graph import Program, Role, Sizes, Taint, Unreadable, fake, is_pure, op_name
 from grape_compile.passes.operands import fake_value
+from grape_compile.passes.verify import PHASES
 
 _MARK = "_grape_compile_mark"
 _CALLS = count()
@@ -68,8 +69,8 @@ def _is_table(program: Program, node: Any) -> bool:
 
 
 def _is_given(program: Program, node: fx.Node) -> bool:
-    """Where the copy ends: at inputs, and at activations, of which only sizes matter."""
-    return node.op != "call_function" or program.taints[node] is Taint.DATA
+    """Where the copy ends: at inputs, and at activations behind what angles are made with."""
+    return node.op != "call_function" or (program.taints[node] is Taint.DATA and op_name(node) not in PHASES)
 
 
 def _needed(program: Program, results: Sequence[fx.Node]) -> set[fx.Node]:
