@@ -89,6 +89,16 @@ def test_tables_are_known_behind_the_break() -> None:
     assert report(model).refusals == ()
 
 
+def test_angles_of_activations_are_known_behind_the_break() -> None:
+    calls = GrapeCalls()
+    model = grape_compile(Broken(untouched), backend=calls)
+    for seed in (0, 1):
+        places = torch.randn(12, generator=torch.Generator().manual_seed(seed))
+        calls.reset()
+        torch.testing.assert_close(model(X, places), Broken(untouched)(X, places))
+        assert calls.rotated == 1
+
+
 @pytest.mark.parametrize("spoil", [written_into, replaced, exchanged], ids=lambda spoil: spoil.__name__)
 def test_other_tables_in_a_later_call_are_not_taken_for_the_first(spoil: Any) -> None:
     between, calls = Spoils(spoil), GrapeCalls()
