@@ -17,13 +17,14 @@ Each counts its own truth by running the original through the same inputs.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect as python_inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from benchmarks.coverage.arguments import Inputs
 from benchmarks.coverage.generation import Ran, compared, generated, prompt
@@ -156,7 +157,7 @@ def generate(case: Case) -> Outcome:
             generated(model, inputs)
     except Exception as failure:
         return {"skipped": f"the original does not generate: {first_line(failure)}"}
-    ran = Ran()
+    ran = Ran("eager")
     ours = grape_compile(case.fresh(), backend=ran)
     try:
         generated(ours, inputs)
@@ -165,6 +166,7 @@ def generate(case: Case) -> Outcome:
             Case(model, inputs, truth),
             lambda plain, _, given: {"output": generated(plain, given).logits},
             failure,
+            _compiled_alone(case, "eager"),
         )
     found = _found(report(ours), truth) | {"rotations": ran.rotations, "biases": ran.biases}
     return found | compared(ours, model, inputs)
@@ -193,46 +195,25 @@ def first_line(failure: BaseException) -> str:
 def _through_compile(
     case: Case, run: Run, dtype: torch.dtype = torch.float32, backend: str = "eager"
 ) -> Outcome:
-    def alone() -> nn.Module:
-        torch.compiler.reset()
-        plain = case.fresh()
-        plain.compile(backend=backend)
-        return plain
-
-    counted = Counted(backend)
-    ours = grape_compile(case.fresh(), backend=counted)
+    ran = Ran(backend)
+    ours = grape_compile(case.fresh(), backend=ran)
     try:
         run(ours, case.model, case.inputs)
-        counted.rotations = counted.biases = 0
+        ran.rotations = ran.biases = 0
         run(ours, case.model, case.inputs)
     except Exception as failure:
-        return _alone(case, run, failure, alone())
-    ran = {"rotations": counted.rotations, "biases": counted.biases}
-    verdict = measured(ours, case.model, case.model, case.inputs, run, dtype, alone)
-    return _found(report(ours), case.truth) | ran | verdict
+        return _alone(case, run, failure, _compiled_alone(case, backend))
+    found = _found(report(ours), case.truth) | {"rotations": ran.rotations, "biases": ran.biases}
+    alone = functools.partial(_compiled_alone, case, backend)
+    return found | measured(ours, case.model, case.model, case.inputs, run, dtype, alone)
 
 
-class Counted:
-    """A backend that counts what its graphs rotate and bias each time they run: layers may share one graph."""
-
-    def __init__(self, backend: str) -> None:
-        self.inner = torch._dynamo.lookup_backend(backend)  # noqa: TID251 - by name, as torch.compile takes it
-        self.rotations = self.biases = 0
-
-    def __call__(self, module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
-        graphs = [each.graph for each in module.modules() if isinstance(each, fx.GraphModule)]
-        nodes = [node for graph in graphs for node in graph.nodes]
-        rotated = [node for node in nodes if node.target is torch.ops.grape.rotate.default]
-        rotations = sum(len(node.args[0]) for node in rotated)
-        biases = sum(node.target is torch.ops.grape.attend.default for node in nodes)
-        compiled = self.inner(module, list(examples))
-
-        def call(*args: Any) -> Any:
-            self.rotations += rotations
-            self.biases += biases
-            return compiled(*args)
-
-        return call
+def _compiled_alone(case: Case, backend: str) -> nn.Module:
+    """The original through torch.compile without us."""
+    torch.compiler.reset()
+    plain = case.fresh()
+    plain.compile(backend=backend)
+    return plain
 
 
 def _alone(case: Case, run: Run, failure: Exception, plain: nn.Module) -> Outcome:

@@ -29,6 +29,7 @@ so. Where the original does not run in fp64 (`o`), ours is compared with the ori
 | cache | the same, one token after a prefill |
 | training | the same in training mode, with gradients |
 | bf16 | the same with parameters in bfloat16 |
+| generate | greedy generation from a left-padded batch, the sites of all its forward passes |
 | inductor | `grape_compile(backend="inductor")`, with gradients in fp32 and forward in bfloat16; {sample} models |
 
 A dash means that the model, torch.export or torch.compile alone does not take that way; the reasons stand
