@@ -88,7 +88,7 @@ def _totals(encoded: list[Record], plain: list[Record]) -> Iterator[str]:
         failed = sum("failed" in each for each in outcomes)
         rows = min(SAMPLED.get(door, len(encoded)), len(encoded))
         numbers = (
-            len(counted), whole, f"{whole / max(len(counted), 1):.1%}", found, there, broken, failed,
+            len(counted), whole, f"{whole / len(counted):.1%}" if counted else "-", found, there, broken, failed,
             len(outcomes) - len(counted) - failed, rows - len(outcomes),
         )  # fmt: skip
         yield f"| {door} | {' | '.join(map(str, numbers))} |"
