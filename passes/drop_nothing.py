@@ -4,8 +4,8 @@ What: movement that ends where it began (an axis added and dropped, axes exchang
     of several equal parts joined), products with one, sums with zero, a sign turned twice, casts to the own type. Those
     who read the result read the operand instead.
 Why: detection reads layers by their form around the softmax; a detour would hide it.
-Leaves alone: results of the graph; copies where the graph writes into values; what stands under `no_grad` and reads
-    from outside of it, since it stops the gradient.
+Leaves alone: results of the graph; what stands for an input, and its operands outside of the graph; copies where the
+    graph writes into values; what stands under `no_grad` and reads from outside of it, since it stops the gradient.
 Cost: one pass over the graph, a few steps back from each node.
 """
 
@@ -54,6 +54,8 @@ class DropNothing(Pass):
         for node in list(program.graph.nodes):
             source = _origin(node, copies)
             if source is None or (node in program.no_grad and source not in program.no_grad):
+                continue
+            if node in program.stands or (source in program.outside and node not in program.outside):
                 continue
             node.replace_all_uses_with(source, delete_user_cb=lambda user: user.op != "output")
             if not node.users:
