@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib import import_module
 from typing import Any
+
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +25,24 @@ class Launch:
     arguments: Mapping[str, Any]
     options: Mapping[str, int] = field(default_factory=dict)
 
-    def run(self) -> None:
-        """Start the kernel; an empty grid has nothing to do."""
-        if all(self.grid):
-            self.function[self.grid](**self.arguments, **self.options)
+    def run(self, *, traced: bool = False) -> None:
+        """Start the kernel, or `traced` put it into the graph that is being made; an empty grid has nothing to do."""
+        if not all(self.grid):
+            return
+        function = torch.library.wrap_triton(self.function) if traced else self.function
+        function[self.grid](**self.arguments, **self.options)
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Whether a tensor stands for one in a graph that is being made (fake and functional tensors are subclasses)."""
+    return type(tensor) not in (Tensor, torch.nn.Parameter)
+
+
+@lru_cache(maxsize=1)
+def missing_triton() -> str:
+    """Return a sentence where Triton is not installed, else nothing."""
+    try:
+        import_module("triton")
+    except ImportError:
+        return "Triton is not installed: pip install 'grape-compile[gpu]'"
+    return ""

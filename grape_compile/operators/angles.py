@@ -171,7 +171,15 @@ def turn_gradient(
             name: part.sum_to_size(slots[name].shape).to(slots[name].dtype) for name, part in parts.items()
         }
     turned = turn(rotation, slots, tensor)
-    angle = rotation.orientation * (turned.cos * sin - turned.sin * cos)
+    return angle_gradient(rotation, slots, tensor, turned.cos * sin - turned.sin * cos)
+
+
+def angle_gradient(rotation: Rotation, slots: Slots, tensor: Tensor, turning: Tensor) -> dict[str, Tensor]:
+    """Return gradients of the floating slots from that of orientation * n * theta, [*shape[:-1], planes].
+
+    An axis that all slots share may be summed already.
+    """
+    clock, angle = rotation.clock, rotation.orientation * turning
     times, theta = _factors(rotation, slots, tensor)
     gradients = {}
     if isinstance(rotation.spectrum, Learned | Table):

@@ -1,0 +1,74 @@
+"""The axes of tensors and angles as a kernel walks them: two of the batch, heads that share angles, tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Sizes and strides (in elements) of one operand: outer, inner, head, token."""
+
+    sizes: tuple[int, int, int, int]
+    strides: tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Which leading axis of [..., D] is walked as what; None for an axis of size one that is not there."""
+
+    outer: int | None
+    inner: int | None
+    head: int | None
+    token: int | None
+
+    def of(self, tensor: Tensor) -> Axes:
+        """Return how the kernel walks a tensor [..., D]."""
+        places = (self.outer, self.inner, self.head, self.token)
+        sizes = tuple(1 if at is None else tensor.shape[at] for at in places)
+        strides = tuple(0 if at is None else tensor.stride(at) for at in places)
+        return Axes(sizes, strides)  # type: ignore[arg-type] # four places
+
+    def of_angles(self, operand: Tensor, rank: int, own: int) -> Axes:
+        """Return how the kernel walks an operand whose axes broadcast against `rank` leading ones, `own` more behind.
+
+        An axis of size one has stride zero: all that meet it read the same.
+        """
+        missing = rank + own - operand.dim()
+        places = [
+            None if at is None else at - missing for at in (self.outer, self.inner, self.head, self.token)
+        ]
+        there = [at is not None and at >= 0 and operand.shape[at] != 1 for at in places]
+        sizes = tuple(operand.shape[at] if on else 1 for at, on in zip(places, there, strict=True))  # type: ignore[index]
+        strides = tuple(operand.stride(at) if on else 0 for at, on in zip(places, there, strict=True))  # type: ignore[arg-type]
+        return Axes(sizes, strides)  # type: ignore[arg-type] # four places
+
+
+def frame_of(tensors: Sequence[Tensor], varying: Sequence[bool], token: int | None) -> Frame | str:
+    """Return how to walk tensors [..., D], or a sentence where no four axes do.
+
+    `varying` says of each leading axis whether angles differ along it; `token` names the axis of tokens where the clock
+    fixes it. Heads are an axis that shares its angles: one whose size differs between the tensors, else the one with
+    the smallest stride.
+    """
+    first = tensors[0]
+    sizes = first.shape[:-1]
+    apart = [at for at, size in enumerate(sizes) if any(other.shape[at] != size for other in tensors)]
+    if len(apart) > 1 or any(varying[at] for at in apart):
+        return "tensors whose sizes differ along more than an axis of heads"
+    if token is None:
+        token = max(
+            (at for at in range(len(sizes)) if at not in apart),
+            key=lambda at: (varying[at], sizes[at]),
+            default=None,
+        )
+    shared = [at for at, differs in enumerate(varying) if not differs and at != token and sizes[at] > 1]
+    head = apart[0] if apart else min(shared, key=first.stride, default=None)
+    rest = [at for at, size in enumerate(sizes) if at not in (head, token) and size != 1]
+    if len(rest) > 2:
+        return f"{len(rest)} axes beside heads and tokens, more than two"
+    outer, inner = (*rest, None, None)[:2]
+    return Frame(outer, inner, head, token)

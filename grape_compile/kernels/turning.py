@@ -1,0 +1,325 @@
+"""Rotations of planes by one kernel: what it takes, and how a call becomes launches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor
+
+from grape_compile.encoding import Accumulated, Learned, Positions, Rotation, Spectrum, Steps, Table, Tables
+from grape_compile.kernels.frames import Axes, Frame, frame_of
+from grape_compile.kernels.launch import Launch, is_traced, missing_triton
+from grape_compile.kernels.layouts import layout_of, table, width
+from grape_compile.operators.angles import accumulate, frequencies, phase_dtype
+from grape_compile.operators.planar import Planar
+from grape_compile.operators.turn_call import TurnCall
+
+#: Coordinates of a head that one program holds at most.
+LARGEST_HEAD: Final = 512
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """`block` tokens and `group` heads of one program, run by `warps`."""
+
+    block: int
+    group: int
+    warps: int
+
+    def fitting(self, tokens: int, heads: int, lanes: int) -> Configuration:
+        """Return the configuration for a call with few tokens or heads: no idle heads, and no warp without a lane."""
+        block = min(self.block, width(tokens))
+        warps = max(1, min(self.warps, block * lanes // 64))
+        return Configuration(block, max(1, min(self.group, heads)), 1 << (warps.bit_length() - 1))
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMSNorm of heads in the same pass: x / sqrt(mean(x^2) + epsilon) * (weight + offset), in float32.
+
+    `place` is "before" the rotation, "after" it, or "across": before it, the mean over all heads of a token. Weights
+    [head_dim], or [heads * head_dim] across heads, one for each tensor.
+    """
+
+    weights: tuple[Tensor, ...]
+    epsilon: float
+    place: Literal["before", "after", "across"] = "before"
+    offset: float = 0.0
+
+
+def default_configuration(lanes: int) -> Configuration:
+    """Return what is launched without a tuning record: about 1024 planes a program, four heads for each angle."""
+    return Configuration(max(1, 1024 // lanes), 4, 4)
+
+
+def supports(call: TurnCall) -> Literal[True] | str:
+    """Rotations of planes of 16 and 32 bit tensors whose heads are contiguous."""
+    if not isinstance(call.encoding, Rotation):
+        return f"{type(call.encoding).__name__} is no rotation of planes"
+    if absent := missing_triton():
+        return absent
+    if any(tensor.dtype == torch.float64 for tensor in call.tensors):
+        return "float64 tensors turn in float64"
+    if call.encoding.head_dim > LARGEST_HEAD:
+        return f"heads of more than {LARGEST_HEAD} coordinates"
+    if call.encoding.basis is None and any(tensor.stride(-1) != 1 for tensor in call.tensors):
+        return "coordinates of a head that are not neighbours in memory"
+    for tensors in _pairs(call):
+        frame = _frame(call, tensors)
+        if isinstance(frame, str):
+            return frame
+    return True
+
+
+def forward(call: TurnCall) -> list[Tensor]:
+    """Return every tensor turned, in new memory."""
+    outputs = [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in call.tensors]
+    turn_into(call, outputs)
+    return outputs
+
+
+def turn_into(call: TurnCall, outputs: Sequence[Tensor], norm: Norm | None = None) -> None:
+    """Turn every tensor of a call into one of `outputs`, which may be itself where coordinates stay in place."""
+    for launch in launches(call, outputs, norm):
+        launch.run(traced=is_traced(call.tensors[0]))
+
+
+def launches(
+    call: TurnCall,
+    outputs: Sequence[Tensor],
+    norm: Norm | None = None,
+    configuration: Configuration | None = None,
+) -> Iterator[Launch]:
+    """Yield one launch for each two tensors of a call."""
+    action = Planar(_rotation(call))
+    angles = _angle_operands(call)
+    weights = norm.weights if norm is not None else ()
+    for at in _places(call):
+        tensors = [call.tensors[place] for place in at]
+        frame = _frame(call, tensors)
+        assert isinstance(frame, Frame), "`supports` refuses other calls"
+        sources = [action.in_basis(call.slots, tensor) for tensor in tensors]
+        chosen = [weights[place] for place in at] if norm is not None else []
+        yield _launch(
+            call, frame, sources, [outputs[place] for place in at], angles, norm, chosen, configuration
+        )
+
+
+def _launch(
+    call: TurnCall,
+    frame: Frame,
+    sources: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    angles: _Angles,
+    norm: Norm | None,
+    weights: Sequence[Tensor],
+    configuration: Configuration | None,
+) -> Launch:
+    from grape_compile.kernels.bodies import turn as body
+
+    rotation = _rotation(call)
+    layout, lanes = layout_of(rotation), width(rotation.planes.count)
+    sizes = frame.of(sources[0]).sizes
+    heads = [frame.of(source).sizes[2] for source in sources]
+    chosen = (configuration or default_configuration(lanes)).fitting(sizes[3], max(heads), lanes)
+    place = body.PLAIN if norm is None else getattr(body, norm.place.upper())
+    # All heads of a token in one program: their mean is one number.
+    group = max(heads) if norm is not None and norm.place == "across" else chosen.group
+    in_place = norm is None and layout.stays and all(a is b for a, b in zip(sources, outputs, strict=True))
+    device = sources[0].device
+    arguments: dict[str, Any] = {}
+    for number in (0, 1):
+        there = number < len(sources)
+        source, output = (sources[number], outputs[number]) if there else (None, None)
+        arguments |= _tensor_arguments(f"x{number}", source, frame) | _tensor_arguments(
+            f"y{number}", output, frame
+        )
+        arguments[f"weight{number}"] = weights[number] if weights and there else None
+        arguments[f"weight{number}_head"] = rotation.head_dim if place == body.ACROSS else 0
+        arguments[f"HEADS_{number}"] = heads[number] if there else 0
+    arguments |= angles.arguments(frame, outputs[0].dim() - 1)
+    arguments |= {
+        "axis": table(rotation.planes.axes(), device)
+        if rotation.planes.axis_count > 1 and angles.positions
+        else None,
+        "in_table": table(layout.source_table, device),
+        "out_table": table(layout.target_table, device),
+        "rest_in": table(layout.rest_source, device),
+        "rest_out": table(layout.rest_target, device),
+        "tokens": sizes[3],
+        "inners": sizes[1],
+        "cos_factor": float(rotation.scale),
+        "sin_factor": float(rotation.scale * rotation.orientation),
+        "epsilon": 0.0 if norm is None else float(norm.epsilon),
+        "offset": 0.0 if norm is None else float(norm.offset),
+        "BLOCK": chosen.block,
+        "GROUP": group,
+        "HEAD_DIM": rotation.head_dim,
+        "COUNT": layout.count,
+        "WIDTH": lanes,
+        "TABLED": bool(layout.rest_source),
+        "SOURCE": angles.source,
+        "BY_TOKEN": angles.by_token(frame, outputs[0].dim() - 1),
+        "NORM": int(place),
+    }
+    for name, runs in (("IN", layout.source), ("OUT", layout.target)):
+        arguments |= {
+            f"{name}_START": runs.start, f"{name}_RUN": runs.run, f"{name}_STEP": runs.step, f"{name}_APART": runs.apart
+        }  # fmt: skip
+    for number, piece in enumerate(layout.pieces):
+        arguments |= {
+            f"REST_{number}": 0 if in_place else piece.count,
+            f"REST_{number}_WIDTH": piece.width,
+            f"REST_{number}_IN": piece.source,
+            f"REST_{number}_OUT": piece.target,
+        }
+    groups = sum(-(-count // group) for count in heads)
+    grid = groups * -(-sizes[3] // chosen.block) * sizes[0] * sizes[1]
+    return Launch(body.turn, (grid,), arguments, {"num_warps": chosen.warps})
+
+
+def _tensor_arguments(name: str, tensor: Tensor | None, frame: Frame) -> dict[str, Any]:
+    strides = (0, 0, 0, 0) if tensor is None else frame.of(tensor).strides
+    walked = zip(("outer", "inner", "head", "token"), strides, strict=True)
+    return {name: tensor} | {f"{name}_{axis}": stride for axis, stride in walked}
+
+
+@dataclass(frozen=True)
+class _Angles:
+    """What a kernel makes angles of: positions and frequencies, or cosines and sines; None for steps.
+
+    Positions of several axes have them in front.
+    """
+
+    source: int
+    first: Tensor | None
+    second: Tensor
+    positions: bool
+    axes: int
+
+    def arguments(self, frame: Frame, rank: int) -> dict[str, Any]:
+        """Return pointers and strides."""
+        found: dict[str, Any] = {"a": self.first, "b": self.second}
+        strides = {"a": (0, 0, 0, 0), "b": self._of_second(frame, rank).strides}
+        planes = {"a": 0, "b": self.second.stride(-1) if self.second.shape[-1] != 1 else 0}
+        if self.first is not None:
+            strides["a"] = self._of_first(frame, rank).strides
+            if self.positions:
+                planes["a"] = self.first.stride(0) if self.axes > 1 else 0
+            else:
+                planes["a"] = self.first.stride(-1) if self.first.shape[-1] != 1 else 0
+        for name, (outer, inner, _, token) in strides.items():
+            found |= {f"{name}_outer": outer, f"{name}_inner": inner, f"{name}_token": token}
+            found[f"{name}_plane"] = planes[name]
+        return found
+
+    def by_token(self, frame: Frame, rank: int) -> bool:
+        """Whether each token has frequencies of its own."""
+        return self.positions and self._of_second(frame, rank).strides[3] != 0
+
+    def _of_first(self, frame: Frame, rank: int) -> Axes:
+        assert self.first is not None
+        if not self.positions:
+            return frame.of_angles(self.first, rank, 1)
+        return frame.of_angles(self.first[0] if self.axes > 1 else self.first, rank, 0)
+
+    def _of_second(self, frame: Frame, rank: int) -> Axes:
+        return frame.of_angles(self.second, rank, 1)
+
+
+def _angle_operands(call: TurnCall) -> _Angles:
+    """Return the operands of the angles; sums over tokens are taken here, in float64."""
+    from grape_compile.kernels.bodies import turn as body
+
+    rotation, slots, like = _rotation(call), call.slots, call.tensors[0]
+    clock, axes = rotation.clock, rotation.planes.axis_count
+    if isinstance(clock, Tables):
+        cos, sin = (_on(slots[name], like) for name in (clock.cos, clock.sin))
+        return _Angles(int(body.TABLES), _with_axis(cos), _with_axis(sin), False, 1)
+    assert rotation.spectrum is not None, "only tables have no spectrum"
+    dtype = phase_dtype(clock, slots, like)
+    theta = _with_axis(_theta(rotation.spectrum, rotation.planes.count, call, dtype))
+    if isinstance(clock, Steps):
+        return _Angles(int(body.STEPS), None, theta, True, 1)
+    assert isinstance(clock, Positions | Accumulated)
+    times = _on(slots[clock.slot], like)
+    if isinstance(clock, Accumulated):
+        times = accumulate(clock, times.to(dtype), like.shape[-2:-1])
+    source = body.EXACT if dtype == torch.float64 else body.POSITIONS
+    return _Angles(int(source), times, theta, True, axes)
+
+
+def _theta(spectrum: Spectrum, count: int, call: TurnCall, dtype: torch.dtype) -> Tensor:
+    like = call.tensors[0]
+    if isinstance(spectrum, Learned | Table):
+        return _on(call.slots[spectrum.slot], like)
+    if is_traced(like):
+        return frequencies(spectrum, count, call.slots, like, dtype)
+    return _stored_theta(spectrum, count, like.device, dtype)
+
+
+@lru_cache(maxsize=256)
+def _stored_theta(spectrum: Spectrum, count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(spectrum.frequencies(count), dtype=dtype, device=device)
+
+
+def _on(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return the tensor on the device; only a number without axes may be elsewhere."""
+    return tensor if tensor.device == like.device else tensor.to(like.device)
+
+
+def _with_axis(tensor: Tensor) -> Tensor:
+    return tensor.unsqueeze(0) if tensor.dim() == 0 else tensor
+
+
+def _frame(call: TurnCall, tensors: Sequence[Tensor]) -> Frame | str:
+    first = tensors[0]
+    if isinstance(_rotation(call).clock, Steps):
+        token: int | None = first.dim() - 2
+    else:
+        token = None
+    return frame_of(tensors, _varying(call, first), token)
+
+
+def _varying(call: TurnCall, tensor: Tensor) -> list[bool]:
+    """Return along which leading axes angles differ, by shapes alone."""
+    rotation, rank = _rotation(call), tensor.dim() - 1
+    found = [False] * rank
+    shapes: list[Sequence[int]] = []
+    clock = rotation.clock
+    if isinstance(clock, Steps):
+        found[-1] = True
+    elif isinstance(clock, Positions | Accumulated):
+        shapes.append(call.slots[clock.slot].shape[rotation.planes.axis_count > 1 :])
+    names = clock.slots if isinstance(clock, Tables) else rotation.spectrum.slots if rotation.spectrum else ()
+    shapes += [call.slots[name].shape[:-1] for name in names]
+    for shape in shapes:
+        for at, size in enumerate(shape):
+            found[rank - len(shape) + at] |= size != 1
+    return found
+
+
+def _places(call: TurnCall) -> list[tuple[int, ...]]:
+    """Return the tensors that one launch takes: two neighbours where they agree but for their heads, else one."""
+    found: list[tuple[int, ...]] = []
+    at = 0
+    while at < len(call.tensors):
+        pair = call.tensors[at : at + 2]
+        alike = len(pair) == 2 and pair[0].dim() == pair[1].dim() and not isinstance(_frame(call, pair), str)
+        found.append((at, at + 1) if alike else (at,))
+        at += len(found[-1])
+    return found
+
+
+def _pairs(call: TurnCall) -> Iterator[list[Tensor]]:
+    for places in _places(call):
+        yield [call.tensors[at] for at in places]
+
+
+def _rotation(call: TurnCall) -> Rotation:
+    assert isinstance(call.encoding, Rotation)
+    return call.encoding
