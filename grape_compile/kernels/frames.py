@@ -27,24 +27,25 @@ class Frame:
 
     def of(self, tensor: Tensor) -> Axes:
         """Return how the kernel walks a tensor [..., D]."""
-        places = (self.outer, self.inner, self.head, self.token)
-        sizes = tuple(1 if at is None else tensor.shape[at] for at in places)
-        strides = tuple(0 if at is None else tensor.stride(at) for at in places)
-        return Axes(sizes, strides)  # type: ignore[arg-type] # four places
+        return self._walk(tensor, 0)
 
     def of_angles(self, operand: Tensor, rank: int, own: int) -> Axes:
         """Return how the kernel walks an operand whose axes broadcast against `rank` leading ones, `own` more behind.
 
         An axis of size one has stride zero: all that meet it read the same.
         """
-        missing = rank + own - operand.dim()
-        places = [
-            None if at is None else at - missing for at in (self.outer, self.inner, self.head, self.token)
-        ]
-        there = [at is not None and at >= 0 and operand.shape[at] != 1 for at in places]
-        sizes = tuple(operand.shape[at] if on else 1 for at, on in zip(places, there, strict=True))  # type: ignore[index]
-        strides = tuple(operand.stride(at) if on else 0 for at, on in zip(places, there, strict=True))  # type: ignore[arg-type]
-        return Axes(sizes, strides)  # type: ignore[arg-type] # four places
+        return self._walk(operand, rank + own - operand.dim())
+
+    def _walk(self, operand: Tensor, missing: int) -> Axes:
+        sizes, strides = [], []
+        for place in (self.outer, self.inner, self.head, self.token):
+            at = -1 if place is None else place - missing
+            broadcast = at < 0 or operand.shape[at] == 1
+            sizes.append(1 if broadcast else operand.shape[at])
+            strides.append(0 if broadcast else operand.stride(at))
+        return Axes(
+            (sizes[0], sizes[1], sizes[2], sizes[3]), (strides[0], strides[1], strides[2], strides[3])
+        )
 
 
 def frame_of(tensors: Sequence[Tensor], varying: Sequence[bool], token: int | None) -> Frame | str:

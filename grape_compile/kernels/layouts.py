@@ -108,9 +108,7 @@ def _pieces(source: Sequence[int], target: Sequence[int]) -> list[Piece]:
     ]
     bounds = [0, *cuts, len(source)]
     return [
-        Piece(stop - start, source[start], target[start])
-        for start, stop in pairwise(bounds)
-        if stop > start
+        Piece(stop - start, source[start], target[start]) for start, stop in pairwise(bounds) if stop > start
     ]
 
 

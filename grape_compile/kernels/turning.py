@@ -13,8 +13,8 @@ from torch import Tensor
 from grape_compile.encoding import Accumulated, Learned, Positions, Rotation, Spectrum, Steps, Table, Tables
 from grape_compile.kernels.frames import Axes, Frame, frame_of
 from grape_compile.kernels.launch import Launch, is_traced, missing_triton
-from grape_compile.kernels.layouts import layout_of, table, width
-from grape_compile.operators.angles import accumulate, frequencies, phase_dtype
+from grape_compile.kernels.layouts import Layout, layout_of, table, width
+from grape_compile.operators.angles import accumulate, frequencies, phase_dtype, turning_gradient
 from grape_compile.operators.planar import Planar
 from grape_compile.operators.turn_call import TurnCall
 
@@ -82,6 +82,88 @@ def forward(call: TurnCall) -> list[Tensor]:
     return outputs
 
 
+def gradients(
+    call: TurnCall, cotangents: Sequence[Tensor], *, of_tensors: bool
+) -> tuple[list[Tensor] | None, dict[str, Tensor]]:
+    """Return the gradients of the tensors (where asked) and of the floating slots."""
+    rotation, action = _rotation(call), Planar(_rotation(call))
+    fused = of_tensors and rotation.basis is None
+    # The kernel reads neighbours in memory; a cotangent of a sum is one number, repeated.
+    cotangents = [each if each.stride(-1) == 1 else each.contiguous() for each in cotangents]
+    results = [torch.empty_like(tensor) for tensor in call.tensors] if fused else None
+    slots: dict[str, Tensor] = {}
+    for places in _places(call):
+        launch, sums = back_launch(call, places, cotangents, results)
+        launch.run(traced=is_traced(call.tensors[0]))
+        like = call.tensors[places[0]]
+        _add(slots, turning_gradient(rotation, call.slots, like, sums))
+    for tensor, cotangent in zip(call.tensors, cotangents, strict=True):
+        _add(slots, action.basis_gradient(call.slots, tensor, cotangent))
+    if of_tensors and not fused:
+        results = action.pull_back(call.slots, cotangents)
+    return results, slots
+
+
+def back_launch(
+    call: TurnCall, places: Sequence[int], cotangents: Sequence[Tensor], results: Sequence[Tensor] | None
+) -> tuple[Launch, tuple[Tensor, ...]]:
+    """Return the launch of the way back for the tensors at `places`, and what it writes for the angles.
+
+    That is the gradient of orientation * n * theta, or those of cosine and sine of tables, [*shape[:-1], planes], the
+    axis of heads summed.
+    """
+    from grape_compile.kernels.bodies import turn as body
+    from grape_compile.kernels.bodies.turn_back import turn_back
+
+    rotation, angles = _rotation(call), _angle_operands(call)
+    action, layout, lanes = Planar(rotation), layout_of(rotation), width(rotation.planes.count)
+    tensors = [call.tensors[place] for place in places]
+    frame = _frame(call, tensors)
+    assert isinstance(frame, Frame), "`supports` refuses other calls"
+    sources = [action.in_basis(call.slots, tensor) for tensor in tensors]
+    like = sources[0]
+    outer, inner, _, tokens = frame.of(like).sizes
+    chosen = default_configuration(lanes).fitting(tokens, 1, lanes)
+    arguments = _shared_arguments(call, frame, layout, lanes, angles, like, in_place=False)
+    for number in (0, 1):
+        there = number < len(places)
+        operands: dict[str, Tensor | None] = {"x": None, "g": None, "d": None}
+        if there:
+            operands = {
+                "x": sources[number],
+                "g": cotangents[places[number]],
+                "d": None if results is None else results[places[number]],
+            }
+        for name, operand in operands.items():
+            arguments |= _tensor_arguments(f"{name}{number}", operand, frame)
+        arguments[f"HEADS_{number}"] = frame.of(sources[number]).sizes[2] if there else 0
+    shape = [1 if at == frame.head else size for at, size in enumerate(like.shape[:-1])]
+    written = 2 if angles.source == body.TABLES else 1
+    flat = torch.empty(
+        (written, outer, inner, tokens, layout.count), dtype=torch.float32, device=like.device
+    ).unbind()
+    by_cos, by_sin = (None, *flat)[-2:]
+    arguments |= {"by_cos": by_cos, "by_sin": by_sin, "BLOCK": chosen.block}
+    grid = -(-tokens // chosen.block) * outer * inner
+    launch = Launch(turn_back, (grid,), arguments, {"num_warps": chosen.warps})
+    order = [at for at in (frame.outer, frame.inner, frame.token) if at is not None]
+    sums = tuple(_shaped(each, order, shape) for each in flat)
+    return launch, sums
+
+
+def _shaped(flat: Tensor, order: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Return [outer, inner, tokens, planes] with these axes where the tensor has them; the others have size one."""
+    sizes = [shape[at] for at in order]
+    kept = flat.reshape(*sizes, flat.shape[-1])
+    back = sorted(range(len(order)), key=lambda at: order[at])
+    return kept.permute(*back, len(order)).reshape(*shape, flat.shape[-1])
+
+
+def _add(total: dict[str, Tensor], parts: dict[str, Tensor]) -> None:
+    for name, part in parts.items():
+        total[name] = total[name] + part if name in total else part
+
+
 def turn_into(call: TurnCall, outputs: Sequence[Tensor], norm: Norm | None = None) -> None:
     """Turn every tensor of a call into one of `outputs`, which may be itself where coordinates stay in place."""
     for launch in launches(call, outputs, norm):
@@ -130,8 +212,7 @@ def _launch(
     # All heads of a token in one program: their mean is one number.
     group = max(heads) if norm is not None and norm.place == "across" else chosen.group
     in_place = norm is None and layout.stays and all(a is b for a, b in zip(sources, outputs, strict=True))
-    device = sources[0].device
-    arguments: dict[str, Any] = {}
+    arguments = _shared_arguments(call, frame, layout, lanes, angles, outputs[0], in_place=in_place)
     for number in (0, 1):
         there = number < len(sources)
         source, output = (sources[number], outputs[number]) if there else (None, None)
@@ -141,11 +222,27 @@ def _launch(
         arguments[f"weight{number}"] = weights[number] if weights and there else None
         arguments[f"weight{number}_head"] = rotation.head_dim if place == body.ACROSS else 0
         arguments[f"HEADS_{number}"] = heads[number] if there else 0
-    arguments |= angles.arguments(frame, outputs[0].dim() - 1)
     arguments |= {
-        "axis": table(rotation.planes.axes(), device)
-        if rotation.planes.axis_count > 1 and angles.positions
-        else None,
+        "epsilon": 0.0 if norm is None else float(norm.epsilon),
+        "offset": 0.0 if norm is None else float(norm.offset),
+        "BLOCK": chosen.block,
+        "GROUP": group,
+        "HEAD_DIM": rotation.head_dim,
+        "NORM": int(place),
+    }
+    groups = sum(-(-count // group) for count in heads)
+    grid = groups * -(-sizes[3] // chosen.block) * sizes[0] * sizes[1]
+    return Launch(body.turn, (grid,), arguments, {"num_warps": chosen.warps})
+
+
+def _shared_arguments(
+    call: TurnCall, frame: Frame, layout: Layout, lanes: int, angles: _Angles, like: Tensor, *, in_place: bool
+) -> dict[str, Any]:
+    """Return what the kernels of both ways take alike: angles, planes and the rest, sizes."""
+    rotation, device, rank = _rotation(call), like.device, like.dim() - 1
+    sizes = frame.of(like).sizes
+    arguments = angles.arguments(frame, rank) | {
+        "axis": table(rotation.planes.axes(), device) if angles.axes > 1 else None,
         "in_table": table(layout.source_table, device),
         "out_table": table(layout.target_table, device),
         "rest_in": table(layout.rest_source, device),
@@ -154,17 +251,11 @@ def _launch(
         "inners": sizes[1],
         "cos_factor": float(rotation.scale),
         "sin_factor": float(rotation.scale * rotation.orientation),
-        "epsilon": 0.0 if norm is None else float(norm.epsilon),
-        "offset": 0.0 if norm is None else float(norm.offset),
-        "BLOCK": chosen.block,
-        "GROUP": group,
-        "HEAD_DIM": rotation.head_dim,
         "COUNT": layout.count,
         "WIDTH": lanes,
         "TABLED": bool(layout.rest_source),
         "SOURCE": angles.source,
-        "BY_TOKEN": angles.by_token(frame, outputs[0].dim() - 1),
-        "NORM": int(place),
+        "BY_TOKEN": angles.by_token(frame, rank),
     }
     for name, runs in (("IN", layout.source), ("OUT", layout.target)):
         arguments |= {
@@ -177,9 +268,7 @@ def _launch(
             f"REST_{number}_IN": piece.source,
             f"REST_{number}_OUT": piece.target,
         }
-    groups = sum(-(-count // group) for count in heads)
-    grid = groups * -(-sizes[3] // chosen.block) * sizes[0] * sizes[1]
-    return Launch(body.turn, (grid,), arguments, {"num_warps": chosen.warps})
+    return arguments
 
 
 def _tensor_arguments(name: str, tensor: Tensor | None, frame: Frame) -> dict[str, Any]:

@@ -29,11 +29,13 @@ def forward(call: TurnCall) -> list[Tensor]:
     return results
 
 
-def slots_gradient(call: TurnCall, cotangents: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Return the sum of the gradients through each tensor."""
+def gradients(
+    call: TurnCall, cotangents: Sequence[Tensor], *, of_tensors: bool
+) -> tuple[list[Tensor] | None, dict[str, Tensor]]:
+    """Return the gradients of the tensors (where asked) and of the floating slots, summed over the tensors."""
     action = action_of(call.encoding)
     total: dict[str, Tensor] = {}
     for tensor, cotangent in zip(call.tensors, cotangents, strict=True):
         for name, part in action.slots_gradient(call.slots, tensor, cotangent).items():
             total[name] = total[name] + part if name in total else part
-    return total
+    return action.pull_back(call.slots, cotangents) if of_tensors else None, total

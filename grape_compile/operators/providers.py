@@ -37,8 +37,10 @@ class TurnKernel(Protocol):
     def forward(self, call: TurnCall) -> list[Tensor]:
         """Return every tensor turned."""
 
-    def slots_gradient(self, call: TurnCall, cotangents: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Return the gradients of the floating slots for cotangents of the turned tensors."""
+    def gradients(
+        self, call: TurnCall, cotangents: Sequence[Tensor], *, of_tensors: bool
+    ) -> tuple[list[Tensor] | None, dict[str, Tensor]]:
+        """Return the gradients of the tensors (where asked) and of the floating slots."""
 
 
 @dataclass(frozen=True)

@@ -133,19 +133,17 @@ def _backward(ctx: Any, cotangents: list[Tensor]) -> tuple[list[Tensor | None], 
     saved = ctx.saved_tensors
     named = dict(zip(names, saved[: len(names)], strict=True))
     tensor_needs, slot_needs, _ = ctx.needs_input_grad
-    tensor_gradients: list[Tensor | None] = [None] * ctx.tensor_count
-    if any(tensor_needs):
-        tensor_gradients = list(action_of(encoding).pull_back(named, cotangents))
-    slot_gradients: dict[str, Tensor] = {}
+    of_tensors: Sequence[Tensor | None] | None = None
+    of_slots: dict[str, Tensor] = {}
     if any(slot_needs):
         call = TurnCall(tuple(saved[len(names) :]), encoding, named)
         # Only torch operations can be differentiated again.
         kernel = plain_turn if torch.is_grad_enabled() else choose_turn(call).turn_kernel()
-        slot_gradients = kernel.slots_gradient(call, cotangents)
-    wanted = [
-        slot_gradients.get(name) if needed else None for name, needed in zip(names, slot_needs, strict=True)
-    ]
-    return tensor_gradients, wanted, None
+        of_tensors, of_slots = kernel.gradients(call, cotangents, of_tensors=any(tensor_needs))
+    elif any(tensor_needs):
+        of_tensors = action_of(encoding).pull_back(named, cotangents)
+    wanted = [of_slots.get(name) if needed else None for name, needed in zip(names, slot_needs, strict=True)]
+    return list(of_tensors or [None] * ctx.tensor_count), wanted, None
 
 
 def _vmap(

@@ -51,22 +51,21 @@ def cos_sin(angle):
 
 
 @triton.jit
-def turn_units(frequency):
-    """Radians per position as 2^-64 turns per position, modulo one turn, in int64."""
-    turns = frequency.to(tl.float64) * 0.15915494309189535
-    turns = turns - tl.floor(turns + 0.5)
-    return (turns * 18446744073709551616.0).to(tl.int64)
+def units(turns):
+    """Turns, modulo one, in units of 2^-64 turns."""
+    return ((turns - tl.floor(turns + 0.5)) * 18446744073709551616.0).to(tl.int64)
 
 
 @triton.jit
-def cos_sin_exact(position, units):
-    """Cosine and sine of a float64 position times a frequency in 2^-64 turns, off by 1e-7 at any position below 2^53.
+def cos_sin_exact(position, frequency):
+    """Cosine and sine of a position times a frequency in radians, off by 1e-7 at any position below 2^53.
 
-    The product wraps at whole turns, which is what an angle does.
+    The whole part of a float64 position multiplies turns in whole numbers that wrap at one turn, as angles do.
     """
+    turns = frequency.to(tl.float64) * 0.15915494309189535
     whole = tl.floor(position + 0.5)
-    part = ((position - whole) * units.to(tl.float64)).to(tl.int64)
-    turns = ((whole.to(tl.int64) * units + part) >> 32).to(tl.int32)
-    quarter = (turns + 536870912) >> 30
-    rest = (turns - (quarter << 30)).to(tl.float32) * 1.4629180792671596e-9
+    angle = whole.to(tl.int64) * units(turns) + units((position - whole) * turns)
+    angle = (angle >> 32).to(tl.int32)
+    quarter = (angle + 536870912) >> 30
+    rest = (angle - (quarter << 30)).to(tl.float32) * 1.4629180792671596e-9
     return _of_quarter(rest, quarter)

@@ -12,7 +12,7 @@ with RUN = 0 the pairs are read from a table.
 import triton
 import triton.language as tl
 
-from grape_compile.kernels.bodies.angles import cos_sin, cos_sin_exact, turn_units
+from grape_compile.kernels.bodies.angles import cos_sin, cos_sin_exact
 
 #: Where angles come from.
 STEPS = tl.constexpr(0)
@@ -60,7 +60,7 @@ def angles_of(
         of_plane = tl.load(axis + planes, mask=turning, other=0)
         position = tl.load(at_a + rows[:, None] * a_token + of_plane[None, :] * a_plane, mask=both, other=0)
     if SOURCE == EXACT:
-        return cos_sin_exact(position.to(tl.float64), turn_units(frequency))
+        return cos_sin_exact(position.to(tl.float64), frequency)
     return cos_sin(position.to(tl.float32) * frequency.to(tl.float32))
 
 
