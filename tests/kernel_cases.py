@@ -15,6 +15,12 @@ from grape_compile.operators.providers import Provider
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def rounding(dtype: torch.dtype) -> float:
+    """The largest relative error of a store: half a unit, but the interpreter cuts bfloat16 off."""
+    cut = dtype == torch.bfloat16 and DEVICE == "cpu"
+    return torch.finfo(dtype).eps / (1 if cut else 2)
+
+
 @contextmanager
 def kernels_only() -> Iterator[None]:
     """Leave the kernels alone to compute `grape::rotate`, wherever they run."""

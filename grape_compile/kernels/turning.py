@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import starmap
 from typing import Any, Final, Literal
 
 import torch
@@ -37,27 +38,16 @@ class Configuration:
         return Configuration(block, max(1, min(self.group, heads)), 1 << (warps.bit_length() - 1))
 
 
-@dataclass(frozen=True)
-class Norm:
-    """RMSNorm of heads in the same pass: x / sqrt(mean(x^2) + epsilon) * (weight + offset), in float32.
-
-    `place` is "before" the rotation, "after" it, or "across": before it, the mean over all heads of a token. Weights
-    [head_dim], or [heads * head_dim] across heads, one for each tensor.
-    """
-
-    weights: tuple[Tensor, ...]
-    epsilon: float
-    place: Literal["before", "after", "across"] = "before"
-    offset: float = 0.0
-
-
 def default_configuration(lanes: int) -> Configuration:
     """Return what is launched without a tuning record: about 1024 planes a program, four heads for each angle."""
     return Configuration(max(1, 1024 // lanes), 4, 4)
 
 
-def supports(call: TurnCall) -> Literal[True] | str:
-    """Rotations of planes of 16 and 32 bit tensors whose heads are contiguous."""
+def supports(call: TurnCall, outputs: Sequence[Tensor] | None = None) -> Literal[True] | str:
+    """Rotations of planes of 16 and 32 bit tensors whose heads are contiguous.
+
+    Outputs that share memory with tensors have to be those tensors, with every coordinate where it was.
+    """
     if not isinstance(call.encoding, Rotation):
         return f"{type(call.encoding).__name__} is no rotation of planes"
     if absent := missing_triton():
@@ -68,18 +58,53 @@ def supports(call: TurnCall) -> Literal[True] | str:
         return f"heads of more than {LARGEST_HEAD} coordinates"
     if call.encoding.basis is None and any(tensor.stride(-1) != 1 for tensor in call.tensors):
         return "coordinates of a head that are not neighbours in memory"
+    if outputs is not None and (refusal := _output_refusal(call, outputs)):
+        return refusal
     for tensors in _pairs(call):
         frame = _frame(call, tensors)
         if isinstance(frame, str):
             return frame
+        if call.norm is not None and (refusal := _norm_refusal(call, frame, tensors[0].dim())):
+            return refusal
     return True
 
 
-def forward(call: TurnCall) -> list[Tensor]:
-    """Return every tensor turned, in new memory."""
-    outputs = [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in call.tensors]
-    turn_into(call, outputs)
-    return outputs
+def _output_refusal(call: TurnCall, outputs: Sequence[Tensor]) -> str:
+    if any(output.stride(-1) != 1 for output in outputs):
+        return "outputs whose coordinates are not neighbours in memory"
+    memory = {tensor.untyped_storage().data_ptr() for tensor in call.tensors}
+    shared = [
+        pair
+        for pair in zip(call.tensors, outputs, strict=True)
+        if pair[1].untyped_storage().data_ptr() in memory
+    ]
+    if not shared:
+        return ""
+    if not layout_of(_rotation(call)).stays:
+        return "planes that move cannot turn in place"
+    return (
+        "" if all(starmap(_is_same, shared)) else "outputs that share memory with tensors but are not those"
+    )
+
+
+def _norm_refusal(call: TurnCall, frame: Frame, rank: int) -> str:
+    assert call.norm is not None
+    if _rotation(call).basis is not None:
+        return "a basis between norm and rotation"
+    if any(weight.stride(-1) != 1 for weight in call.norm.weights):
+        return "weights that are not neighbours in memory"
+    if call.norm.place == "across" and frame.head != rank - 3:
+        return "heads that do not share their angles cannot be normalised together"
+    return ""
+
+
+def forward(call: TurnCall, outputs: Sequence[Tensor] | None = None) -> list[Tensor]:
+    """Return every tensor turned; in place only where coordinates stay where they are."""
+    if outputs is None:
+        outputs = [torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in call.tensors]
+    for launch in launches(call, outputs):
+        launch.run(traced=is_traced(call.tensors[0]))
+    return list(outputs)
 
 
 def gradients(
@@ -164,31 +189,19 @@ def _add(total: dict[str, Tensor], parts: dict[str, Tensor]) -> None:
         total[name] = total[name] + part if name in total else part
 
 
-def turn_into(call: TurnCall, outputs: Sequence[Tensor], norm: Norm | None = None) -> None:
-    """Turn every tensor of a call into one of `outputs`, which may be itself where coordinates stay in place."""
-    for launch in launches(call, outputs, norm):
-        launch.run(traced=is_traced(call.tensors[0]))
-
-
 def launches(
-    call: TurnCall,
-    outputs: Sequence[Tensor],
-    norm: Norm | None = None,
-    configuration: Configuration | None = None,
+    call: TurnCall, outputs: Sequence[Tensor], configuration: Configuration | None = None
 ) -> Iterator[Launch]:
     """Yield one launch for each two tensors of a call."""
     action = Planar(_rotation(call))
     angles = _angle_operands(call)
-    weights = norm.weights if norm is not None else ()
     for at in _places(call):
         tensors = [call.tensors[place] for place in at]
         frame = _frame(call, tensors)
         assert isinstance(frame, Frame), "`supports` refuses other calls"
         sources = [action.in_basis(call.slots, tensor) for tensor in tensors]
-        chosen = [weights[place] for place in at] if norm is not None else []
-        yield _launch(
-            call, frame, sources, [outputs[place] for place in at], angles, norm, chosen, configuration
-        )
+        weights = [] if call.norm is None else [call.norm.weights[place] for place in at]
+        yield _launch(call, frame, sources, [outputs[place] for place in at], angles, weights, configuration)
 
 
 def _launch(
@@ -197,13 +210,12 @@ def _launch(
     sources: Sequence[Tensor],
     outputs: Sequence[Tensor],
     angles: _Angles,
-    norm: Norm | None,
     weights: Sequence[Tensor],
     configuration: Configuration | None,
 ) -> Launch:
     from grape_compile.kernels.bodies import turn as body
 
-    rotation = _rotation(call)
+    rotation, norm = _rotation(call), call.norm
     layout, lanes = layout_of(rotation), width(rotation.planes.count)
     sizes = frame.of(sources[0]).sizes
     heads = [frame.of(source).sizes[2] for source in sources]
@@ -211,7 +223,7 @@ def _launch(
     place = body.PLAIN if norm is None else getattr(body, norm.place.upper())
     # All heads of a token in one program: their mean is one number.
     group = max(heads) if norm is not None and norm.place == "across" else chosen.group
-    in_place = norm is None and layout.stays and all(a is b for a, b in zip(sources, outputs, strict=True))
+    in_place = norm is None and layout.stays and all(map(_is_same, sources, outputs))
     arguments = _shared_arguments(call, frame, layout, lanes, angles, outputs[0], in_place=in_place)
     for number in (0, 1):
         there = number < len(sources)
@@ -269,6 +281,15 @@ def _shared_arguments(
             f"REST_{number}_OUT": piece.target,
         }
     return arguments
+
+
+def _is_same(source: Tensor, output: Tensor) -> bool:
+    if source is output:
+        return True
+    if is_traced(source) or source.is_meta:
+        return False
+    same_memory = source.data_ptr() == output.data_ptr() and source.dtype == output.dtype
+    return same_memory and source.shape == output.shape and source.stride() == output.stride()
 
 
 def _tensor_arguments(name: str, tensor: Tensor | None, frame: Frame) -> dict[str, Any]:

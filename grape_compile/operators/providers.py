@@ -31,11 +31,11 @@ class AttendKernel(Protocol):
 class TurnKernel(Protocol):
     """What a provider of `grape::rotate` defines."""
 
-    def supports(self, call: TurnCall) -> Literal[True] | str:
-        """Return True, or a sentence that says why this call is not for this provider."""
+    def supports(self, call: TurnCall, outputs: Sequence[Tensor] | None = None) -> Literal[True] | str:
+        """Return True, or a sentence that says why this call, into `outputs` if given, is not for this provider."""
 
-    def forward(self, call: TurnCall) -> list[Tensor]:
-        """Return every tensor turned."""
+    def forward(self, call: TurnCall, outputs: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """Return every tensor turned, in new memory or in `outputs`, which may be the tensors themselves."""
 
     def gradients(
         self, call: TurnCall, cotangents: Sequence[Tensor], *, of_tensors: bool
@@ -83,9 +83,11 @@ def choose(call: AttendCall, providers: Sequence[Provider] | None = None) -> Pro
     return _first("grape::attend", call.query.device, table, lambda row: row.kernel().supports(call))
 
 
-def choose_turn(call: TurnCall) -> Provider:
-    """Return the provider of highest priority that turns the tensors of the call."""
-    return _first("grape::rotate", call.device, TURN_PROVIDERS, lambda row: row.turn_kernel().supports(call))
+def choose_turn(call: TurnCall, outputs: Sequence[Tensor] | None = None) -> Provider:
+    """Return the provider of highest priority that turns the tensors of the call, into `outputs` if given."""
+    return _first(
+        "grape::rotate", call.device, TURN_PROVIDERS, lambda row: row.turn_kernel().supports(call, outputs)
+    )
 
 
 def _first(

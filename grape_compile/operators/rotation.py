@@ -76,16 +76,16 @@ def _compiled(tensors: Sequence[Tensor], slots: Sequence[Tensor], encoding: str)
 
 
 def _body(tensors: Sequence[Tensor], slots: Sequence[Tensor], encoding: str) -> list[Tensor]:
-    call = _call(tensors, slots, encoding)
+    call = turn_call(tensors, slots, encoding)
     return choose_turn(call).turn_kernel().forward(call) if tensors else []
 
 
 def _plain(tensors: Sequence[Tensor], slots: Sequence[Tensor], encoding: str) -> list[Tensor]:
-    return plain_turn.forward(_call(tensors, slots, encoding))
+    return plain_turn.forward(turn_call(tensors, slots, encoding))
 
 
-def _call(tensors: Sequence[Tensor], slots: Sequence[Tensor], encoding: str) -> TurnCall:
-    """Check the operands of a call against each other, or raise OperandError."""
+def turn_call(tensors: Sequence[Tensor], slots: Sequence[Tensor], encoding: str) -> TurnCall:
+    """Return a call of `grape::rotate`, its operands checked against each other, or raise OperandError."""
     turning = _turning(encoding)
     action, named = action_of(turning), slot_mapping(turning, slots)
     for tensor in tensors:

@@ -4,11 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from grape_compile.encoding import Multiplicative
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """RMSNorm of heads in the same pass: x / sqrt(mean(x^2) + epsilon) * (weight + offset), in the compute dtype.
+
+    `place` is "before" the rotation, "after" it, or "across": before it, the mean over all heads of tensors
+    [..., H, T, D]. One weight for each tensor, [D], or [H * D] across heads.
+    """
+
+    weights: tuple[Tensor, ...]
+    epsilon: float
+    place: Literal["before", "after", "across"] = "before"
+    offset: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,6 +33,7 @@ class TurnCall:
     tensors: tuple[Tensor, ...]
     encoding: Multiplicative
     slots: Mapping[str, Tensor]
+    norm: Norm | None = None
 
     @property
     def device(self) -> torch.device:

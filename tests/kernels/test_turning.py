@@ -27,8 +27,9 @@ from grape_compile.encoding import (
     Tables,
     rope,
 )
+from grape_compile.errors import OperandError
 from grape_compile.kernels import turning
-from grape_compile.operators import reference_rotate, rotate
+from grape_compile.operators import reference_rotate, rotate, rotate_into
 from grape_compile.operators.samples import (
     BATCH,
     HEAD_DIM,
@@ -145,11 +146,19 @@ def test_in_place(planes: Half) -> None:
     encoding = Rotation(planes, Geometric(100.0), Steps())
     given = both(11, planes.head_dim, "heads last")
     wanted = rotate(given, encoding)
-    call = TurnCall(tuple(given), encoding, {})
-    (launch,) = turning.launches(call, given)
+    (launch,) = turning.launches(TurnCall(tuple(given), encoding, {}), given)
     assert launch.arguments["REST_0"] == launch.arguments["REST_1"] == 0
-    turning.turn_into(call, given)
+    rotate_into(given, given, encoding)
     assert all(torch.equal(one, two) for one, two in zip(given, wanted, strict=True))
+
+
+def test_planes_that_move_refuse_to_turn_in_place() -> None:
+    encoding = Rotation(Interleaved(16), Geometric(100.0), Steps(), out=Half(16))
+    given = both(3, 16, "heads last")
+    with pytest.raises(OperandError, match="planes that move"):
+        rotate_into(given, given, encoding)
+    with pytest.raises(OperandError, match="share memory"):
+        rotate_into([given[0].flip(0), given[0][:, :2]], given, rope(16))
 
 
 def test_into_a_cache() -> None:
@@ -159,7 +168,7 @@ def test_into_a_cache() -> None:
     turned = torch.empty_like(query)
     slots = {"n": torch.arange(5, 8, device=DEVICE)}
     encoding = Rotation(Half(16), Geometric(100.0), Positions("n"))
-    turning.turn_into(TurnCall((query, key), encoding, slots), [turned, cache[:, :, 5:8]])
+    rotate_into([turned, cache[:, :, 5:8]], [query, key], encoding, slots)
     wanted = rotate([query, key], encoding, slots)
     assert torch.equal(turned, wanted[0])
     assert torch.equal(cache[:, :, 5:8], wanted[1])
