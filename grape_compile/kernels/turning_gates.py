@@ -9,8 +9,19 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
-from grape_compile.encoding import Half, Interleaved, Partial, Planes, Positions, Rotation, Table, Tables
-from grape_compile.kernels import turning
+from grape_compile.encoding import (
+    Geometric,
+    Half,
+    Interleaved,
+    Partial,
+    Planes,
+    Positions,
+    Rank2,
+    Rotation,
+    Table,
+    Tables,
+)
+from grape_compile.kernels import planar_launches, turning
 from grape_compile.kernels.gates import KernelGate
 from grape_compile.kernels.launch import Launch
 from grape_compile.operators.turn_call import Norm, TurnCall
@@ -62,10 +73,20 @@ def _back(planes: Planes) -> Callable[[int], Launch]:
     def build(capability: int) -> Launch:
         call = call_of(planes)
         cotangents = [meta(*tensor.shape) for tensor in call.tensors]
-        launch, _ = turning.back_launch(call, (0, 1), cotangents, [meta(*each.shape) for each in cotangents])
+        launch, _ = planar_launches.back_launch(
+            call, (0, 1), cotangents, [meta(*each.shape) for each in cotangents]
+        )
         return launch
 
     return build
+
+
+def _plane(capability: int) -> Launch:
+    tensors = call_of(Half(HEAD_DIM)).tensors
+    slots = {name: meta(HEAD_DIM, dtype=torch.float32) for name in ("a", "b")}
+    slots["positions"] = meta(BATCH, 1, TOKENS, dtype=torch.int64)
+    rank2 = Rank2(HEAD_DIM, Geometric(1.0), Positions("positions"))
+    return turn_launch(TurnCall(tensors, rank2, slots))
 
 
 #: Registers of a rotation: 48 leave ten blocks of 128 threads to a multiprocessor, enough loads in flight.
@@ -80,6 +101,7 @@ GATES: Final = (
     KernelGate("turn normed before", _normed("before"), registers=64, wide=True),
     KernelGate("turn normed after", _normed("after"), registers=64, wide=True),
     KernelGate("turn normed across", _normed("across"), registers=80, wide=True),
+    KernelGate("turn in a plane", _plane, registers=64, wide=True),
     KernelGate("turn back", _back(Half(HEAD_DIM)), registers=80, wide=True),
     KernelGate("turn back interleaved", _back(Interleaved(HEAD_DIM)), registers=80, wide=True),
 )

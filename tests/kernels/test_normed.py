@@ -10,7 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from kernel_cases import DEVICE, kernels_only, worst
+from kernel_cases import DEVICE, kernels_only, rounding, worst
 from operator_errors import gradients, leaves
 
 from grape_compile.encoding import (

@@ -10,7 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from kernel_cases import DEVICE, kernels_only, on_device, worst
+from kernel_cases import DEVICE, kernels_only, on_device, rounding, worst
 from operator_errors import gradients, leaves
 
 from grape_compile.encoding import (
@@ -21,6 +21,7 @@ from grape_compile.encoding import (
     Learned,
     Partial,
     Positions,
+    Rank2,
     Rotation,
     Steps,
     Table,
@@ -32,11 +33,13 @@ from grape_compile.kernels import turning
 from grape_compile.operators import reference_rotate, rotate, rotate_into
 from grape_compile.operators.samples import (
     BATCH,
+    GENERATORS,
     HEAD_DIM,
     HEADS,
     LENGTH,
     ROTATIONS,
     Sample,
+    generator_tolerance,
     rotate_tolerance,
     tensor,
 )
@@ -71,7 +74,22 @@ def test_turns_as_defined(sample: Sample, dtype: torch.dtype) -> None:
     assert worst(found, wanted) <= rotate_tolerance(dtype, largest, LARGEST_ANGLE, sample.encoding.scale)
 
 
-@pytest.mark.parametrize("sample", ROTATIONS, ids=lambda sample: sample.name)
+RANK2 = tuple(sample for sample in GENERATORS if isinstance(sample.encoding, Rank2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sample", RANK2, ids=lambda sample: sample.name)
+def test_turns_in_the_plane_of_two_vectors(sample: Sample, dtype: torch.dtype) -> None:
+    slots = on_device(sample.slots(), torch.float32)
+    exact = {name: slot.double() if slot.is_floating_point() else slot for name, slot in slots.items()}
+    given = [heads(BATCH, HEADS, LENGTH, HEAD_DIM, dtype=dtype, seed=seed) for seed in (1, 2)]
+    found = rotate(given, sample.encoding, slots)
+    wanted = reference_rotate([each.double() for each in given], sample.encoding, exact)
+    largest = max(float(each.abs().max()) for each in given)
+    assert worst(found, wanted) <= generator_tolerance(dtype, largest) + largest * rounding(dtype)
+
+
+@pytest.mark.parametrize("sample", [*ROTATIONS, *RANK2], ids=lambda sample: sample.name)
 def test_gradients(sample: Sample) -> None:
     """Of tensors and all floating slots, against autograd through the definition in float64."""
     slots = on_device(sample.slots(), torch.float32)
