@@ -3,14 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, Final
 
+import torch
 from torch import Tensor
 
-from grape_compile.encoding import Accumulated, Positions, Rank2, Rotation, Steps, Tables
+from grape_compile.encoding import Accumulated, Multiplicative, Positions, Rank2, Rotation, Steps, Tables
 from grape_compile.kernels.frames import Frame, frame_of
 from grape_compile.kernels.launch import is_traced
+from grape_compile.operators.angles import phase_dtype
 from grape_compile.operators.turn_call import TurnCall
+
+#: Calls of at most so many tokens, of decoding, are cases of their own.
+FEW_TOKENS: Final = 16
+
+
+def case_of(call: TurnCall, kind: str, tokens: int) -> str:
+    """Return the name under which the configuration of a call is recorded."""
+    place = "" if call.norm is None else call.norm.place
+    clock, like = call.encoding.clock, call.tensors[0]
+    exact = phase_dtype(clock, call.slots, like) == torch.float64
+    angles = "exact" if exact else type(clock).__name__.lower()
+    return _case(call.encoding, kind, 8 * like.element_size(), place, angles, _is_few(tokens))
+
+
+def _is_few(tokens: int) -> bool:
+    """Whether a call is one of decoding; a number of tokens that is a symbol may be any."""
+    return type(tokens) is int and tokens <= FEW_TOKENS
+
+
+@lru_cache(maxsize=1024)
+def _case(encoding: Multiplicative, kind: str, bits: int, norm: str, angles: str, few: bool) -> str:
+    planes = f"size={encoding.head_dim}"
+    if isinstance(encoding, Rotation):
+        planes = f"planes={encoding.planes}" + (f" out={encoding.output}" if encoding.out is not None else "")
+    words = [
+        kind,
+        planes,
+        f"angles={angles}",
+        f"bits={bits}",
+        f"norm={norm}" if norm else "",
+        "few" if few else "many",
+    ]
+    return " ".join(word for word in words if word)
 
 
 def frame_of_call(call: TurnCall, tensors: Sequence[Tensor]) -> Frame | str:

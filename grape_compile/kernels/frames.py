@@ -52,8 +52,8 @@ def frame_of(tensors: Sequence[Tensor], varying: Sequence[bool], token: int | No
     """Return how to walk tensors [..., D], or a sentence where no four axes do.
 
     `varying` says of each leading axis whether angles differ along it; `token` names the axis of tokens where the clock
-    fixes it. Heads are an axis that shares its angles: one whose size differs between the tensors, else the one with
-    the smallest stride.
+    fixes it. Else tokens are the last axis along which angles differ, and heads the last of those along which they do
+    not, or the one whose size differs between the tensors. No sizes are compared that may be symbols.
     """
     first = tensors[0]
     sizes = first.shape[:-1]
@@ -61,13 +61,10 @@ def frame_of(tensors: Sequence[Tensor], varying: Sequence[bool], token: int | No
     if len(apart) > 1 or any(varying[at] for at in apart):
         return "tensors whose sizes differ along more than an axis of heads"
     if token is None:
-        token = max(
-            (at for at in range(len(sizes)) if at not in apart),
-            key=lambda at: (varying[at], sizes[at]),
-            default=None,
-        )
-    shared = [at for at, differs in enumerate(varying) if not differs and at != token and sizes[at] > 1]
-    head = apart[0] if apart else min(shared, key=first.stride, default=None)
+        others = [at for at in range(len(sizes)) if at not in apart]
+        token = max(others, key=lambda at: (varying[at], at), default=None)
+    shared = [at for at, differs in enumerate(varying) if not differs and at != token and sizes[at] != 1]
+    head = apart[0] if apart else max(shared, default=None)
     rest = [at for at, size in enumerate(sizes) if at not in (head, token) and size != 1]
     if len(rest) > 2:
         return f"{len(rest)} axes beside heads and tokens, more than two"

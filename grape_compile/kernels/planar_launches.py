@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from grape_compile.encoding import Accumulated, Learned, Positions, Rotation, Spectrum, Steps, Table, Tables
-from grape_compile.kernels.calls import frame_of_call, is_same, places_of, tensor_arguments
-from grape_compile.kernels.configuration import Configuration, default_configuration
+from grape_compile.kernels.calls import case_of, frame_of_call, is_same, places_of, tensor_arguments
+from grape_compile.kernels.configuration import Configuration, configuration_for
 from grape_compile.kernels.frames import Axes, Frame
 from grape_compile.kernels.launch import Launch, is_traced
 from grape_compile.kernels.layouts import Layout, layout_of, table, width
@@ -37,7 +37,11 @@ def launches(
 
 
 def back_launch(
-    call: TurnCall, places: Sequence[int], cotangents: Sequence[Tensor], results: Sequence[Tensor] | None
+    call: TurnCall,
+    places: Sequence[int],
+    cotangents: Sequence[Tensor],
+    results: Sequence[Tensor] | None,
+    configuration: Configuration | None = None,
 ) -> tuple[Launch, tuple[Tensor, ...]]:
     """Return the launch of the way back for the tensors at `places`, and what it writes for the angles.
 
@@ -55,7 +59,9 @@ def back_launch(
     sources = [action.in_basis(call.slots, tensor) for tensor in tensors]
     like = sources[0]
     outer, inner, _, tokens = frame.of(like).sizes
-    chosen = default_configuration(lanes).fitting(tokens, 1, lanes)
+    if configuration is None:
+        configuration = configuration_for(case_of(call, "back", tokens), lanes, like.device)
+    chosen = configuration.fitting(tokens, 1, lanes)
     arguments = _shared_arguments(call, frame, layout, lanes, angles, like, in_place=False)
     for number in (0, 1):
         there = number < len(places)
@@ -98,7 +104,9 @@ def _launch(
     layout, lanes = layout_of(rotation), width(rotation.planes.count)
     sizes = frame.of(sources[0]).sizes
     heads = [frame.of(source).sizes[2] for source in sources]
-    chosen = (configuration or default_configuration(lanes)).fitting(sizes[3], max(heads), lanes)
+    if configuration is None:
+        configuration = configuration_for(case_of(call, "turn", sizes[3]), lanes, outputs[0].device)
+    chosen = configuration.fitting(sizes[3], max(heads), lanes)
     place = body.PLAIN if norm is None else getattr(body, norm.place.upper())
     # All heads of a token in one program: their mean is one number.
     group = max(heads) if norm is not None and norm.place == "across" else chosen.group

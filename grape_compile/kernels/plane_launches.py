@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from grape_compile.encoding import Rank2
-from grape_compile.kernels.calls import frame_of_call, places_of, tensor_arguments
-from grape_compile.kernels.configuration import Configuration, default_configuration
+from grape_compile.kernels.calls import case_of, frame_of_call, places_of, tensor_arguments
+from grape_compile.kernels.configuration import Configuration, configuration_for
 from grape_compile.kernels.frames import Frame
 from grape_compile.kernels.launch import Launch
 from grape_compile.kernels.layouts import width
@@ -30,9 +30,9 @@ def launches(
         assert isinstance(frame, Frame), "`supports` refuses other calls"
         update = action.prepare(call.slots, tensors[0])
         entries = torch.stack(update.entries)
-        yield _launch(
-            tensors, [outputs[place] for place in places], frame, update.frame, entries, configuration
-        )
+        tokens, lanes = frame.of(tensors[0]).sizes[3], width(call.encoding.size)
+        chosen = configuration or configuration_for(case_of(call, "plane", tokens), lanes, tensors[0].device)
+        yield _launch(tensors, [outputs[place] for place in places], frame, update.frame, entries, chosen)
 
 
 def _launch(
@@ -41,7 +41,7 @@ def _launch(
     frame: Frame,
     vectors: Tensor,
     entries: Tensor,
-    configuration: Configuration | None,
+    configuration: Configuration,
 ) -> Launch:
     from grape_compile.kernels.bodies.plane import plane
 
@@ -49,7 +49,7 @@ def _launch(
     outer, inner, _, tokens = frame.of(tensors[0]).sizes
     heads = [frame.of(tensor).sizes[2] for tensor in tensors]
     lanes = width(size)
-    chosen = (configuration or default_configuration(lanes)).fitting(tokens, max(heads), lanes)
+    chosen = configuration.fitting(tokens, max(heads), lanes)
     arguments: dict[str, Any] = {}
     for number in (0, 1):
         there = number < len(tensors)
