@@ -32,6 +32,18 @@ def kernels_only() -> Iterator[None]:
         providers.TURN_PROVIDERS = before
 
 
+@contextmanager
+def kernels_first() -> Iterator[None]:
+    """Let the kernels compute every `grape::rotate` that they take, wherever they run."""
+    before = providers.TURN_PROVIDERS
+    kernel = Provider("triton", "grape_compile.kernels.turning", priority=10, devices=(DEVICE,))
+    providers.TURN_PROVIDERS = (kernel, *(row for row in before if row.name != "triton"))
+    try:
+        yield
+    finally:
+        providers.TURN_PROVIDERS = before
+
+
 def on_device(slots: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Slots where kernels run, floating ones in `dtype`."""
     return {

@@ -77,9 +77,10 @@ def back_launch(
         arguments[f"HEADS_{number}"] = frame.of(sources[number]).sizes[2] if there else 0
     shape = [1 if at == frame.head else size for at, size in enumerate(like.shape[:-1])]
     written = 2 if angles.source == body.TABLES else 1
-    flat = torch.empty(
-        (written, outer, inner, tokens, layout.count), dtype=torch.float32, device=like.device
-    ).unbind()
+    flat = [
+        torch.empty((outer, inner, tokens, layout.count), dtype=torch.float32, device=like.device)
+        for _ in range(written)
+    ]
     by_cos, by_sin = (None, *flat)[-2:]
     arguments |= {"by_cos": by_cos, "by_sin": by_sin, "BLOCK": chosen.block}
     grid = -(-tokens // chosen.block) * outer * inner

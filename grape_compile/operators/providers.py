@@ -90,6 +90,25 @@ def choose_turn(call: TurnCall, outputs: Sequence[Tensor] | None = None) -> Prov
     )
 
 
+def computes_angles(device: torch.device) -> bool:
+    """Whether a kernel of this device makes cosines and sines itself, so that tables of them are only in the way."""
+    return any(device.type in provider.devices for provider in TURN_PROVIDERS)
+
+
+def turn_lowering(call: TurnCall) -> str:
+    """Return what turns the tensors of a call; where a kernel of their device does not, also why."""
+    chosen = choose_turn(call)
+    kernels = [
+        row for row in TURN_PROVIDERS if call.device.type in row.devices and row.priority >= chosen.priority
+    ]
+    if not kernels:
+        return "grape::rotate"
+    if chosen in kernels:
+        return f"grape::rotate by {chosen.name}"
+    reasons = "; ".join(f"{row.name}: {row.turn_kernel().supports(call)}" for row in kernels)
+    return f"grape::rotate by {chosen.name} ({reasons})"
+
+
 def _first(
     operator: str,
     device: torch.device,
