@@ -75,7 +75,8 @@ def _varying(call: TurnCall, tensor: Tensor) -> list[bool]:
     shapes += [call.slots[name].shape[:-1] for name in names]
     for shape in shapes:
         for at, size in enumerate(shape):
-            found[rank - len(shape) + at] |= size != 1
+            # A size may be a symbol, and a comparison with it no bool yet.
+            found[rank - len(shape) + at] |= bool(size != 1)
     return found
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -52,12 +52,14 @@ def gates() -> Iterator[KernelGate]:
         yield from import_module(module).GATES
 
 
-def measured(names: tuple[str, ...] = ()) -> dict[str, dict[str, dict[str, Any]]]:
-    """Compile the gates of these names (none: all) for every capability: gate -> capability -> usage."""
+def measured(
+    names: Sequence[str] = (), capabilities: Sequence[int] = CAPABILITIES
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Compile the gates of these names (none: all): gate -> capability -> usage."""
     from grape_compile.kernels.ahead import usage
 
     chosen = [gate for gate in gates() if not names or gate.name in names]
-    return {gate.name: {str(at): asdict(usage(gate.build(at), at)) for at in CAPABILITIES} for gate in chosen}
+    return {gate.name: {str(at): asdict(usage(gate.build(at), at)) for at in capabilities} for gate in chosen}
 
 
 def breaches(gate: KernelGate, found: Mapping[str, Any], capability: int) -> list[str]:
@@ -112,11 +114,14 @@ def main(arguments: list[str] | None = None) -> None:
     """Print what the gates need, or write it to a file."""
     parser = argparse.ArgumentParser(description="Compile kernels ahead of time and print what they need.")
     parser.add_argument("names", nargs="*", help="gates to compile; all without any")
+    parser.add_argument("--capability", type=int, choices=CAPABILITIES, help="the only one to compile for")
     parser.add_argument("--output", type=Path, help="a file to update with them")
     chosen = parser.parse_args(arguments)
     import triton
 
-    rows = measured(tuple(chosen.names))
+    if chosen.capability is not None and chosen.output is not None:
+        parser.error("a table has all capabilities")
+    rows = measured(chosen.names, CAPABILITIES if chosen.capability is None else (chosen.capability,))
     if chosen.output is None:
         sys.stdout.write(text(triton.__version__, rows))
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module
@@ -29,8 +30,19 @@ class Launch:
         """Start the kernel, or `traced` put it into the graph that is being made; an empty grid has nothing to do."""
         if not all(self.grid):
             return
-        function = torch.library.wrap_triton(self.function) if traced else self.function
-        function[self.grid](**self.arguments, **self.options)
+        if traced:
+            torch.library.wrap_triton(self.function)[self.grid](**self.arguments, **self.options)
+            return
+        # Triton launches on the current device, wherever its arguments are.
+        with _device_of(self.arguments):
+            self.function[self.grid](**self.arguments, **self.options)
+
+
+def _device_of(arguments: Mapping[str, Any]) -> AbstractContextManager[object]:
+    for value in arguments.values():
+        if isinstance(value, Tensor):
+            return torch.cuda.device_of(value) if value.is_cuda else nullcontext()
+    return nullcontext()
 
 
 def is_traced(tensor: Tensor) -> bool:
@@ -46,3 +58,10 @@ def missing_triton() -> str:
     except ImportError:
         return "Triton is not installed: pip install 'grape-compile[gpu]'"
     return ""
+
+
+def is_interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on any device."""
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)

@@ -32,7 +32,7 @@ import torch
 import triton
 from torch._functorch.aot_autograd import aot_export_joint_simple
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from triton.backends.compiler import GPUTarget
 
 from grape_compile.encoding import Half, Learned, Positions, Rotation
@@ -54,32 +54,41 @@ def layer(query, key, positions, frequencies):
     return (turned[0].float().square().sum() + turned[1].float().square().sum(),)
 
 
-with FakeTensorMode(shape_env=ShapeEnv()), kernels_only():
-    query, key = (torch.empty(2, 9, heads, 16).transpose(1, 2).requires_grad_() for heads in (4, 2))
-    operands = query, key, torch.zeros(2, 1, 9, dtype=torch.int64), torch.zeros(8, requires_grad=True)
+dynamic = sys.argv[1] == "dynamic"
+with kernels_only(), FakeTensorMode(shape_env=ShapeEnv()) as mode:
+    kinds = [DimDynamic.DYNAMIC if dynamic else DimDynamic.STATIC] * 2
+    sized = mode.from_tensor(torch.empty(3, 37), symbolic_context=StatelessSymbolicContext(dynamic_sizes=kinds))
+    batch, length = sized.shape
+    query, key = (torch.empty(batch, length, heads, 16).transpose(1, 2).requires_grad_() for heads in (4, 2))
+    positions = torch.zeros(batch, 1, length, dtype=torch.int64)
+    operands = query, key, positions, torch.zeros(8, requires_grad=True)
     joint = aot_export_joint_simple(layer, operands, trace_joint=True)
+    guards = [str(guard.expr) for guard in mode.shape_env.guards]
 launches = [
     sorted(node.kwargs["tensors_to_clone"])
     for node in joint.graph.nodes
     if node.target is torch.ops.higher_order.triton_kernel_wrapper_functional
 ]
 copies = [str(node.target) for node in joint.graph.nodes if "clone" in str(node.target)]
-print(json.dumps([launches, copies]))
+print(json.dumps([launches, copies, guards]))
 """
 
 
-def test_one_launch_forth_and_one_back_that_copy_nothing() -> None:
+@pytest.mark.parametrize("sizes", ["static", "dynamic"])
+def test_one_launch_forth_and_one_back_that_copy_nothing(sizes: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(
         [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     )
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", PROGRAM, sizes], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    launches, copies = json.loads(done.stdout.splitlines()[-1])
+    launches, copies, guards = json.loads(done.stdout.splitlines()[-1])
     assert launches == [["y0", "y1"], ["by_sin", "d0", "d1"]]
     assert copies == []
+    # A graph for any number of rows and tokens stays one.
+    assert guards == []
 
 
 CHOSEN = ("in_the_middle", "axis_after_axis", "cos_and_sin_tables", "grouped_queries")
