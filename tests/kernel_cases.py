@@ -55,4 +55,4 @@ def on_device(slots: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tens
 def worst(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     """The largest absolute difference."""
     pairs = zip(found, wanted, strict=True)
-    return max(float((one.double() - two.double()).abs().max()) for one, two in pairs)
+    return max(float((one.detach().double() - two.detach().double()).abs().max()) for one, two in pairs)

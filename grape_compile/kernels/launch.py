@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +59,11 @@ def missing_triton() -> str:
     except ImportError:
         return "Triton is not installed: pip install 'grape-compile[gpu]'"
     return ""
+
+
+def is_compiled(tensor: Tensor) -> bool:
+    """Whether a tensor stands for one in a graph that a compiler is given."""
+    return isinstance(tensor, FunctionalTensor)
 
 
 def is_interpreted() -> bool:

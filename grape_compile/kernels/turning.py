@@ -14,7 +14,7 @@ from grape_compile.kernels import planar_launches, plane_launches
 from grape_compile.kernels.calls import frame_of_call, is_same, places_of
 from grape_compile.kernels.configuration import Configuration
 from grape_compile.kernels.frames import Frame
-from grape_compile.kernels.launch import Launch, is_interpreted, is_traced, missing_triton
+from grape_compile.kernels.launch import Launch, is_compiled, is_interpreted, is_traced, missing_triton
 from grape_compile.kernels.layouts import layout_of
 from grape_compile.operators import plain_turn
 from grape_compile.operators.angles import turning_gradient
@@ -34,7 +34,7 @@ def supports(call: TurnCall, outputs: Sequence[Tensor] | None = None) -> Literal
         return f"{type(call.encoding).__name__} mixes more than planes"
     if absent := missing_triton():
         return absent
-    if is_traced(call.tensors[0]) and is_interpreted():
+    if is_compiled(call.tensors[0]) and is_interpreted():
         return "an interpreted kernel is no part of a graph"
     if any(tensor.dtype == torch.float64 for tensor in call.tensors):
         return "float64 tensors turn in float64"

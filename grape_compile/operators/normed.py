@@ -16,7 +16,7 @@ from grape_compile.operators.constants import Use, used_as
 from grape_compile.operators.operands import check_device, check_floating, slot_list
 from grape_compile.operators.providers import choose_turn
 from grape_compile.operators.rotation import turn_call
-from grape_compile.operators.traced import decompose_when_compiled
+from grape_compile.operators.traced import decompose_when_compiled, define_for_transforms
 from grape_compile.operators.turn_call import Norm, TurnCall
 
 Place = Literal["before", "after", "across"]
@@ -139,3 +139,4 @@ _operator = torch.library.custom_op("grape::rotate_normed", _body, mutates_args=
 _operator.register_fake(_plain)
 _operator.register_autograd(_backward, setup_context=_setup_context)
 decompose_when_compiled(_operator, _compiled)
+define_for_transforms(_operator, _plain)
