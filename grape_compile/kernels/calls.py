@@ -12,6 +12,7 @@ from torch import Tensor
 from grape_compile.encoding import Accumulated, Multiplicative, Positions, Rank2, Rotation, Steps, Tables
 from grape_compile.kernels.frames import Frame, frame_of
 from grape_compile.kernels.launch import is_traced
+from grape_compile.kernels.layouts import layout_of
 from grape_compile.operators.angles import phase_dtype
 from grape_compile.operators.turn_call import TurnCall
 
@@ -51,6 +52,14 @@ def _case(encoding: Multiplicative, kind: str, bits: int, norm: str, angles: str
 
 def frame_of_call(call: TurnCall, tensors: Sequence[Tensor]) -> Frame | str:
     """Return how to walk some tensors of a call, or a sentence where one launch cannot."""
+    known = tuple(map(id, tensors))
+    if known not in call.notes:
+        call.notes[known] = _frame_of_call(call, tensors)
+    found: Frame | str = call.notes[known]
+    return found
+
+
+def _frame_of_call(call: TurnCall, tensors: Sequence[Tensor]) -> Frame | str:
     first = tensors[0]
     token = first.dim() - 2 if isinstance(call.encoding.clock, Steps) else None
     return frame_of(tensors, _varying(call, first), token)
@@ -65,7 +74,7 @@ def _varying(call: TurnCall, tensor: Tensor) -> list[bool]:
     if isinstance(clock, Steps):
         found[-1] = True
     elif isinstance(clock, Positions | Accumulated):
-        axes = isinstance(encoding, Rotation) and encoding.planes.axis_count > 1
+        axes = isinstance(encoding, Rotation) and bool(layout_of(encoding).axes)
         shapes.append(call.slots[clock.slot].shape[axes:])
     names: tuple[str, ...] = clock.slots if isinstance(clock, Tables) else ()
     if isinstance(encoding, Rotation | Rank2) and encoding.spectrum is not None:

@@ -37,12 +37,13 @@ class Frame:
         return self._walk(operand, rank + own - operand.dim())
 
     def _walk(self, operand: Tensor, missing: int) -> Axes:
+        shape, steps = operand.shape, operand.stride()
         sizes, strides = [], []
         for place in (self.outer, self.inner, self.head, self.token):
             at = -1 if place is None else place - missing
-            broadcast = at < 0 or operand.shape[at] == 1
-            sizes.append(1 if broadcast else operand.shape[at])
-            strides.append(0 if broadcast else operand.stride(at))
+            broadcast = at < 0 or shape[at] == 1
+            sizes.append(1 if broadcast else shape[at])
+            strides.append(0 if broadcast else steps[at])
         return Axes(
             (sizes[0], sizes[1], sizes[2], sizes[3]), (strides[0], strides[1], strides[2], strides[3])
         )

@@ -42,7 +42,8 @@ class Layout:
     """Where the planes of a rotation are read and written, and the coordinates beside them.
 
     Coordinates in a table: those of `source` and `target` are all first ones, then all second ones; of the rest those
-    read and those written. An irregular rest is one piece with a table.
+    read and those written. An irregular rest is one piece with a table. `axes` names the position axis of every plane
+    where there are several.
     """
 
     count: int
@@ -53,6 +54,7 @@ class Layout:
     target_table: tuple[int, ...] = ()
     rest_source: tuple[int, ...] = ()
     rest_target: tuple[int, ...] = ()
+    axes: tuple[int, ...] = ()
 
     @property
     def stays(self) -> bool:
@@ -80,12 +82,13 @@ def layout_of(rotation: Rotation) -> Layout:
         for planes in (rotation.planes, rotation.output)
     ]
     pieces = _pieces(*outside)
-    if len(pieces) <= 2:
-        first, second = (*pieces, Piece(), Piece())[:2]
-        return Layout(rotation.planes.count, source, target, (first, second), source_table, target_table)
-    tables = tuple(outside[0]), tuple(outside[1])
-    whole = Piece(len(outside[0])), Piece()
-    return Layout(rotation.planes.count, source, target, whole, source_table, target_table, *tables)
+    tables: tuple[tuple[int, ...], tuple[int, ...]] = (), ()
+    if len(pieces) > 2:
+        tables, pieces = (tuple(outside[0]), tuple(outside[1])), [Piece(len(outside[0]))]
+    first, second = (*pieces, Piece(), Piece())[:2]
+    axes = rotation.planes.axes() if rotation.planes.axis_count > 1 else ()
+    count = rotation.planes.count
+    return Layout(count, source, target, (first, second), source_table, target_table, *tables, axes)
 
 
 def _runs(planes: Planes) -> tuple[Runs, tuple[int, ...]]:

@@ -52,7 +52,8 @@ def back_launch(
     from grape_compile.kernels.bodies.turn_back import turn_back
 
     rotation, angles = _rotation(call), _angle_operands(call)
-    action, layout, lanes = Planar(rotation), layout_of(rotation), width(rotation.planes.count)
+    action, layout = Planar(rotation), layout_of(rotation)
+    lanes = width(layout.count)
     tensors = [call.tensors[place] for place in places]
     frame = frame_of_call(call, tensors)
     assert isinstance(frame, Frame), "`supports` refuses other calls"
@@ -102,7 +103,8 @@ def _launch(
     from grape_compile.kernels.bodies import turn as body
 
     rotation, norm = _rotation(call), call.norm
-    layout, lanes = layout_of(rotation), width(rotation.planes.count)
+    layout = layout_of(rotation)
+    lanes = width(layout.count)
     sizes = frame.of(sources[0]).sizes
     heads = [frame.of(source).sizes[2] for source in sources]
     if configuration is None:
@@ -142,7 +144,7 @@ def _shared_arguments(
     rotation, device, rank = _rotation(call), like.device, like.dim() - 1
     sizes = frame.of(like).sizes
     arguments = angles.arguments(frame, rank) | {
-        "axis": table(rotation.planes.axes(), device) if angles.axes > 1 else None,
+        "axis": table(layout.axes, device) if angles.axes > 1 else None,
         "in_table": table(layout.source_table, device),
         "out_table": table(layout.target_table, device),
         "rest_in": table(layout.rest_source, device),
@@ -219,13 +221,14 @@ def _angle_operands(call: TurnCall) -> _Angles:
     from grape_compile.kernels.bodies import turn as body
 
     rotation, slots, like = _rotation(call), call.slots, call.tensors[0]
-    clock, axes = rotation.clock, rotation.planes.axis_count
+    layout, clock = layout_of(rotation), rotation.clock
+    axes = max(layout.axes, default=0) + 1
     if isinstance(clock, Tables):
         cos, sin = (_on(slots[name], like) for name in (clock.cos, clock.sin))
         return _Angles(int(body.TABLES), _with_axis(cos), _with_axis(sin), False, 1)
     assert rotation.spectrum is not None, "only tables have no spectrum"
     dtype = phase_dtype(clock, slots, like)
-    theta = _with_axis(_theta(rotation.spectrum, rotation.planes.count, call, dtype))
+    theta = _with_axis(_theta(rotation.spectrum, layout.count, call, dtype))
     if isinstance(clock, Steps):
         return _Angles(int(body.STEPS), None, theta, True, 1)
     assert isinstance(clock, Positions | Accumulated)

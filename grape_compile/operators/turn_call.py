@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,12 +28,16 @@ class Norm:
 
 @dataclass(frozen=True, eq=False)
 class TurnCall:
-    """Tensors [..., head_dim] and the slots of the encoding that turns them."""
+    """Tensors [..., head_dim] and the slots of the encoding that turns them.
+
+    `notes` are for providers, who are asked first and called then: what one found out about the call.
+    """
 
     tensors: tuple[Tensor, ...]
     encoding: Multiplicative
     slots: Mapping[str, Tensor]
     norm: Norm | None = None
+    notes: dict[object, Any] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
