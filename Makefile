@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := test
-.PHONY: demo test test-all lint format bench coverage figures clean
+.PHONY: demo test test-all lint format bench bench-gpu gates coverage figures clean
 
 demo: $(READY)
 	$(BIN)/python examples/quickstart.py
@@ -35,6 +35,14 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run cost kin speed --out benchmarks/results/
+
+# Needs a GPU.
+bench-gpu: $(READY)
+	$(BIN)/python -m benchmarks.gpu rotation --out benchmarks/results/
+
+# Compiles every kernel for three GPUs that need not be there, and writes down what each costs.
+gates: $(READY)
+	$(BIN)/python -m grape_compile.kernels.gates --output tests/kernels/gates.json
 
 # Hours of one core: a run that was stopped goes on where it was; `make coverage FRESH=1` starts over.
 coverage: $(READY)

@@ -1,4 +1,4 @@
-"""The command line: `grape-compile inspect MODEL`."""
+"""The command line: `grape-compile inspect MODEL`, `grape-compile tune --kernels`."""
 
 import contextlib
 import sys
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 from grape_compile.errors import GrapeError
 
 if TYPE_CHECKING:
+    import torch
     import typer
 
     from grape_compile.reporting import Report
@@ -61,7 +62,48 @@ def app() -> "typer.Typer":
         else:
             _show(report)
 
+    @commands.command("tune")
+    def tune(
+        kernels: Annotated[
+            bool, typer.Option("--kernels", help="Tune the GPU kernels of attention layers.")
+        ] = False,
+        batch: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 1,
+        tokens: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 4096,
+        heads: Annotated[int, typer.Option(min=1, help="Heads of the queries.")] = 32,
+        key_heads: Annotated[int, typer.Option(min=0, help="Heads of the keys; 0 means as many.")] = 0,
+        head_dim: Annotated[int, typer.Option(min=2, help="Coordinates of a head.")] = 128,
+        dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+        encoding: Annotated[
+            list[str] | None,
+            typer.Option(
+                help="Text of an encoding, as in a report; again for more. None: halves by positions."
+            ),
+        ] = None,
+        records: Annotated[
+            str, typer.Option(help="The file to write; by default the one that kernels read.")
+        ] = "",
+        fresh: Annotated[bool, typer.Option("--fresh", help="Tune again what is recorded.")] = False,
+    ) -> None:
+        """Finds the fastest configuration of each kernel on this GPU and records it."""
+        if not kernels:
+            raise GrapeError("tune", "nothing that could be tuned", "grape-compile tune --kernels")
+        from grape_compile import tuning
+        from grape_compile.encoding import parse
+
+        layer = tuning.Shape(batch, tokens, heads, key_heads or heads, head_dim, _dtype(dtype))
+        encodings = [parse(text) for text in encoding or ()]
+        typer.echo(tuning.tune_kernels([layer], encodings, records=records or None, fresh=fresh))
+
     return commands
+
+
+def _dtype(name: str) -> "torch.dtype":
+    import torch
+
+    known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if name not in known:
+        raise GrapeError("a dtype of queries and keys", repr(name), ", ".join(known))
+    return known[name]
 
 
 def _inspect(name: str, *, batch: int, sequence: int) -> "Report":

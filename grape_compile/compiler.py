@@ -28,6 +28,7 @@ from grape_compile.passes.capture import (
     has_unknown_sizes,
     release_export,
 )
+from grape_compile.passes.fuse_norms import FuseNorms
 from grape_compile.passes.graph import Program
 from grape_compile.passes.lower import ShareAngles
 from grape_compile.passes.origins import Origin, guarded, marking, origin_of, settle
@@ -248,6 +249,7 @@ def _rewritten(module: fx.GraphModule, examples: Sequence[Any]) -> Rewritten:
     if program.stands:
         settle(program)
     if found.sites:
+        FuseNorms()(program)
         ShareAngles()(program)
         outline_regions(program.module)
     return Rewritten(program.module, found, tables, bool(program.stands))

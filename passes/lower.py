@@ -1,7 +1,8 @@
 """Lower rotations for a device whose body reads tables: cos and sin are computed once and shared by all layers.
 
 What: every `grape::rotate` whose angles are positions times frequencies gets their cos and sin as operands instead.
-Leaves alone: rotations given as tables already, several axes, closed-form spectra.
+Leaves alone: rotations given as tables already, several axes, closed-form spectra; devices whose kernel makes the
+    angles itself.
 Ensures: the same numbers; the operator's own body computes the same product in the same precision.
 Cost: one pass; equal angles are computed once.
 """
@@ -14,6 +15,7 @@ import torch
 from torch import fx
 
 from grape_compile.encoding import Learned, Positions, Rotation, Table, Tables, parse
+from grape_compile.operators.providers import computes_angles
 from grape_compile.passes.base import Outcome, Pass
 from grape_compile.passes.graph import Program, Sizes, require_fake
 from grape_compile.passes.operands import Emitter
@@ -47,6 +49,8 @@ def _share(emitter: Emitter, node: fx.Node) -> None:
     assert isinstance(tensors, list | tuple)
     operands = dict(zip(encoding.slots, slots, strict=True))
     positions, frequencies = operands[encoding.clock.slot], operands[encoding.spectrum.slot]
+    if computes_angles(require_fake(positions).device):
+        return
     dtype = torch.float32
     for tensor in (*tensors, frequencies):
         dtype = torch.promote_types(dtype, require_fake(tensor).dtype)

@@ -17,6 +17,8 @@ import torch
 from torch import fx
 
 import grape_compile.operators  # noqa: F401 - registers torch.ops.grape
+from grape_compile.operators.providers import turn_lowering
+from grape_compile.operators.turn_call import TurnCall
 from grape_compile.passes.base import Outcome, Pass
 from grape_compile.passes.graph import (
     Program,
@@ -70,7 +72,8 @@ class RewriteRotations(Pass):
                     )
                 )
         for group in _groups(program, emitter, ready):
-            sites = [_site(item) for item in group]
+            lowering = _lowering(group)
+            sites = [_site(item, lowering) for item in group]
             program.rotated.update(zip(_replace(program, emitter, group), sites, strict=True))
             outcome.sites += sites
         remove_unused(program.graph, [*(item.plan.output for item in ready), *emitter.ranks])
@@ -82,7 +85,16 @@ def refusal(node: fx.Node, miss: Miss) -> Refusal:
     return Refusal(miss.rule, miss.reason, node.name, module_path(node), source_line(node), miss.nearest)
 
 
-def _site(item: _Ready) -> Site:
+def _lowering(group: list[_Ready]) -> str:
+    """What turns the tensors of a group, which share one call."""
+    encoding = group[0].plan.operator
+    slots = zip(encoding.slots, map(require_fake, group[0].operands), strict=True)
+    return turn_lowering(
+        TurnCall(tuple(require_fake(item.plan.input) for item in group), encoding, dict(slots))
+    )
+
+
+def _site(item: _Ready, lowering: str) -> Site:
     node, plan = item.plan.output, item.plan
     return Site(
         "rotation",
@@ -91,7 +103,7 @@ def _site(item: _Ready) -> Site:
         source_line(node),
         plan.evidence,
         item.error,
-        "grape::rotate",
+        lowering,
     )
 
 

@@ -1,4 +1,4 @@
-"""What holds for every test: nothing is downloaded, torch runs on one thread, generated programs are counted."""
+"""What holds for every test: nothing is downloaded, one thread, kernels interpreted without a GPU, programs counted."""
 
 import os
 from collections.abc import Iterator
@@ -9,6 +9,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from generated.tally import Tally
+
+# Without a GPU kernels are interpreted. Triton reads this when it is imported, whoever imports it first.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 torch.set_num_threads(1)
 

@@ -4,7 +4,9 @@ Importing this package registers the operators as `torch.ops.grape.rotate` and `
 """
 
 from grape_compile.operators.attention import attend
+from grape_compile.operators.normed import rotate_normed
 from grape_compile.operators.reference import reference_attend, reference_bias, reference_rotate
+from grape_compile.operators.rotate_into import rotate_into
 from grape_compile.operators.rotation import decompositions, rotate, rotate_decomposition
 
 __all__ = [
@@ -15,4 +17,6 @@ __all__ = [
     "reference_rotate",
     "rotate",
     "rotate_decomposition",
+    "rotate_into",
+    "rotate_normed",
 ]

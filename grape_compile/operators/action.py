@@ -18,7 +18,7 @@ Slots = Mapping[str, Tensor]
 class Action(ABC):
     """How one encoding acts. Every function is plain torch, so that it can be traced, mapped and differentiated.
 
-    A new kind of encoding is a subclass in a file of its own and a line in `rotation.ACTIONS`.
+    A new kind of encoding is a subclass in a file of its own and a line in `actions.ACTIONS`.
     """
 
     encoding: Multiplicative

@@ -164,14 +164,27 @@ def turn_gradient(
     With a = orientation * n * theta: da = scale (cos a dsin - sin a dcos); dn = orientation * sum_j theta_j
     da_j and dtheta = orientation * n * da, summed over the axes that were broadcast.
     """
+    if isinstance(rotation.clock, Tables):
+        return turning_gradient(rotation, slots, tensor, (cos, sin))
+    turned = turn(rotation, slots, tensor)
+    return turning_gradient(rotation, slots, tensor, (turned.cos * sin - turned.sin * cos,))
+
+
+def turning_gradient(
+    rotation: Rotation, slots: Slots, tensor: Tensor, sums: tuple[Tensor, ...]
+) -> dict[str, Tensor]:
+    """Return gradients of the floating slots from those of `Turn.cos` and `Turn.sin` for tables, else of a.
+
+    They are [*shape[:-1], planes]; an axis that all slots share may be summed already.
+    """
     clock = rotation.clock
     if isinstance(clock, Tables):
+        cos, sin = sums
         parts = {clock.cos: rotation.scale * cos, clock.sin: rotation.scale * rotation.orientation * sin}
         return {
             name: part.sum_to_size(slots[name].shape).to(slots[name].dtype) for name, part in parts.items()
         }
-    turned = turn(rotation, slots, tensor)
-    angle = rotation.orientation * (turned.cos * sin - turned.sin * cos)
+    angle = rotation.orientation * sums[0]
     times, theta = _factors(rotation, slots, tensor)
     gradients = {}
     if isinstance(rotation.spectrum, Learned | Table):

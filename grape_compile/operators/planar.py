@@ -48,7 +48,7 @@ class Planar(Action):
         return turn(self.encoding, slots, tensor)
 
     def act(self, prepared: Turn, slots: Slots, tensor: Tensor) -> Tensor:
-        rotation, source = self.encoding, self._in_basis(slots, tensor)
+        rotation, source = self.encoding, self.in_basis(slots, tensor)
         first, second = (part.to(compute_dtype(tensor)) for part in take(source, rotation.planes))
         out_first = first * prepared.cos - second * prepared.sin
         out_second = second * prepared.cos + first * prepared.sin
@@ -78,20 +78,25 @@ class Planar(Action):
         """
         rotation, dtype = self.encoding, compute_dtype(tensor)
         wide = cotangent.to(dtype)
-        first, second = (part.to(dtype) for part in take(self._in_basis(slots, tensor), rotation.planes))
+        first, second = (part.to(dtype) for part in take(self.in_basis(slots, tensor), rotation.planes))
         out_first, out_second = take(wide, rotation.output)
         cos = out_first * first + out_second * second
         sin = out_second * first - out_first * second
         gradients = turn_gradient(rotation, slots, tensor, cos, sin)
-        if rotation.basis is not None:
-            basis, back = slots[rotation.basis], transpose(rotation)
-            (turned,) = torch.ops.grape.rotate([wide], slot_list(back, slots), str(back))
-            with torch.autocast(basis.device.type, enabled=False):
-                product = tensor.to(dtype).mT @ turned
-            gradients[rotation.basis] = product.sum_to_size(basis.shape).to(basis.dtype)
-        return gradients
+        return gradients | self.basis_gradient(slots, tensor, cotangent)
 
-    def _in_basis(self, slots: Slots, tensor: Tensor) -> Tensor:
+    def basis_gradient(self, slots: Slots, tensor: Tensor, cotangent: Tensor) -> dict[str, Tensor]:
+        """Return the gradient x^T (R^T g) of the basis; nothing where there is none."""
+        rotation, dtype = self.encoding, compute_dtype(tensor)
+        if rotation.basis is None:
+            return {}
+        basis, back = slots[rotation.basis], transpose(rotation)
+        (turned,) = torch.ops.grape.rotate([cotangent.to(dtype)], slot_list(back, slots), str(back))
+        with torch.autocast(basis.device.type, enabled=False):
+            product = tensor.to(dtype).mT @ turned
+        return {rotation.basis: product.sum_to_size(basis.shape).to(basis.dtype)}
+
+    def in_basis(self, slots: Slots, tensor: Tensor) -> Tensor:
         """Return x E in the compute dtype, or x where there is no basis."""
         if self.encoding.basis is None:
             return tensor

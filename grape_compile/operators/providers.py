@@ -1,16 +1,18 @@
-"""Who computes `grape::attend`: one declared table; each row is a module, imported when asked."""
+"""Who computes `grape::attend` and `grape::rotate`: declared tables; each row is a module, imported when asked."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Literal, Protocol, cast
 
+import torch
 from torch import Tensor
 
 from grape_compile.errors import OperandError
 from grape_compile.operators.call import AttendCall, Gradients
+from grape_compile.operators.turn_call import TurnCall
 
 
 class AttendKernel(Protocol):
@@ -26,9 +28,24 @@ class AttendKernel(Protocol):
         """Return the gradients for a cotangent of the output."""
 
 
+class TurnKernel(Protocol):
+    """What a provider of `grape::rotate` defines."""
+
+    def supports(self, call: TurnCall, outputs: Sequence[Tensor] | None = None) -> Literal[True] | str:
+        """Return True, or a sentence that says why this call, into `outputs` if given, is not for this provider."""
+
+    def forward(self, call: TurnCall, outputs: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """Return every tensor turned, in new memory or in `outputs`, which may be the tensors themselves."""
+
+    def gradients(
+        self, call: TurnCall, cotangents: Sequence[Tensor], *, of_tensors: bool
+    ) -> tuple[list[Tensor] | None, dict[str, Tensor]]:
+        """Return the gradients of the tensors (where asked) and of the floating slots."""
+
+
 @dataclass(frozen=True)
 class Provider:
-    """One way to compute `grape::attend`: the `module` defines `supports`, `forward` and `backward`.
+    """One way to compute an operator: the `module` defines what `AttendKernel` or `TurnKernel` names.
 
     It is asked about calls on its `devices` only (none named: all), the highest priority first.
     """
@@ -39,8 +56,12 @@ class Provider:
     devices: tuple[str, ...] = ()
 
     def kernel(self) -> AttendKernel:
-        """Import the module on first use."""
+        """Import the module of a row of `PROVIDERS` on first use."""
         return cast(AttendKernel, import_module(self.module))
+
+    def turn_kernel(self) -> TurnKernel:
+        """Import the module of a row of `TURN_PROVIDERS` on first use."""
+        return cast(TurnKernel, import_module(self.module))
 
 
 PROVIDERS: tuple[Provider, ...] = (
@@ -50,17 +71,59 @@ PROVIDERS: tuple[Provider, ...] = (
 )
 
 
+TURN_PROVIDERS: tuple[Provider, ...] = (
+    Provider("triton", "grape_compile.kernels.turning", priority=10, devices=("cuda",)),
+    Provider("torch", "grape_compile.operators.plain_turn", priority=0),
+)
+
+
 def choose(call: AttendCall, providers: Sequence[Provider] | None = None) -> Provider:
     """Return the provider of highest priority that takes the call, or raise OperandError with all reasons."""
+    table = PROVIDERS if providers is None else providers
+    return _first("grape::attend", call.query.device, table, lambda row: row.kernel().supports(call))
+
+
+def choose_turn(call: TurnCall, outputs: Sequence[Tensor] | None = None) -> Provider:
+    """Return the provider of highest priority that turns the tensors of the call, into `outputs` if given."""
+    return _first(
+        "grape::rotate", call.device, TURN_PROVIDERS, lambda row: row.turn_kernel().supports(call, outputs)
+    )
+
+
+def computes_angles(device: torch.device) -> bool:
+    """Whether a kernel of this device makes cosines and sines itself, so that tables of them are only in the way."""
+    return any(device.type in provider.devices for provider in TURN_PROVIDERS)
+
+
+def turn_lowering(call: TurnCall) -> str:
+    """Return what turns the tensors of a call; where a kernel of their device does not, also why."""
+    chosen = choose_turn(call)
+    kernels = [
+        row for row in TURN_PROVIDERS if call.device.type in row.devices and row.priority >= chosen.priority
+    ]
+    if not kernels:
+        return "grape::rotate"
+    if chosen in kernels:
+        return f"grape::rotate by {chosen.name}"
+    reasons = "; ".join(f"{row.name}: {row.turn_kernel().supports(call)}" for row in kernels)
+    return f"grape::rotate by {chosen.name} ({reasons})"
+
+
+def _first(
+    operator: str,
+    device: torch.device,
+    providers: Sequence[Provider],
+    supports: Callable[[Provider], Literal[True] | str],
+) -> Provider:
     refusals = []
-    for provider in sorted(PROVIDERS if providers is None else providers, key=lambda row: -row.priority):
-        if provider.devices and call.query.device.type not in provider.devices:
+    for provider in sorted(providers, key=lambda row: -row.priority):
+        if provider.devices and device.type not in provider.devices:
             refusals.append(f"{provider.name}: runs on {', '.join(provider.devices)}")
             continue
-        answer = provider.kernel().supports(call)
+        answer = supports(provider)
         if answer is True:
             return provider
         refusals.append(f"{provider.name}: {answer}")
     raise OperandError(
-        "a provider of grape::attend", "; ".join(refusals) or "no provider", "one of those operands"
+        f"a provider of {operator}", "; ".join(refusals) or "no provider", "one of those operands"
     )

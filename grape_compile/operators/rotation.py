@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from grape_compile.encoding import Compose, Encoding, Multiplicative, NonCommuting, Nope, Rank2, Rotation
+from grape_compile.encoding import Compose, Encoding, Multiplicative, Nope, Rotation
 from grape_compile.errors import OperandError
+from grape_compile.operators import plain_turn
 from grape_compile.operators.action import Action
-from grape_compile.operators.angles import same_turn
+from grape_compile.operators.actions import action_of
 from grape_compile.operators.constants import Use, used_as
-from grape_compile.operators.non_commuting import Mixing
 from grape_compile.operators.operands import (
     check_floating,
     parse_encoding,
@@ -22,18 +22,11 @@ from grape_compile.operators.operands import (
     slot_mapping,
     slot_names,
 )
-from grape_compile.operators.planar import Planar
-from grape_compile.operators.rank2 import Plane
+from grape_compile.operators.providers import choose_turn
 from grape_compile.operators.traced import decompose_when_compiled, define_for_transforms
+from grape_compile.operators.turn_call import TurnCall
 
 SCHEMA = "(Tensor[] tensors, Tensor[] slots, str encoding) -> Tensor[]"
-
-#: How each kind of encoding acts.
-ACTIONS: Final[Mapping[type[Encoding], Callable[[Any], Action]]] = {
-    Rotation: Planar,
-    Rank2: Plane,
-    NonCommuting: Mixing,
-}
 
 
 def rotate(
@@ -69,12 +62,12 @@ def rotate_decomposition(tensors: Sequence[Tensor], slots: Sequence[Tensor], enc
     (`decompositions()`).
     """
     with used_as(Use.DECOMPOSED):
-        return _body(tensors, slots, encoding)
+        return _plain(tensors, slots, encoding)
 
 
 def rotated(tensors: Sequence[Tensor], encoding: Encoding, slots: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     """Return what `rotate` returns, computed by plain torch operations: part of the body of another operator."""
-    return tuple(_body(tensors, slot_list(encoding, slots), str(encoding)))
+    return tuple(_plain(tensors, slot_list(encoding, slots), str(encoding)))
 
 
 def _compiled(tensors: Sequence[Tensor], slots: Sequence[Tensor], encoding: str) -> list[Tensor]:
@@ -83,24 +76,28 @@ def _compiled(tensors: Sequence[Tensor], slots: Sequence[Tensor], encoding: str)
 
 
 def _body(tensors: Sequence[Tensor], slots: Sequence[Tensor], encoding: str) -> list[Tensor]:
-    action = action_of(encoding)
-    named = slot_mapping(action.encoding, slots)
-    results: list[Tensor] = []
-    latest: tuple[Tensor, Any] | None = None
+    call = turn_call(tensors, slots, encoding)
+    return choose_turn(call).turn_kernel().forward(call) if tensors else []
+
+
+def _plain(tensors: Sequence[Tensor], slots: Sequence[Tensor], encoding: str) -> list[Tensor]:
+    return plain_turn.forward(turn_call(tensors, slots, encoding))
+
+
+def turn_call(tensors: Sequence[Tensor], slots: Sequence[Tensor], encoding: str) -> TurnCall:
+    """Return a call of `grape::rotate`, its operands checked against each other, or raise OperandError."""
+    turning = _turning(encoding)
+    action, named = action_of(turning), slot_mapping(turning, slots)
     for tensor in tensors:
-        _check_tensor(tensor, action.encoding)
+        _check_tensor(tensor, turning)
         action.check(named, tensor)
-        if latest is None or not same_turn(action.clock, tensor, latest[0]):
-            latest = tensor, action.prepare(named, tensor)
-        results.append(action.act(latest[1], named, tensor))
-    return results
+    return TurnCall(tuple(tensors), turning, named)
 
 
 @lru_cache(maxsize=1024)
-def action_of(text: str) -> Action:
-    """Return how the encoding of this text acts; OperandError for one that does not act on queries and keys."""
-    encoding = _multiplicative(parse_encoding(text))
-    return ACTIONS[type(encoding)](encoding)
+def _turning(text: str) -> Multiplicative:
+    """Return the encoding of this text; OperandError for one that does not act on queries and keys."""
+    return _multiplicative(parse_encoding(text))
 
 
 def _multiplicative(encoding: Encoding) -> Multiplicative:
@@ -131,23 +128,22 @@ def _setup_context(ctx: Any, inputs: tuple[list[Tensor], list[Tensor], str], out
 
 
 def _backward(ctx: Any, cotangents: list[Tensor]) -> tuple[list[Tensor | None], list[Tensor | None], None]:
-    action = action_of(ctx.encoding)
-    names = slot_names(action.encoding)
+    encoding = _turning(ctx.encoding)
+    names = slot_names(encoding)
     saved = ctx.saved_tensors
     named = dict(zip(names, saved[: len(names)], strict=True))
     tensor_needs, slot_needs, _ = ctx.needs_input_grad
-    tensor_gradients: list[Tensor | None] = [None] * ctx.tensor_count
-    if any(tensor_needs):
-        tensor_gradients = list(action.pull_back(named, cotangents))
-    slot_gradients: dict[str, Tensor] = {}
+    of_tensors: Sequence[Tensor | None] | None = None
+    of_slots: dict[str, Tensor] = {}
     if any(slot_needs):
-        for tensor, cotangent in zip(saved[len(names) :], cotangents, strict=True):
-            for name, part in action.slots_gradient(named, tensor, cotangent).items():
-                slot_gradients[name] = slot_gradients[name] + part if name in slot_gradients else part
-    wanted = [
-        slot_gradients.get(name) if needed else None for name, needed in zip(names, slot_needs, strict=True)
-    ]
-    return tensor_gradients, wanted, None
+        call = TurnCall(tuple(saved[len(names) :]), encoding, named)
+        # Only torch operations can be differentiated again.
+        kernel = plain_turn if torch.is_grad_enabled() else choose_turn(call).turn_kernel()
+        of_tensors, of_slots = kernel.gradients(call, cotangents, of_tensors=any(tensor_needs))
+    elif any(tensor_needs):
+        of_tensors = action_of(encoding).pull_back(named, cotangents)
+    wanted = [of_slots.get(name) if needed else None for name, needed in zip(names, slot_needs, strict=True)]
+    return list(of_tensors or [None] * ctx.tensor_count), wanted, None
 
 
 def _vmap(
@@ -155,7 +151,7 @@ def _vmap(
 ) -> tuple[list[Tensor], list[int]]:
     tensors, slots, encoding = operands
     tensor_dims, slot_dims, _ = in_dims
-    action = action_of(encoding)
+    action = action_of(_turning(encoding))
     names = slot_names(action.encoding)
     results = []
     for tensor, dim in zip(tensors, tensor_dims, strict=True):
@@ -186,8 +182,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
 
 _operator = torch.library.custom_op("grape::rotate", _body, mutates_args=(), schema=SCHEMA)
-_operator.register_fake(_body)
+_operator.register_fake(_plain)
 _operator.register_autograd(_backward, setup_context=_setup_context)
 _operator.register_vmap(_vmap)
 decompose_when_compiled(_operator, _compiled)
-define_for_transforms(_operator, _body)
+define_for_transforms(_operator, _plain)

@@ -27,9 +27,9 @@ from grape_compile.encoding import (
     rope,
 )
 from grape_compile.operators import reference_rotate, rotate
+from grape_compile.operators.actions import ACTIONS
 from grape_compile.operators.non_commuting import schur_planes, spectral_form
 from grape_compile.operators.rank2 import sine_cosine_quotients
-from grape_compile.operators.rotation import ACTIONS
 from grape_compile.operators.samples import (
     BATCH,
     GENERATORS,

@@ -1,0 +1,153 @@
+"""RMSNorm of queries and keys joins their rotation where a kernel takes both, and only where it is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+pytest.importorskip("triton")
+
+from architectures import BY_NAME, output_of
+from kernel_cases import DEVICE, kernels_first, worst
+
+from grape_compile import grape_compile
+from grape_compile.operators.sample import tensor
+
+HEADS, SIZE = 2, 16
+
+
+class Counting:
+    """A backend that counts the operators of ours in its graphs and runs them."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def __call__(self, module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        found = [
+            str(node.target) for node in module.graph.nodes if str(node.target).startswith("grape.rotate")
+        ]
+        self.names += found
+        return module.forward
+
+
+def rms(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def gemma(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6) * (1.0 + weight.float())).type_as(
+        x
+    )
+
+
+def fused(x: Tensor, weight: Tensor) -> Tensor:
+    return nn.functional.rms_norm(x, (x.shape[-1],), weight, 1e-6)
+
+
+def centred(x: Tensor, weight: Tensor) -> Tensor:
+    """LayerNorm is RMSNorm of what is left without the mean."""
+    x = x - x.mean(-1, keepdim=True)
+    return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6) * weight
+
+
+def of_another(x: Tensor, weight: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.abs().mean(-1, keepdim=True) + 1e-6) * weight
+
+
+def by_content(x: Tensor, weight: Tensor) -> Tensor:
+    return rms(x, weight) * x.sigmoid()
+
+
+class Layer(nn.Module):
+    """Queries and keys normalised and turned; `whole`: all heads of a token together, before they are apart."""
+
+    def __init__(
+        self, norm: Callable[[Tensor, Tensor], Tensor], *, whole: bool, read_twice: bool = False
+    ) -> None:
+        super().__init__()
+        self.norm, self.whole, self.read_twice = norm, whole, read_twice
+        width = HEADS * SIZE
+        self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
+        size = width if whole else SIZE
+        self.weights = nn.ParameterList(torch.linspace(0.5, 1.5, size).roll(shift) for shift in (0, 3))
+        self.inv_freq = nn.Buffer(100.0 ** (-torch.arange(SIZE // 2) / (SIZE // 2)))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        batch, length, _ = hidden.shape
+        angle = torch.arange(length, device=hidden.device)[:, None] * self.inv_freq
+        wide = torch.cat((angle, angle), -1)
+        turned, extra = [], torch.zeros((), device=hidden.device)
+        for project, weight in zip((self.query, self.key), self.weights, strict=True):
+            x = project(hidden)
+            x = self.norm(x, weight) if self.whole else x
+            x = x.view(batch, length, HEADS, SIZE)
+            x = (x if self.whole else self.norm(x, weight)).transpose(1, 2)
+            extra = extra + x.sum() if self.read_twice else extra
+            half = torch.cat((-x[..., SIZE // 2 :], x[..., : SIZE // 2]), -1)
+            turned.append(x * wide.cos() + half * wide.sin())
+        return (
+            nn.functional.scaled_dot_product_attention(turned[0], turned[1], turned[1], is_causal=True)
+            + extra
+        )
+
+
+def compiled(model: nn.Module, *arguments: Any, **named: Any) -> tuple[Any, list[str]]:
+    counting = Counting()
+    with kernels_first():
+        result = grape_compile(model, backend=counting)(*arguments, **named)
+    return result, counting.names
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["heads", "tokens"])
+@pytest.mark.parametrize("norm", [rms, gemma, fused, centred], ids=lambda norm: norm.__name__)
+def test_norms_join(norm: Callable[[Tensor, Tensor], Tensor], whole: bool) -> None:
+    model = Layer(norm, whole=whole).to(DEVICE)
+    hidden = tensor(2, 5, HEADS * SIZE, dtype=torch.float32).to(DEVICE)
+    wanted = model(hidden)
+    gradients = torch.autograd.grad(wanted.square().sum(), list(model.parameters()))
+    found, names = compiled(model, hidden)
+    assert names == ["grape.rotate_normed.default"]
+    assert worst([found], [wanted]) < 1e-5
+    own = torch.autograd.grad(found.square().sum(), list(model.parameters()))
+    for one, two in zip(own, gradients, strict=True):
+        assert worst([one], [two]) <= 1e-4 * max(1.0, float(two.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Layer(of_another, whole=False),
+        Layer(by_content, whole=False),
+        Layer(rms, whole=False, read_twice=True),
+    ],
+    ids=["by the mean size", "by content", "read twice"],
+)
+def test_what_is_no_norm_stays(model: Layer) -> None:
+    hidden = tensor(2, 5, HEADS * SIZE, dtype=torch.float32).to(DEVICE)
+    wanted = model.to(DEVICE)(hidden)
+    found, names = compiled(model, hidden)
+    assert names == ["grape.rotate.default"]
+    assert worst([found], [wanted]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+def test_models(name: str) -> None:
+    row = BY_NAME[name]
+    wanted = output_of(row.build().to(DEVICE)(**row.inputs()))
+    result, names = compiled(row.build().to(DEVICE), **row.inputs())
+    assert set(names) == {"grape.rotate_normed.default"}
+    assert worst([output_of(result)], [wanted]) < 1e-4
+
+
+def test_without_a_kernel_nothing_joins() -> None:
+    if DEVICE != "cpu":
+        pytest.skip("there is a kernel")
+    counting = Counting()
+    grape_compile(Layer(rms, whole=False), backend=counting)(tensor(2, 5, HEADS * SIZE, dtype=torch.float32))
+    assert counting.names == ["grape.rotate.default"]

@@ -1,0 +1,142 @@
+"""What a compiler sees of the kernels: launches in the graph that write their outputs and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from attention_layers import HIDDEN
+from kernel_cases import DEVICE, kernels_first
+from rotation_spellings import ROTATION_SPELLINGS, Spelling
+
+from grape_compile import grape_compile, report
+from grape_compile.encoding import rope
+from grape_compile.operators.providers import turn_lowering
+from grape_compile.operators.sample import tensor
+from grape_compile.operators.turn_call import TurnCall
+
+ROOT = Path(__file__).parents[2]
+
+#: Traces forward and backward for a Hopper GPU that is not there.
+PROGRAM = """
+import json, sys
+import torch
+import triton
+from torch._functorch.aot_autograd import aot_export_joint_simple
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from triton.backends.compiler import GPUTarget
+
+from grape_compile.encoding import Half, Learned, Positions, Rotation
+from grape_compile.operators import rotate
+from kernel_cases import kernels_only
+
+
+class Absent:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+triton.runtime.driver.set_active(Absent())
+encoding = Rotation(Half(16), Learned("f"), Positions("n"))
+
+
+def layer(query, key, positions, frequencies):
+    turned = rotate([query, key], encoding, {"n": positions, "f": frequencies})
+    return (turned[0].float().square().sum() + turned[1].float().square().sum(),)
+
+
+dynamic = sys.argv[1] == "dynamic"
+with kernels_only(), FakeTensorMode(shape_env=ShapeEnv()) as mode:
+    kinds = [DimDynamic.DYNAMIC if dynamic else DimDynamic.STATIC] * 2
+    sized = mode.from_tensor(torch.empty(3, 37), symbolic_context=StatelessSymbolicContext(dynamic_sizes=kinds))
+    batch, length = sized.shape
+    query, key = (torch.empty(batch, length, heads, 16).transpose(1, 2).requires_grad_() for heads in (4, 2))
+    positions = torch.zeros(batch, 1, length, dtype=torch.int64)
+    operands = query, key, positions, torch.zeros(8, requires_grad=True)
+    joint = aot_export_joint_simple(layer, operands, trace_joint=True)
+    guards = [str(guard.expr) for guard in mode.shape_env.guards]
+launches = [
+    sorted(node.kwargs["tensors_to_clone"])
+    for node in joint.graph.nodes
+    if node.target is torch.ops.higher_order.triton_kernel_wrapper_functional
+]
+copies = [str(node.target) for node in joint.graph.nodes if "clone" in str(node.target)]
+print(json.dumps([launches, copies, guards]))
+"""
+
+
+@pytest.mark.parametrize("sizes", ["static", "dynamic"])
+def test_one_launch_forth_and_one_back_that_copy_nothing(sizes: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, sizes], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    launches, copies, guards = json.loads(done.stdout.splitlines()[-1])
+    assert launches == [["y0", "y1"], ["by_sin", "d0", "d1"]]
+    assert copies == []
+    # A graph for any number of rows and tokens stays one.
+    assert guards == []
+
+
+CHOSEN = ("in_the_middle", "axis_after_axis", "cos_and_sin_tables", "grouped_queries")
+
+
+@pytest.mark.parametrize(
+    "spelling", [row for row in ROTATION_SPELLINGS if row.name in CHOSEN], ids=lambda spelling: spelling.name
+)
+def test_a_model_turns_by_the_kernel_and_its_report_says_so(spelling: Spelling) -> None:
+    model = spelling.make().to(DEVICE)
+    given = tensor(2, 7, HIDDEN, dtype=torch.float32).to(DEVICE)
+    wanted = model(given)
+    with kernels_first():
+        compiled = grape_compile(model, backend="eager")
+        found = compiled(given)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    sites = report(compiled).sites
+    assert len(sites) == spelling.rotations
+    assert {site.lowering for site in sites} == {"grape::rotate by triton"}
+
+
+def test_the_report_says_why_a_kernel_does_not_apply() -> None:
+    call = TurnCall((torch.zeros(2, 4, 8, dtype=torch.float64, device=DEVICE),), rope(8), {})
+    with kernels_first():
+        assert turn_lowering(call) == "grape::rotate by torch (triton: float64 tensors turn in float64)"
+
+
+def test_without_triton_everything_imports_and_runs() -> None:
+    program = """
+import sys
+sys.modules["triton"] = None
+import importlib, pkgutil
+import torch
+import grape_compile
+from grape_compile.encoding import rope
+from grape_compile.kernels import turning
+from grape_compile.operators import rotate
+from grape_compile.operators.turn_call import TurnCall
+for module in pkgutil.walk_packages(grape_compile.__path__, "grape_compile."):
+    if ".bodies." not in module.name:
+        importlib.import_module(module.name)
+heads = torch.ones(1, 2, 3, 8)
+rotate([heads], rope(8))
+print(turning.supports(TurnCall((heads,), rope(8), {})))
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "Triton is not installed: pip install 'grape-compile[gpu]'"
