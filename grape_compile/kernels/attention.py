@@ -166,7 +166,11 @@ class Found:
         terms, wanted = self.operands.terms, call.wants_bias_gradients
         self.rows = (terms.wants_apart, terms.wants_query, terms.wants_clock) if wanted else (False,) * 3
         self.columns = (terms.wants_level, terms.wants_key, terms.wants_clock) if wanted else (False,) * 3
-        self.delta = torch.empty_like(logsumexp)
+        # Tiles of both kernels end where the padding ends.
+        longest = max(by_query(call).query_block, by_key(call).query_block)
+        self.levels, self.delta = logsumexp.new_empty(
+            (2, batch, heads, -(-queries // longest) * longest), dtype=torch.float32
+        )
         self.query, self.key, self.value = map(
             torch.empty_like, (self.operands.query, self.operands.key, self.operands.value)
         )
@@ -184,7 +188,8 @@ class Found:
         arguments = {
             **self.operands.arguments(tiles),
             **{"OUTPUT": self.output, "GRADIENT": self.gradient, "LOGSUMEXP": self.logsumexp},
-            **{"DELTA": self.delta, "BY_QUERY": self.query, "ROWS": self.by_row},
+            **{"LEVELS": self.levels, "DELTA": self.delta, "padded": self.delta.shape[2]},
+            **{"BY_QUERY": self.query, "ROWS": self.by_row},
             **{"FIRST": self.operands.nothing, "heads": heads},
             **_strides("output", self.output),
             **_strides("gradient", self.gradient),
@@ -202,7 +207,8 @@ class Found:
         batch, heads, keys, _ = self.call.key.shape
         arguments = {
             **self.operands.arguments(tiles),
-            **{"GRADIENT": self.gradient, "LOGSUMEXP": self.logsumexp, "DELTA": self.delta},
+            **{"GRADIENT": self.gradient, "LEVELS": self.levels, "DELTA": self.delta},
+            "padded": self.delta.shape[2],
             **{"BY_KEY": self.key, "BY_VALUE": self.value, "SUMS": self.by_column},
             **{"LAST": self.operands.nothing, "key_heads": heads},
             **_strides("gradient", self.gradient),

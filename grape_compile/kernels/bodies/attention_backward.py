@@ -1,6 +1,7 @@
 """Attention with additive biases, backward: one kernel for all sums over keys, one for all sums over queries.
 
-Both compute the weights again from the logsumexp. No two programs add to the same number, so that results are the same
+The first leaves for the second what a query needs, padded to whole tiles: its logsumexp as a power of two, infinite where
+there are no weights, and delta = sum of output times gradient. Both compute the weights again from the logsumexp. No two programs add to the same number, so that results are the same
 at every run.
 """
 
@@ -27,19 +28,19 @@ from grape_compile.kernels.bodies.attention_tiles import (
 
 @triton.jit
 def attention_by_query(
-    QUERY, KEY, VALUE, OUTPUT, GRADIENT, LOGSUMEXP, DELTA, BY_QUERY, ROWS, SLOPES, COLUMNS, GATES, MASK, FIRST,
+    QUERY, KEY, VALUE, OUTPUT, GRADIENT, LOGSUMEXP, LEVELS, DELTA, BY_QUERY, ROWS, SLOPES, COLUMNS, GATES, MASK, FIRST,
     query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head, value_token,
     output_batch, output_head, output_token, gradient_batch, gradient_head, gradient_token, by_query_batch,
     by_query_head, by_query_token, columns_batch, columns_head, columns_row, gates_batch, gates_head,
     mask_batch, mask_head, mask_query, mask_key,
-    heads, queries, keys, window, scale,
+    heads, queries, padded, keys, window, scale,
     GROUPS: tl.constexpr, HEAD: tl.constexpr, HEAD_BLOCK: tl.constexpr, VALUES: tl.constexpr,
     VALUE_BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, LEVEL: tl.constexpr, TERM: tl.constexpr, ABSOLUTE: tl.constexpr, GATE_QUERY: tl.constexpr,
     GATE_KEY: tl.constexpr, MASKED: tl.constexpr, PRUNED: tl.constexpr, PRECISION: tl.constexpr,
     WANTS_APART: tl.constexpr, WANTS_SPREAD: tl.constexpr, WANTS_CLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of QUERY_BLOCK queries of one head, delta = sum of output times its gradient, and sums over keys.
+    """Gradients of QUERY_BLOCK queries of one head, `LEVELS` and `DELTA` [B, H, padded] of them, and sums over keys.
 
     The stages are those of the forward kernel. `ROWS` [B, H, 3, T_q] takes the sums over keys of a logit's gradient times
     the difference of the level, times the spread of the term, and times the derivative of the term by its difference.
@@ -73,11 +74,12 @@ def attention_by_query(
     output_start = OUTPUT + batch * output_batch + wide_head * output_head + wide_begin * output_token
     output = tl.load(output_start + row[:, None] * output_token + outer[None, :], mask=value_known, other=0.0)
     delta = tl.sum(output.to(tl.float32) * gradient.to(tl.float32), 1)
-    numbers = number.to(tl.int64) * queries + begin + row
-    tl.store(DELTA + numbers, delta, mask=there_row)
-    level = tl.load(LOGSUMEXP + numbers, mask=there_row, other=float("inf"))
-    # A row without a key: weights exp(logit - inf) are zero.
+    level = tl.load(LOGSUMEXP + number.to(tl.int64) * queries + begin + row, mask=there_row, other=-float("inf"))
+    # A row without a key, or no row: weights exp(logit - inf) are zero.
     level = tl.where(level == -float("inf"), float("inf"), level) * LOG2E
+    numbers = number.to(tl.int64) * padded + begin + row
+    tl.store(LEVELS + numbers, level)
+    tl.store(DELTA + numbers, delta)
 
     key_start = KEY + batch * key_batch + key_number * key_head
     value_start = VALUE + batch * value_batch + key_number * value_head
@@ -120,7 +122,6 @@ def attention_by_query(
     by_spread = tl.zeros([QUERY_BLOCK], tl.float32)
     by_clock = tl.zeros([QUERY_BLOCK], tl.float32)
     for stage in tl.static_range(0 if WINDOW else 1, 3):
-        FREE: tl.constexpr = stage == 1
         if stage == 0:
             low, high = start, tl.minimum(free_start, stop)
         elif stage == 1:
@@ -134,11 +135,11 @@ def attention_by_query(
             value_cells = (
                 value_start + first.to(tl.int64) * value_token + column[:, None] * value_token + outer[None, :]
             )
-            if FREE and HEAD == HEAD_BLOCK:
+            if stage == 1 and HEAD == HEAD_BLOCK:
                 key = tl.load(key_cells)
             else:
                 key = tl.load(key_cells, mask=there[:, None] & (inner < HEAD)[None, :], other=0.0)
-            if FREE and VALUES == VALUE_BLOCK:
+            if stage == 1 and VALUES == VALUE_BLOCK:
                 value = tl.load(value_cells)
             else:
                 value = tl.load(value_cells, mask=there[:, None] & (outer < VALUES)[None, :], other=0.0)
@@ -159,12 +160,12 @@ def attention_by_query(
             logits, base = biased(
                 products, scale * LOG2E, level_slope, level_key[None, :], level_query[:, None], term_slope,
                 term_key[None, :], term_query[:, None], gate_query, gate_key,
-                LEVEL, TERM, ABSOLUTE, GATE_QUERY, GATE_KEY, FREE,
+                LEVEL, TERM, ABSOLUTE, GATE_QUERY, GATE_KEY, stage == 1,
             )  # fmt: skip
             if MASKED != NONE:
                 offsets = row[:, None] * mask_query + (first + column)[None, :] * mask_key
                 logits = masked(logits, mask_start, offsets, known & there[None, :], MASKED)
-            if not FREE:
+            if stage != 1:
                 seen = visible(at[:, None], (first + column)[None, :], keys, window, CAUSAL, WINDOW)
                 logits = tl.where(seen, logits, -float("inf"))
             weights = tl.exp2(logits - (level[:, None] - base))
@@ -196,12 +197,12 @@ def attention_by_query(
 
 @triton.jit
 def attention_by_key(
-    QUERY, KEY, VALUE, GRADIENT, LOGSUMEXP, DELTA, BY_KEY, BY_VALUE, SUMS, SLOPES, COLUMNS, GATES, MASK, LAST,
+    QUERY, KEY, VALUE, GRADIENT, LEVELS, DELTA, BY_KEY, BY_VALUE, SUMS, SLOPES, COLUMNS, GATES, MASK, LAST,
     query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head, value_token,
     gradient_batch, gradient_head, gradient_token, by_key_batch, by_key_head, by_key_token, by_value_batch,
     by_value_head, by_value_token, columns_batch, columns_head, columns_row, gates_batch, gates_head,
     mask_batch, mask_head, mask_query, mask_key,
-    key_heads, queries, keys, window, scale,
+    key_heads, queries, padded, keys, window, scale,
     GROUPS: tl.constexpr, HEAD: tl.constexpr, HEAD_BLOCK: tl.constexpr, VALUES: tl.constexpr,
     VALUE_BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, LEVEL: tl.constexpr, TERM: tl.constexpr, ABSOLUTE: tl.constexpr, GATE_QUERY: tl.constexpr,
@@ -226,8 +227,8 @@ def attention_by_key(
     inner = tl.arange(0, HEAD_BLOCK)
     outer = tl.arange(0, VALUE_BLOCK)
     there = first + column < keys
-    inner_known = (inner < HEAD)[None, :]
-    outer_known = (outer < VALUES)[None, :]
+    inner_known = (inner < HEAD if HEAD < HEAD_BLOCK else inner >= 0)[None, :]
+    outer_known = (outer < VALUES if VALUES < VALUE_BLOCK else outer >= 0)[None, :]
     key_start = KEY + batch * key_batch + key_number * key_head + wide_first * key_token
     value_start = VALUE + batch * value_batch + key_number * value_head + wide_first * value_token
     key = tl.load(
@@ -282,7 +283,6 @@ def attention_by_key(
         by_spread = tl.zeros([KEY_BLOCK], tl.float32)
         by_clock = tl.zeros([KEY_BLOCK], tl.float32)
         for stage in tl.static_range(0, 3 if WINDOW else 2):
-            FREE: tl.constexpr = stage == 1
             if stage == 0:
                 low, high = start, tl.minimum(free_start, head_stop)
             elif stage == 1:
@@ -304,9 +304,8 @@ def attention_by_key(
                     mask=known[:, None] & outer_known,
                     other=0.0,
                 )
-                level = tl.load(LOGSUMEXP + number * queries + begin + row, mask=known, other=float("inf"))
-                level = tl.where(level == -float("inf"), float("inf"), level) * LOG2E
-                delta = tl.load(DELTA + number * queries + begin + row, mask=known, other=0.0)
+                level = tl.load(LEVELS + number * padded + begin + row)
+                delta = tl.load(DELTA + number * padded + begin + row)
                 products = tl.dot(key, tl.trans(query), input_precision=PRECISION)
                 level_query = row
                 if LEVEL != NONE:
@@ -326,18 +325,18 @@ def attention_by_key(
                 logits, base = biased(
                     products, scale * LOG2E, level_slope, level_key[:, None], level_query[None, :], term_slope,
                     term_key[:, None], term_query[None, :], gate_query, gate_key,
-                    LEVEL, TERM, ABSOLUTE, GATE_QUERY, GATE_KEY, FREE,
+                    LEVEL, TERM, ABSOLUTE, GATE_QUERY, GATE_KEY, stage == 1,
                 )  # fmt: skip
                 if MASKED != NONE:
                     offsets = (wide_begin + row)[None, :] * mask_query + (first + column)[:, None] * mask_key
                     logits = masked(logits, mask_start, offsets, known[None, :] & there[:, None], MASKED)
-                if not FREE:
+                if stage != 1:
                     seen = visible(at[None, :], (first + column)[:, None], keys, window, CAUSAL, WINDOW)
                     logits = tl.where(seen, logits, -float("inf"))
                 weights = tl.exp2(logits - (level[None, :] - base))
                 by_value = tl.dot(weights.to(gradient.dtype), gradient, by_value, input_precision=PRECISION)
-                changes = tl.dot(value, tl.trans(gradient), input_precision=PRECISION)
-                changes = weights * (changes - delta[None, :])
+                changes = tl.zeros([KEY_BLOCK, QUERY_BLOCK], tl.float32) - delta[None, :]
+                changes = weights * tl.dot(value, tl.trans(gradient), changes, input_precision=PRECISION)
                 by_key = tl.dot(changes.to(query.dtype), query, by_key, input_precision=PRECISION)
                 if WANTS_SUM:
                     sums += tl.sum(changes, 1)

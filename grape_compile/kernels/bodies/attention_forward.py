@@ -96,7 +96,6 @@ def attention_forward(
     total = tl.zeros([QUERY_BLOCK], tl.float32)
     sums = tl.zeros([QUERY_BLOCK, VALUE_BLOCK], tl.float32)
     for stage in tl.static_range(0 if WINDOW else 1, 3):
-        FREE: tl.constexpr = stage == 1
         if stage == 0:
             low, high = start, tl.minimum(free_start, stop)
         elif stage == 1:
@@ -108,7 +107,7 @@ def attention_forward(
             there = first + column < keys
             key_tile = key_start + first.to(tl.int64) * key_token
             key_cells = key_tile + column[:, None] * key_token + inner[None, :]
-            if FREE:
+            if stage == 1:
                 if HEAD == HEAD_BLOCK:
                     key = tl.load(key_cells)
                 else:
@@ -133,12 +132,12 @@ def attention_forward(
             logits, base = biased(
                 products, factor, level_slope, level_key[None, :], level_query[:, None], term_slope,
                 term_key[None, :], term_query[:, None], gate_query, gate_key,
-                LEVEL, TERM, ABSOLUTE, GATE_QUERY, GATE_KEY, FREE,
+                LEVEL, TERM, ABSOLUTE, GATE_QUERY, GATE_KEY, stage == 1,
             )  # fmt: skip
             if MASKED != NONE:
                 offsets = row[:, None] * mask_query + (first + column)[None, :] * mask_key
                 logits = masked(logits, mask_start, offsets, known & there[None, :], MASKED)
-            if not FREE:
+            if stage != 1:
                 seen = visible(at[:, None], (first + column)[None, :], keys, window, CAUSAL, WINDOW)
                 logits = tl.where(seen, logits, -float("inf"))
             if LEVEL == NONE and TERM == NONE and MASKED == NONE:
@@ -154,9 +153,9 @@ def attention_forward(
             sums = sums * shrink[:, None]
             value_tile = value_start + first.to(tl.int64) * value_token
             value_cells = value_tile + column[:, None] * value_token + outer[None, :]
-            if FREE and VALUES == VALUE_BLOCK:
+            if stage == 1 and VALUES == VALUE_BLOCK:
                 value = tl.load(value_cells)
-            elif FREE:
+            elif stage == 1:
                 value = tl.load(value_cells, mask=(outer < VALUES)[None, :], other=0.0)
             else:
                 value = tl.load(value_cells, mask=there[:, None] & (outer < VALUES)[None, :], other=0.0)
