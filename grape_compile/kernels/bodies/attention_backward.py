@@ -282,70 +282,70 @@ def attention_by_key(
         sums = tl.zeros([KEY_BLOCK], tl.float32)
         by_spread = tl.zeros([KEY_BLOCK], tl.float32)
         by_clock = tl.zeros([KEY_BLOCK], tl.float32)
-        for stage in tl.static_range(0, 3 if WINDOW else 2):
-            if stage == 0:
-                low, high = start, tl.minimum(free_start, head_stop)
-            elif stage == 1:
-                low, high = free_start, free_stop
-            else:
-                low, high = free_stop, head_stop
-            for begin in tl.range(low, high, QUERY_BLOCK):
-                begin = tl.multiple_of(begin, QUERY_BLOCK)
-                wide_begin = begin.to(tl.int64)
-                known = begin + row < queries
-                at = begin + offset + row
-                query = tl.load(
-                    query_start + wide_begin * query_token + row[:, None] * query_token + inner[None, :],
-                    mask=known[:, None] & inner_known,
-                    other=0.0,
+        for begin in tl.range(start, head_stop, QUERY_BLOCK):
+            begin = tl.multiple_of(begin, QUERY_BLOCK)
+            wide_begin = begin.to(tl.int64)
+            known = begin + row < queries
+            at = begin + offset + row
+            query = tl.load(
+                query_start + wide_begin * query_token + row[:, None] * query_token + inner[None, :],
+                mask=known[:, None] & inner_known,
+                other=0.0,
+            )
+            gradient = tl.load(
+                gradient_start + wide_begin * gradient_token + row[:, None] * gradient_token + outer[None, :],
+                mask=known[:, None] & outer_known,
+                other=0.0,
+            )
+            level = tl.load(LEVELS + number * padded + begin + row)
+            products = tl.dot(key, tl.trans(query), input_precision=PRECISION)
+            level_query = row
+            if LEVEL != NONE:
+                level_high, level_low = query_clock(columns, at, keys, columns_row, LEVEL)
+                level_query = query_distance(
+                    columns, level_high, level_low, at, first, keys, columns_row, LEVEL, KEY_BLOCK
                 )
-                gradient = tl.load(
-                    gradient_start + wide_begin * gradient_token + row[:, None] * gradient_token + outer[None, :],
-                    mask=known[:, None] & outer_known,
-                    other=0.0,
+            term_query = row
+            if TERM != NONE:
+                term_high, term_low = query_clock(term_columns, at, keys, columns_row, TERM)
+                term_query = query_distance(
+                    term_columns, term_high, term_low, at, first, keys, columns_row, TERM, KEY_BLOCK
                 )
-                level = tl.load(LEVELS + number * padded + begin + row)
-                delta = tl.load(DELTA + number * padded + begin + row)
-                products = tl.dot(key, tl.trans(query), input_precision=PRECISION)
-                level_query = row
-                if LEVEL != NONE:
-                    level_high, level_low = query_clock(columns, at, keys, columns_row, LEVEL)
-                    level_query = query_distance(
-                        columns, level_high, level_low, at, first, keys, columns_row, LEVEL, KEY_BLOCK
-                    )
-                term_query = row
-                if TERM != NONE:
-                    term_high, term_low = query_clock(term_columns, at, keys, columns_row, TERM)
-                    term_query = query_distance(
-                        term_columns, term_high, term_low, at, first, keys, columns_row, TERM, KEY_BLOCK
-                    )
-                gate_query = 0.0
-                if GATE_QUERY:
-                    gate_query = (tl.load(gates + begin + row, mask=known, other=0.0) * term_slope)[None, :]
+            gate_query = 0.0
+            if GATE_QUERY:
+                gate_query = (tl.load(gates + begin + row, mask=known, other=0.0) * term_slope)[None, :]
+            if (begin >= free_start) & (begin + QUERY_BLOCK <= free_stop):
                 logits, base = biased(
                     products, scale * LOG2E, level_slope, level_key[:, None], level_query[None, :], term_slope,
                     term_key[:, None], term_query[None, :], gate_query, gate_key,
-                    LEVEL, TERM, ABSOLUTE, GATE_QUERY, GATE_KEY, stage == 1,
+                    LEVEL, TERM, ABSOLUTE, GATE_QUERY, GATE_KEY, True,
                 )  # fmt: skip
-                if MASKED != NONE:
-                    offsets = (wide_begin + row)[None, :] * mask_query + (first + column)[:, None] * mask_key
-                    logits = masked(logits, mask_start, offsets, known[None, :] & there[:, None], MASKED)
-                if stage != 1:
-                    seen = visible(at[None, :], (first + column)[:, None], keys, window, CAUSAL, WINDOW)
-                    logits = tl.where(seen, logits, -float("inf"))
-                weights = tl.exp2(logits - (level[None, :] - base))
-                by_value = tl.dot(weights.to(gradient.dtype), gradient, by_value, input_precision=PRECISION)
-                changes = tl.zeros([KEY_BLOCK, QUERY_BLOCK], tl.float32) - delta[None, :]
-                changes = weights * tl.dot(value, tl.trans(gradient), changes, input_precision=PRECISION)
-                by_key = tl.dot(changes.to(query.dtype), query, by_key, input_precision=PRECISION)
-                if WANTS_SUM:
-                    sums += tl.sum(changes, 1)
-                if WANTS_SPREAD:
-                    by_spread += tl.sum(changes * spread(term_key[:, None] + term_query[None, :], ABSOLUTE), 1)
-                if WANTS_CLOCK:
-                    steep = steepness(term_slope, gate_query, gate_key, GATE_QUERY, GATE_KEY)
-                    steep = steep * slope_of_spread(term_key[:, None] + term_query[None, :], ABSOLUTE)
-                    by_clock += tl.sum(changes * steep, 1)
+                logits -= level[None, :] - base
+            else:
+                logits, base = biased(
+                    products, scale * LOG2E, level_slope, level_key[:, None], level_query[None, :], term_slope,
+                    term_key[:, None], term_query[None, :], gate_query, gate_key,
+                    LEVEL, TERM, ABSOLUTE, GATE_QUERY, GATE_KEY, False,
+                )  # fmt: skip
+                seen = visible(at[None, :], (first + column)[:, None], keys, window, CAUSAL, WINDOW)
+                logits = tl.where(seen, logits - level[None, :], -float("inf"))
+            if MASKED != NONE:
+                offsets = (wide_begin + row)[None, :] * mask_query + (first + column)[:, None] * mask_key
+                logits = masked(logits, mask_start, offsets, known[None, :] & there[:, None], MASKED)
+            weights = tl.exp2(logits)
+            by_value = tl.dot(weights.to(gradient.dtype), gradient, by_value, input_precision=PRECISION)
+            delta = tl.load(DELTA + number * padded + begin + row)
+            changes = tl.zeros([KEY_BLOCK, QUERY_BLOCK], tl.float32) - delta[None, :]
+            changes = weights * tl.dot(value, tl.trans(gradient), changes, input_precision=PRECISION)
+            by_key = tl.dot(changes.to(query.dtype), query, by_key, input_precision=PRECISION)
+            if WANTS_SUM:
+                sums += tl.sum(changes, 1)
+            if WANTS_SPREAD:
+                by_spread += tl.sum(changes * spread(term_key[:, None] + term_query[None, :], ABSOLUTE), 1)
+            if WANTS_CLOCK:
+                steep = steepness(term_slope, gate_query, gate_key, GATE_QUERY, GATE_KEY)
+                steep = steep * slope_of_spread(term_key[:, None] + term_query[None, :], ABSOLUTE)
+                by_clock += tl.sum(changes * steep, 1)
         places = SUMS + number * 3 * keys + first + column
         if WANTS_SUM:
             tl.store(places, sums, mask=there)
