@@ -62,11 +62,13 @@ def attention_by_query(
     known = there_row[:, None]
     first_at = begin + keys - queries
     at = first_at + row
+    inner_known = (inner < HEAD if HEAD < HEAD_BLOCK else inner >= 0)[None, :]
+    outer_known = (outer < VALUES if VALUES < VALUE_BLOCK else outer >= 0)[None, :]
     query_start = QUERY + batch * query_batch + wide_head * query_head + wide_begin * query_token
     query = tl.load(
-        query_start + row[:, None] * query_token + inner[None, :], mask=known & (inner < HEAD)[None, :], other=0.0
+        query_start + row[:, None] * query_token + inner[None, :], mask=known & inner_known, other=0.0
     )
-    value_known = known & (outer < VALUES)[None, :]
+    value_known = known & outer_known
     gradient_start = GRADIENT + batch * gradient_batch + wide_head * gradient_head + wide_begin * gradient_token
     gradient = tl.load(
         gradient_start + row[:, None] * gradient_token + outer[None, :], mask=value_known, other=0.0
@@ -121,70 +123,64 @@ def attention_by_query(
     by_apart = tl.zeros([QUERY_BLOCK], tl.float32)
     by_spread = tl.zeros([QUERY_BLOCK], tl.float32)
     by_clock = tl.zeros([QUERY_BLOCK], tl.float32)
-    for stage in tl.static_range(0 if WINDOW else 1, 3):
-        if stage == 0:
-            low, high = start, tl.minimum(free_start, stop)
-        elif stage == 1:
-            low, high = free_start, free_stop
-        else:
-            low, high = free_stop, stop
-        for first in tl.range(low, high, KEY_BLOCK):
-            first = tl.multiple_of(first, KEY_BLOCK)
-            there = first + column < keys
-            key_cells = key_start + first.to(tl.int64) * key_token + column[:, None] * key_token + inner[None, :]
-            value_cells = (
-                value_start + first.to(tl.int64) * value_token + column[:, None] * value_token + outer[None, :]
-            )
-            if stage == 1 and HEAD == HEAD_BLOCK:
-                key = tl.load(key_cells)
-            else:
-                key = tl.load(key_cells, mask=there[:, None] & (inner < HEAD)[None, :], other=0.0)
-            if stage == 1 and VALUES == VALUE_BLOCK:
-                value = tl.load(value_cells)
-            else:
-                value = tl.load(value_cells, mask=there[:, None] & (outer < VALUES)[None, :], other=0.0)
-            products = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-            level_key = key_distance(columns, first, keys, columns_row, LEVEL, KEY_BLOCK) if LEVEL != NONE else column
-            term_key = key_distance(term_columns, first, keys, columns_row, TERM, KEY_BLOCK) if TERM != NONE else column
-            level_query = (
-                query_distance(columns, level_high, level_low, at, first, keys, columns_row, LEVEL, KEY_BLOCK)
-                if LEVEL != NONE else row
-            )  # fmt: skip
-            term_query = (
-                query_distance(term_columns, term_high, term_low, at, first, keys, columns_row, TERM, KEY_BLOCK)
-                if TERM != NONE else row
-            )  # fmt: skip
-            gate_key = 0.0
-            if GATE_KEY:
-                gate_key = (tl.load(gate_columns + first + column, mask=there, other=0.0) * term_slope)[None, :]
+    for first in tl.range(start, stop, KEY_BLOCK):
+        first = tl.multiple_of(first, KEY_BLOCK)
+        there = first + column < keys
+        key_cells = key_start + first.to(tl.int64) * key_token + column[:, None] * key_token + inner[None, :]
+        value_cells = (
+            value_start + first.to(tl.int64) * value_token + column[:, None] * value_token + outer[None, :]
+        )
+        key = tl.load(key_cells, mask=there[:, None] & inner_known, other=0.0)
+        value = tl.load(value_cells, mask=there[:, None] & outer_known, other=0.0)
+        products = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+        level_key = key_distance(columns, first, keys, columns_row, LEVEL, KEY_BLOCK) if LEVEL != NONE else column
+        term_key = key_distance(term_columns, first, keys, columns_row, TERM, KEY_BLOCK) if TERM != NONE else column
+        level_query = (
+            query_distance(columns, level_high, level_low, at, first, keys, columns_row, LEVEL, KEY_BLOCK)
+            if LEVEL != NONE else row
+        )  # fmt: skip
+        term_query = (
+            query_distance(term_columns, term_high, term_low, at, first, keys, columns_row, TERM, KEY_BLOCK)
+            if TERM != NONE else row
+        )  # fmt: skip
+        gate_key = 0.0
+        if GATE_KEY:
+            gate_key = (tl.load(gate_columns + first + column, mask=there, other=0.0) * term_slope)[None, :]
+        if (first >= free_start) & (first + KEY_BLOCK <= free_stop):
             logits, base = biased(
                 products, scale * LOG2E, level_slope, level_key[None, :], level_query[:, None], term_slope,
                 term_key[None, :], term_query[:, None], gate_query, gate_key,
-                LEVEL, TERM, ABSOLUTE, GATE_QUERY, GATE_KEY, stage == 1,
+                LEVEL, TERM, ABSOLUTE, GATE_QUERY, GATE_KEY, True,
             )  # fmt: skip
-            if MASKED != NONE:
-                offsets = row[:, None] * mask_query + (first + column)[None, :] * mask_key
-                logits = masked(logits, mask_start, offsets, known & there[None, :], MASKED)
-            if stage != 1:
-                seen = visible(at[:, None], (first + column)[None, :], keys, window, CAUSAL, WINDOW)
-                logits = tl.where(seen, logits, -float("inf"))
-            weights = tl.exp2(logits - (level[:, None] - base))
-            changes = tl.dot(gradient, tl.trans(value), input_precision=PRECISION)
-            changes = weights * (changes - delta[:, None])
-            by_query = tl.dot(changes.to(key.dtype), key, by_query, input_precision=PRECISION)
-            if WANTS_APART:
-                by_apart += tl.sum(changes * (level_key[None, :] + level_query[:, None]), 1)
-            if WANTS_SPREAD:
-                by_spread += tl.sum(changes * spread(term_key[None, :] + term_query[:, None], ABSOLUTE), 1)
-            if WANTS_CLOCK:
-                steep = steepness(term_slope, gate_query, gate_key, GATE_QUERY, GATE_KEY)
-                steep = steep * slope_of_spread(term_key[None, :] + term_query[:, None], ABSOLUTE)
-                by_clock += tl.sum(changes * steep, 1)
+            logits -= level[:, None] - base
+        else:
+            logits, base = biased(
+                products, scale * LOG2E, level_slope, level_key[None, :], level_query[:, None], term_slope,
+                term_key[None, :], term_query[:, None], gate_query, gate_key,
+                LEVEL, TERM, ABSOLUTE, GATE_QUERY, GATE_KEY, False,
+            )  # fmt: skip
+            seen = visible(at[:, None], (first + column)[None, :], keys, window, CAUSAL, WINDOW)
+            logits = tl.where(seen, logits - level[:, None], -float("inf"))
+        if MASKED != NONE:
+            offsets = row[:, None] * mask_query + (first + column)[None, :] * mask_key
+            logits = masked(logits, mask_start, offsets, known & there[None, :], MASKED)
+        weights = tl.exp2(logits)
+        changes = tl.dot(gradient, tl.trans(value), input_precision=PRECISION)
+        changes = weights * (changes - delta[:, None])
+        by_query = tl.dot(changes.to(key.dtype), key, by_query, input_precision=PRECISION)
+        if WANTS_APART:
+            by_apart += tl.sum(changes * (level_key[None, :] + level_query[:, None]), 1)
+        if WANTS_SPREAD:
+            by_spread += tl.sum(changes * spread(term_key[None, :] + term_query[:, None], ABSOLUTE), 1)
+        if WANTS_CLOCK:
+            steep = steepness(term_slope, gate_query, gate_key, GATE_QUERY, GATE_KEY)
+            steep = steep * slope_of_spread(term_key[None, :] + term_query[:, None], ABSOLUTE)
+            by_clock += tl.sum(changes * steep, 1)
     by_query_start = BY_QUERY + batch * by_query_batch + wide_head * by_query_head + wide_begin * by_query_token
     tl.store(
         by_query_start + row[:, None] * by_query_token + inner[None, :],
         (by_query * scale).to(BY_QUERY.dtype.element_ty),
-        mask=known & (inner < HEAD)[None, :],
+        mask=known & inner_known,
     )
     rows = ROWS + number.to(tl.int64) * 3 * queries + begin + row
     if WANTS_APART:

@@ -51,9 +51,11 @@ def attention_forward(
     # Queries are the last of the keys.
     first_at = begin + keys - queries
     at = first_at + row
+    inner_known = (inner < HEAD if HEAD < HEAD_BLOCK else inner >= 0)[None, :]
+    outer_known = (outer < VALUES if VALUES < VALUE_BLOCK else outer >= 0)[None, :]
     query_start = QUERY + batch * query_batch + wide_head * query_head + begin.to(tl.int64) * query_token
     query = tl.load(
-        query_start + row[:, None] * query_token + inner[None, :], mask=known & (inner < HEAD)[None, :], other=0.0
+        query_start + row[:, None] * query_token + inner[None, :], mask=known & inner_known, other=0.0
     )
     key_start = KEY + batch * key_batch + key_number * key_head
     value_start = VALUE + batch * value_batch + key_number * value_head
@@ -92,75 +94,63 @@ def attention_forward(
         free_start = tl.maximum(inside, start)
     free_stop = tl.maximum(free_stop, free_start)
 
+    factor = 1.0 if LEVEL == NONE and TERM == NONE and MASKED == NONE else scale * LOG2E
     best = tl.full([QUERY_BLOCK], LOWEST, tl.float32)
     total = tl.zeros([QUERY_BLOCK], tl.float32)
     sums = tl.zeros([QUERY_BLOCK, VALUE_BLOCK], tl.float32)
-    for stage in tl.static_range(0 if WINDOW else 1, 3):
-        if stage == 0:
-            low, high = start, tl.minimum(free_start, stop)
-        elif stage == 1:
-            low, high = free_start, free_stop
-        else:
-            low, high = free_stop, stop
-        for first in tl.range(low, high, KEY_BLOCK):
-            first = tl.multiple_of(first, KEY_BLOCK)
-            there = first + column < keys
-            key_tile = key_start + first.to(tl.int64) * key_token
-            key_cells = key_tile + column[:, None] * key_token + inner[None, :]
-            if stage == 1:
-                if HEAD == HEAD_BLOCK:
-                    key = tl.load(key_cells)
-                else:
-                    key = tl.load(key_cells, mask=(inner < HEAD)[None, :], other=0.0)
-            else:
-                key = tl.load(key_cells, mask=there[:, None] & (inner < HEAD)[None, :], other=0.0)
-            products = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-            level_key = key_distance(columns, first, keys, columns_row, LEVEL, KEY_BLOCK) if LEVEL != NONE else column
-            term_key = key_distance(term_columns, first, keys, columns_row, TERM, KEY_BLOCK) if TERM != NONE else column
-            level_query = (
-                query_distance(columns, level_high, level_low, at, first, keys, columns_row, LEVEL, KEY_BLOCK)
-                if LEVEL != NONE else row
-            )  # fmt: skip
-            term_query = (
-                query_distance(term_columns, term_high, term_low, at, first, keys, columns_row, TERM, KEY_BLOCK)
-                if TERM != NONE else row
-            )  # fmt: skip
-            gate_key = 0.0
-            if GATE_KEY:
-                gate_key = (tl.load(gate_columns + first + column, mask=there, other=0.0) * term_slope)[None, :]
-            factor = 1.0 if LEVEL == NONE and TERM == NONE and MASKED == NONE else scale * LOG2E
+    for first in tl.range(start, stop, KEY_BLOCK):
+        first = tl.multiple_of(first, KEY_BLOCK)
+        there = first + column < keys
+        key_tile = key_start + first.to(tl.int64) * key_token
+        key_cells = key_tile + column[:, None] * key_token + inner[None, :]
+        key = tl.load(key_cells, mask=there[:, None] & inner_known, other=0.0)
+        products = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+        level_key = key_distance(columns, first, keys, columns_row, LEVEL, KEY_BLOCK) if LEVEL != NONE else column
+        term_key = key_distance(term_columns, first, keys, columns_row, TERM, KEY_BLOCK) if TERM != NONE else column
+        level_query = (
+            query_distance(columns, level_high, level_low, at, first, keys, columns_row, LEVEL, KEY_BLOCK)
+            if LEVEL != NONE else row
+        )  # fmt: skip
+        term_query = (
+            query_distance(term_columns, term_high, term_low, at, first, keys, columns_row, TERM, KEY_BLOCK)
+            if TERM != NONE else row
+        )  # fmt: skip
+        gate_key = 0.0
+        if GATE_KEY:
+            gate_key = (tl.load(gate_columns + first + column, mask=there, other=0.0) * term_slope)[None, :]
+        if (first >= free_start) & (first + KEY_BLOCK <= free_stop):
             logits, base = biased(
                 products, factor, level_slope, level_key[None, :], level_query[:, None], term_slope,
                 term_key[None, :], term_query[:, None], gate_query, gate_key,
-                LEVEL, TERM, ABSOLUTE, GATE_QUERY, GATE_KEY, stage == 1,
+                LEVEL, TERM, ABSOLUTE, GATE_QUERY, GATE_KEY, True,
             )  # fmt: skip
-            if MASKED != NONE:
-                offsets = row[:, None] * mask_query + (first + column)[None, :] * mask_key
-                logits = masked(logits, mask_start, offsets, known & there[None, :], MASKED)
-            if stage != 1:
-                seen = visible(at[:, None], (first + column)[None, :], keys, window, CAUSAL, WINDOW)
-                logits = tl.where(seen, logits, -float("inf"))
-            if LEVEL == NONE and TERM == NONE and MASKED == NONE:
-                # The scale is positive: one multiply-add an element instead of a product and a difference.
-                larger = tl.maximum(best, tl.max(logits, 1) * (scale * LOG2E))
-                weights = tl.exp2(logits * (scale * LOG2E) - larger[:, None])
-            else:
-                base = tl.reshape(base, [QUERY_BLOCK])
-                larger = tl.maximum(best, tl.max(logits, 1) + base)
-                weights = tl.exp2(logits - (larger - base)[:, None])
-            shrink = tl.exp2(best - larger)
-            total = total * shrink + tl.sum(weights, 1)
-            sums = sums * shrink[:, None]
-            value_tile = value_start + first.to(tl.int64) * value_token
-            value_cells = value_tile + column[:, None] * value_token + outer[None, :]
-            if stage == 1 and VALUES == VALUE_BLOCK:
-                value = tl.load(value_cells)
-            elif stage == 1:
-                value = tl.load(value_cells, mask=(outer < VALUES)[None, :], other=0.0)
-            else:
-                value = tl.load(value_cells, mask=there[:, None] & (outer < VALUES)[None, :], other=0.0)
-            sums = tl.dot(weights.to(value.dtype), value, sums, input_precision=PRECISION)
-            best = larger
+        else:
+            logits, base = biased(
+                products, factor, level_slope, level_key[None, :], level_query[:, None], term_slope,
+                term_key[None, :], term_query[:, None], gate_query, gate_key,
+                LEVEL, TERM, ABSOLUTE, GATE_QUERY, GATE_KEY, False,
+            )  # fmt: skip
+            seen = visible(at[:, None], (first + column)[None, :], keys, window, CAUSAL, WINDOW)
+            logits = tl.where(seen, logits, -float("inf"))
+        if MASKED != NONE:
+            offsets = row[:, None] * mask_query + (first + column)[None, :] * mask_key
+            logits = masked(logits, mask_start, offsets, known & there[None, :], MASKED)
+        if LEVEL == NONE and TERM == NONE and MASKED == NONE:
+            # The scale is positive: one multiply-add an element instead of a product and a difference.
+            larger = tl.maximum(best, tl.max(logits, 1) * (scale * LOG2E))
+            weights = tl.exp2(logits * (scale * LOG2E) - larger[:, None])
+        else:
+            base = tl.reshape(base, [QUERY_BLOCK])
+            larger = tl.maximum(best, tl.max(logits, 1) + base)
+            weights = tl.exp2(logits - (larger - base)[:, None])
+        shrink = tl.exp2(best - larger)
+        total = total * shrink + tl.sum(weights, 1)
+        sums = sums * shrink[:, None]
+        value_tile = value_start + first.to(tl.int64) * value_token
+        value_cells = value_tile + column[:, None] * value_token + outer[None, :]
+        value = tl.load(value_cells, mask=there[:, None] & outer_known, other=0.0)
+        sums = tl.dot(weights.to(value.dtype), value, sums, input_precision=PRECISION)
+        best = larger
     # A row without a key: zero, and no logsumexp.
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
@@ -169,7 +159,7 @@ def attention_forward(
     tl.store(
         output + row[:, None] * output_token + outer[None, :],
         sums.to(OUTPUT.dtype.element_ty),
-        mask=known & (outer < VALUES)[None, :],
+        mask=known & outer_known,
     )
     levels = tl.where(empty, -float("inf"), (best + tl.log2(total)) * LN2)
     tl.store(LOGSUMEXP + number.to(tl.int64) * queries + begin + row, levels, mask=begin + row < queries)
