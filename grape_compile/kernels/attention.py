@@ -168,9 +168,7 @@ class Found:
         self.columns = (terms.wants_level, terms.wants_key, terms.wants_clock) if wanted else (False,) * 3
         # Tiles of both kernels end where the padding ends.
         longest = max(by_query(call).query_block, by_key(call).query_block)
-        self.levels, self.delta = logsumexp.new_empty(
-            (2, batch, heads, -(-queries // longest) * longest), dtype=torch.float32
-        )
+        self.levels = logsumexp.new_empty((3, batch, heads, -(-queries // longest) * longest))
         self.query, self.key, self.value = map(
             torch.empty_like, (self.operands.query, self.operands.key, self.operands.value)
         )
@@ -188,8 +186,8 @@ class Found:
         arguments = {
             **self.operands.arguments(tiles),
             **{"OUTPUT": self.output, "GRADIENT": self.gradient, "LOGSUMEXP": self.logsumexp},
-            **{"LEVELS": self.levels, "DELTA": self.delta, "padded": self.delta.shape[2]},
-            **{"BY_QUERY": self.query, "ROWS": self.by_row},
+            **{"LEVELS": self.levels, "levels_row": self.levels.shape[3], "BY_QUERY": self.query, "ROWS": self.by_row},
+            "LEVEL_BLOCK": by_key(self.call).query_block,
             **{"FIRST": self.operands.nothing, "heads": heads},
             **_strides("output", self.output),
             **_strides("gradient", self.gradient),
@@ -207,8 +205,7 @@ class Found:
         batch, heads, keys, _ = self.call.key.shape
         arguments = {
             **self.operands.arguments(tiles),
-            **{"GRADIENT": self.gradient, "LEVELS": self.levels, "DELTA": self.delta},
-            "padded": self.delta.shape[2],
+            **{"GRADIENT": self.gradient, "LEVELS": self.levels, "levels_row": self.levels.shape[3]},
             **{"BY_KEY": self.key, "BY_VALUE": self.value, "SUMS": self.by_column},
             **{"LAST": self.operands.nothing, "key_heads": heads},
             **_strides("gradient", self.gradient),

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final, Literal
+import math
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from grape_compile.operators.call import AttendCall
 NONE: Final = 0
 STEPS: Final = 1
 CLOCK: Final = 2
+LOG2E: Final = math.log2(math.e)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,20 +93,41 @@ class Terms:
         return None if self.term is None or self.term.gate_query is None else self.term.gate_query.contiguous()
 
     def columns(self, block: int) -> Tensor | None:
-        """Return what is read for each key, [1 or B, 1 or H, vectors, T_k], for tiles of `block` keys.
+        """Return what is read for each key, [1 or B, 1 or H, vectors, T_k padded], for tiles of `block` keys, or None.
 
         For each clock its rounding to float32, what that left out, and its distance to the clock just behind the key's
-        tile; then the gates of the keys.
+        tile; the slopes times gates of the keys; last, what the biases add to all logits of a key: its distances times
+        slopes and gates. The last two as powers of two. None where all of it is slopes times steps.
         """
-        found: list[Tensor] = []
-        for term in (self.level, self.term):
-            if term is not None and term.clock is not None:
-                found += _in_three(term.clock, block)
-        if self.term is not None and self.term.gate_key is not None:
-            found.append(self.term.gate_key)
-        if not found:
+        level, term = self.level, self.term
+        clocks = [each.clock for each in (level, term) if each is not None and each.clock is not None]
+        if not clocks and (term is None or term.gate_key is None):
             return None
-        return torch.stack(torch.broadcast_tensors(*found), 2)
+        found = [vector for clock in clocks for vector in _in_three(clock, block)]
+        by_key: Tensor | None = None
+        for each in (level, term):
+            if each is None or (each.gate_query is not None and each.gate_key is None):
+                continue
+            steep = each.slopes[..., None].double() * LOG2E
+            if each.gate_key is not None:
+                steep = steep * each.gate_key
+                found.append(steep)
+            part = steep * self._distance(each, block)
+            by_key = part if by_key is None else by_key + part
+        found.append(found[0] if by_key is None else by_key)
+        *lead, length = torch.broadcast_shapes(*(vector.shape for vector in found))
+        padded = -(-length // block) * block
+        columns = found[0].new_zeros((*lead, len(found), padded), dtype=torch.float32)
+        for at, vector in enumerate(found):
+            columns[..., at, :length] = vector
+        return columns
+
+    def _distance(self, term: Term, block: int) -> Tensor:
+        """Return clock_j less the clock just behind the key's tile."""
+        if term.clock is not None:
+            return _apart(term.clock, block)
+        numbers = torch.arange(self.call.key.shape[2], device=term.slopes.device)
+        return numbers % block - block
 
     @property
     def wants_apart(self) -> bool:
@@ -213,11 +236,15 @@ def _clock(bias: Additive) -> Tensor | None:
 def _in_three(clock: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return a clock rounded, what the rounding left out, and its distance to the clock behind its tile of keys."""
     high = clock.to(torch.float32)
-    low = (clock - high.to(clock.dtype)).to(torch.float32)
+    return high, clock - high.to(clock.dtype), _apart(clock, block)
+
+
+def _apart(clock: Tensor, block: int) -> Tensor:
+    """Return a clock less the clock just behind its tile of keys, or the last where there is none."""
     length = clock.shape[-1]
     places = torch.arange(length, device=clock.device)
     origins = ((places // block + 1) * block).clamp_(max=length - 1)
-    return high, low, (clock - clock[..., origins]).to(torch.float32)
+    return clock - clock[..., origins]
 
 
 def _as_clock(gradient: Tensor, clock: Tensor) -> Tensor:

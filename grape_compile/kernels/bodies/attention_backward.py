@@ -1,8 +1,10 @@
 """Attention with additive biases, backward: one kernel for all sums over keys, one for all sums over queries.
 
-The first leaves for the second what a query needs, padded to whole tiles: its logsumexp as a power of two, infinite where
-there are no weights, and delta = sum of output times gradient. Both compute the weights again from the logsumexp. No two programs add to the same number, so that results are the same
-at every run.
+Both compute the weights again from the logsumexp. The first leaves for the second what a query needs, padded to whole
+tiles, `LEVELS` [3, B, H, padded]: its logsumexp as a power of two, infinite where there are no weights; the same without
+the part of the bias that sees the query alone, whose distances count from the first query of the second kernel's tile;
+delta, the sum of output times gradient. No two programs add to the same number, so that results are the same at every
+run.
 """
 
 import triton
@@ -14,11 +16,15 @@ from grape_compile.kernels.bodies.attention_tiles import (
     LN2,
     LOG2E,
     NONE,
-    biased,
+    apart,
+    clock_at,
     key_distance,
+    key_range,
     masked,
-    query_clock,
-    query_distance,
+    near_logits,
+    part_of_keys,
+    part_of_queries,
+    past_logits,
     slope_of_spread,
     spread,
     steepness,
@@ -28,97 +34,88 @@ from grape_compile.kernels.bodies.attention_tiles import (
 
 @triton.jit
 def attention_by_query(
-    QUERY, KEY, VALUE, OUTPUT, GRADIENT, LOGSUMEXP, LEVELS, DELTA, BY_QUERY, ROWS, SLOPES, COLUMNS, GATES, MASK, FIRST,
+    QUERY, KEY, VALUE, OUTPUT, GRADIENT, LOGSUMEXP, LEVELS, BY_QUERY, ROWS, SLOPES, COLUMNS, GATES, MASK, FIRST,
     query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head, value_token,
     output_batch, output_head, output_token, gradient_batch, gradient_head, gradient_token, by_query_batch,
     by_query_head, by_query_token, columns_batch, columns_head, columns_row, gates_batch, gates_head,
     mask_batch, mask_head, mask_query, mask_key,
-    heads, queries, padded, keys, window, scale,
+    heads, queries, levels_row, keys, window, scale,
     GROUPS: tl.constexpr, HEAD: tl.constexpr, HEAD_BLOCK: tl.constexpr, VALUES: tl.constexpr,
-    VALUE_BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, LEVEL: tl.constexpr, TERM: tl.constexpr, ABSOLUTE: tl.constexpr, GATE_QUERY: tl.constexpr,
-    GATE_KEY: tl.constexpr, MASKED: tl.constexpr, PRUNED: tl.constexpr, PRECISION: tl.constexpr,
-    WANTS_APART: tl.constexpr, WANTS_SPREAD: tl.constexpr, WANTS_CLOCK: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, LEVEL_BLOCK: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, LEVEL: tl.constexpr, TERM: tl.constexpr, ABSOLUTE: tl.constexpr,
+    GATE_QUERY: tl.constexpr, GATE_KEY: tl.constexpr, MASKED: tl.constexpr, PRUNED: tl.constexpr,
+    PRECISION: tl.constexpr, WANTS_APART: tl.constexpr, WANTS_SPREAD: tl.constexpr, WANTS_CLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of QUERY_BLOCK queries of one head, `LEVELS` and `DELTA` [B, H, padded] of them, and sums over keys.
+    """Gradients of QUERY_BLOCK queries of one head, their `LEVELS` for tiles of LEVEL_BLOCK queries, and sums over keys.
 
-    The stages are those of the forward kernel. `ROWS` [B, H, 3, T_q] takes the sums over keys of a logit's gradient times
-    the difference of the level, times the spread of the term, and times the derivative of the term by its difference.
+    `ROWS` [B, H, 3, T_q] takes the sums over keys of a logit's gradient times the difference of the level, times the
+    spread of the term, and times the derivative of the term by its difference.
     """
     tiles = tl.cdiv(queries, QUERY_BLOCK)
     tile = tiles - 1 - tl.program_id(0) % tiles
     number = tl.program_id(0) // tiles
-    head = number % heads
     batch = (number // heads).to(tl.int64)
-    wide_head = head.to(tl.int64)
-    key_number = (head // GROUPS).to(tl.int64)
+    head = (number % heads).to(tl.int64)
     begin = tile * QUERY_BLOCK
     wide_begin = begin.to(tl.int64)
     row = tl.arange(0, QUERY_BLOCK)
     column = tl.arange(0, KEY_BLOCK)
     inner = tl.arange(0, HEAD_BLOCK)
     outer = tl.arange(0, VALUE_BLOCK)
-    there_row = begin + row < queries
-    known = there_row[:, None]
-    first_at = begin + keys - queries
-    at = first_at + row
     inner_known = (inner < HEAD if HEAD < HEAD_BLOCK else inner >= 0)[None, :]
     outer_known = (outer < VALUES if VALUES < VALUE_BLOCK else outer >= 0)[None, :]
-    query_start = QUERY + batch * query_batch + wide_head * query_head + wide_begin * query_token
-    query = tl.load(
-        query_start + row[:, None] * query_token + inner[None, :], mask=known & inner_known, other=0.0
-    )
-    value_known = known & outer_known
-    gradient_start = GRADIENT + batch * gradient_batch + wide_head * gradient_head + wide_begin * gradient_token
+    there_row = begin + row < queries
+    query_known = there_row[:, None] & inner_known
+    value_known = there_row[:, None] & outer_known
+    first_at = begin + keys - queries
+    at = first_at + row
+    query_start = QUERY + batch * query_batch + head * query_head + wide_begin * query_token
+    query = tl.load(query_start + row[:, None] * query_token + inner[None, :], mask=query_known, other=0.0)
+    gradient_start = GRADIENT + batch * gradient_batch + head * gradient_head + wide_begin * gradient_token
     gradient = tl.load(
         gradient_start + row[:, None] * gradient_token + outer[None, :], mask=value_known, other=0.0
     )
-    output_start = OUTPUT + batch * output_batch + wide_head * output_head + wide_begin * output_token
+    output_start = OUTPUT + batch * output_batch + head * output_head + wide_begin * output_token
     output = tl.load(output_start + row[:, None] * output_token + outer[None, :], mask=value_known, other=0.0)
     delta = tl.sum(output.to(tl.float32) * gradient.to(tl.float32), 1)
-    level = tl.load(LOGSUMEXP + number.to(tl.int64) * queries + begin + row, mask=there_row, other=-float("inf"))
+    wide_number = number.to(tl.int64)
+    level = tl.load(LOGSUMEXP + wide_number * queries + begin + row, mask=there_row, other=-float("inf"))
     # A row without a key, or no row: weights exp(logit - inf) are zero.
     level = tl.where(level == -float("inf"), float("inf"), level) * LOG2E
-    numbers = number.to(tl.int64) * padded + begin + row
-    tl.store(LEVELS + numbers, level)
-    tl.store(DELTA + numbers, delta)
 
-    key_start = KEY + batch * key_batch + key_number * key_head
-    value_start = VALUE + batch * value_batch + key_number * value_head
-    columns = COLUMNS + batch * columns_batch + wide_head * columns_head
-    mask_start = MASK + batch * mask_batch + wide_head * mask_head + wide_begin * mask_query
+    key_start = KEY + batch * key_batch + head // GROUPS * key_head
+    value_start = VALUE + batch * value_batch + head // GROUPS * value_head
+    mask_start = MASK + batch * mask_batch + head * mask_head + wide_begin * mask_query
+    columns = COLUMNS + batch * columns_batch + head * columns_head
     term_columns = columns + (CLOCK_SIZE * columns_row if LEVEL == CLOCK else 0)
     gate_columns = term_columns + (CLOCK_SIZE * columns_row if TERM == CLOCK else 0)
-    level_slope = 0.0
-    term_slope = 0.0
-    if LEVEL != NONE:
-        level_slope = tl.load(SLOPES + number * 2) * LOG2E
-    if TERM != NONE:
-        term_slope = tl.load(SLOPES + number * 2 + 1) * LOG2E
-    level_high, level_low = query_clock(columns, at, keys, columns_row, LEVEL)
-    term_high, term_low = query_clock(term_columns, at, keys, columns_row, TERM)
+    keyed = gate_columns + (columns_row if GATE_KEY else 0)
+    level_slope = tl.load(SLOPES + number * 2) * LOG2E if LEVEL != NONE else 0.0
+    term_slope = tl.load(SLOPES + number * 2 + 1) * LOG2E if TERM != NONE else 0.0
+    level_high, level_low = clock_at(columns, at, keys, columns_row, LEVEL)
+    term_high, term_low = clock_at(term_columns, at, keys, columns_row, TERM)
     gate_query = 0.0
     if GATE_QUERY:
-        gates = GATES + batch * gates_batch + wide_head * gates_head + begin
-        gate_query = (tl.load(gates + row, mask=there_row, other=0.0) * term_slope)[:, None]
+        gates = GATES + batch * gates_batch + head * gates_head + begin
+        gate_query = tl.load(gates + row, mask=there_row, other=0.0) * term_slope
 
-    stop = keys
-    free_stop = keys // KEY_BLOCK * KEY_BLOCK
-    if CAUSAL:
-        stop = tl.minimum(keys, tl.maximum(first_at + QUERY_BLOCK, 0))
-    if CAUSAL or LEVEL != NONE or TERM != NONE:
-        free_stop = tl.minimum(tl.maximum(first_at, 0) // KEY_BLOCK * KEY_BLOCK, free_stop)
-    start = 0
-    if WINDOW:
-        start = tl.maximum(first_at - window + 1, 0) // KEY_BLOCK * KEY_BLOCK
+    origin = first_at + row // LEVEL_BLOCK * LEVEL_BLOCK
+    level_query = apart(columns, origin, level_high, level_low, keys, columns_row, LEVEL)
+    term_query = apart(term_columns, origin, term_high, term_low, keys, columns_row, TERM)
+    base = part_of_queries(
+        level_slope, level_query, term_slope, term_query, gate_query, LEVEL, TERM, GATE_QUERY, GATE_KEY
+    )
+    levels = LEVELS + wide_number * levels_row + begin + row
+    part = (tl.num_programs(0) // tiles).to(tl.int64) * levels_row
+    tl.store(levels, level)
+    tl.store(levels + part, level - base)
+    tl.store(levels + 2 * part, delta)
+
+    start, stop, past_start, past_stop = key_range(
+        first_at, keys, window, CAUSAL, WINDOW, LEVEL, TERM, ABSOLUTE, QUERY_BLOCK, KEY_BLOCK
+    )
     if PRUNED:
         start = tl.maximum(start, tl.load(FIRST + number * tiles + tile) * KEY_BLOCK)
-    free_start = start
-    if WINDOW:
-        inside = tl.cdiv(tl.maximum(first_at + QUERY_BLOCK - window, 0), KEY_BLOCK) * KEY_BLOCK
-        free_start = tl.maximum(inside, start)
-    free_stop = tl.maximum(free_stop, free_start)
-
     by_query = tl.zeros([QUERY_BLOCK, HEAD_BLOCK], tl.float32)
     by_apart = tl.zeros([QUERY_BLOCK], tl.float32)
     by_spread = tl.zeros([QUERY_BLOCK], tl.float32)
@@ -126,63 +123,70 @@ def attention_by_query(
     for first in tl.range(start, stop, KEY_BLOCK):
         first = tl.multiple_of(first, KEY_BLOCK)
         there = first + column < keys
-        key_cells = key_start + first.to(tl.int64) * key_token + column[:, None] * key_token + inner[None, :]
-        value_cells = (
-            value_start + first.to(tl.int64) * value_token + column[:, None] * value_token + outer[None, :]
+        key_tile = key_start + first.to(tl.int64) * key_token
+        value_tile = value_start + first.to(tl.int64) * value_token
+        key = tl.load(
+            key_tile + column[:, None] * key_token + inner[None, :], mask=there[:, None] & inner_known, other=0.0
         )
-        key = tl.load(key_cells, mask=there[:, None] & inner_known, other=0.0)
-        value = tl.load(value_cells, mask=there[:, None] & outer_known, other=0.0)
+        value = tl.load(
+            value_tile + column[:, None] * value_token + outer[None, :], mask=there[:, None] & outer_known, other=0.0
+        )
         products = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-        level_key = key_distance(columns, first, keys, columns_row, LEVEL, KEY_BLOCK) if LEVEL != NONE else column
-        term_key = key_distance(term_columns, first, keys, columns_row, TERM, KEY_BLOCK) if TERM != NONE else column
-        level_query = (
-            query_distance(columns, level_high, level_low, at, first, keys, columns_row, LEVEL, KEY_BLOCK)
-            if LEVEL != NONE else row
-        )  # fmt: skip
-        term_query = (
-            query_distance(term_columns, term_high, term_low, at, first, keys, columns_row, TERM, KEY_BLOCK)
-            if TERM != NONE else row
-        )  # fmt: skip
+        level_query = apart(columns, first + KEY_BLOCK, level_high, level_low, keys, columns_row, LEVEL)
+        term_query = apart(term_columns, first + KEY_BLOCK, term_high, term_low, keys, columns_row, TERM)
         gate_key = 0.0
         if GATE_KEY:
-            gate_key = (tl.load(gate_columns + first + column, mask=there, other=0.0) * term_slope)[None, :]
-        if (first >= free_start) & (first + KEY_BLOCK <= free_stop):
-            logits, base = biased(
-                products, scale * LOG2E, level_slope, level_key[None, :], level_query[:, None], term_slope,
-                term_key[None, :], term_query[:, None], gate_query, gate_key,
-                LEVEL, TERM, ABSOLUTE, GATE_QUERY, GATE_KEY, True,
+            gate_key = tl.load(gate_columns + first + column)[None, :]
+        if (first >= past_start) & (first + KEY_BLOCK <= past_stop):
+            by_key = part_of_keys(
+                keyed, first, level_slope, term_slope, LEVEL, TERM, GATE_QUERY, GATE_KEY, KEY_BLOCK
+            )
+            term_key = key_distance(term_columns, first, columns_row, TERM, KEY_BLOCK)
+            logits = past_logits(
+                products, scale * LOG2E, by_key[None, :], term_key[None, :], term_query[:, None],
+                gate_query[:, None] if GATE_QUERY else 0.0, gate_key, LEVEL, TERM, GATE_QUERY, GATE_KEY,
             )  # fmt: skip
-            logits -= level[:, None] - base
+            base = part_of_queries(
+                level_slope, level_query, term_slope, term_query, gate_query, LEVEL, TERM, GATE_QUERY, GATE_KEY
+            )
+            logits -= (level - base)[:, None]
         else:
-            logits, base = biased(
+            level_key = key_distance(columns, first, columns_row, LEVEL, KEY_BLOCK)
+            term_key = key_distance(term_columns, first, columns_row, TERM, KEY_BLOCK)
+            logits = near_logits(
                 products, scale * LOG2E, level_slope, level_key[None, :], level_query[:, None], term_slope,
-                term_key[None, :], term_query[:, None], gate_query, gate_key,
-                LEVEL, TERM, ABSOLUTE, GATE_QUERY, GATE_KEY, False,
+                term_key[None, :], term_query[:, None], gate_query[:, None] if GATE_QUERY else 0.0, gate_key,
+                LEVEL, TERM, ABSOLUTE, GATE_QUERY, GATE_KEY,
             )  # fmt: skip
             seen = visible(at[:, None], (first + column)[None, :], keys, window, CAUSAL, WINDOW)
             logits = tl.where(seen, logits - level[:, None], -float("inf"))
         if MASKED != NONE:
             offsets = row[:, None] * mask_query + (first + column)[None, :] * mask_key
-            logits = masked(logits, mask_start, offsets, known & there[None, :], MASKED)
+            logits = masked(logits, mask_start, offsets, there_row[:, None] & there[None, :], MASKED)
         weights = tl.exp2(logits)
         changes = tl.dot(gradient, tl.trans(value), input_precision=PRECISION)
         changes = weights * (changes - delta[:, None])
         by_query = tl.dot(changes.to(key.dtype), key, by_query, input_precision=PRECISION)
         if WANTS_APART:
+            level_key = key_distance(columns, first, columns_row, LEVEL, KEY_BLOCK)
             by_apart += tl.sum(changes * (level_key[None, :] + level_query[:, None]), 1)
-        if WANTS_SPREAD:
-            by_spread += tl.sum(changes * spread(term_key[None, :] + term_query[:, None], ABSOLUTE), 1)
-        if WANTS_CLOCK:
-            steep = steepness(term_slope, gate_query, gate_key, GATE_QUERY, GATE_KEY)
-            steep = steep * slope_of_spread(term_key[None, :] + term_query[:, None], ABSOLUTE)
-            by_clock += tl.sum(changes * steep, 1)
-    by_query_start = BY_QUERY + batch * by_query_batch + wide_head * by_query_head + wide_begin * by_query_token
+        if WANTS_SPREAD or WANTS_CLOCK:
+            term_key = key_distance(term_columns, first, columns_row, TERM, KEY_BLOCK)
+            difference = term_key[None, :] + term_query[:, None]
+            if WANTS_SPREAD:
+                by_spread += tl.sum(changes * spread(difference, ABSOLUTE), 1)
+            if WANTS_CLOCK:
+                steep = steepness(
+                    term_slope, gate_query[:, None] if GATE_QUERY else 0.0, gate_key, GATE_QUERY, GATE_KEY
+                )
+                by_clock += tl.sum(changes * (steep * slope_of_spread(difference, ABSOLUTE)), 1)
+    by_query_start = BY_QUERY + batch * by_query_batch + head * by_query_head + wide_begin * by_query_token
     tl.store(
         by_query_start + row[:, None] * by_query_token + inner[None, :],
         (by_query * scale).to(BY_QUERY.dtype.element_ty),
-        mask=known & inner_known,
+        mask=query_known,
     )
-    rows = ROWS + number.to(tl.int64) * 3 * queries + begin + row
+    rows = ROWS + wide_number * 3 * queries + begin + row
     if WANTS_APART:
         tl.store(rows, by_apart, mask=there_row)
     if WANTS_SPREAD:
@@ -193,12 +197,12 @@ def attention_by_query(
 
 @triton.jit
 def attention_by_key(
-    QUERY, KEY, VALUE, GRADIENT, LEVELS, DELTA, BY_KEY, BY_VALUE, SUMS, SLOPES, COLUMNS, GATES, MASK, LAST,
+    QUERY, KEY, VALUE, GRADIENT, LEVELS, BY_KEY, BY_VALUE, SUMS, SLOPES, COLUMNS, GATES, MASK, LAST,
     query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head, value_token,
     gradient_batch, gradient_head, gradient_token, by_key_batch, by_key_head, by_key_token, by_value_batch,
     by_value_head, by_value_token, columns_batch, columns_head, columns_row, gates_batch, gates_head,
     mask_batch, mask_head, mask_query, mask_key,
-    key_heads, queries, padded, keys, window, scale,
+    key_heads, queries, levels_row, keys, window, scale,
     GROUPS: tl.constexpr, HEAD: tl.constexpr, HEAD_BLOCK: tl.constexpr, VALUES: tl.constexpr,
     VALUE_BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, LEVEL: tl.constexpr, TERM: tl.constexpr, ABSOLUTE: tl.constexpr, GATE_QUERY: tl.constexpr,
@@ -208,7 +212,6 @@ def attention_by_key(
     """Gradients of KEY_BLOCK keys and values of one head, and sums over the queries of each of its query heads.
 
     Tiles are transposed, keys by queries, so that weights and their gradients stay in registers between two products.
-    Stages: queries for whom some keys lie ahead; those behind whom all keys lie; with a window, those it cuts off.
     `SUMS` [B, H, 3, T_k] takes the sums over queries of a logit's gradient, of it times the spread of the term, and times
     the derivative of the term by its difference.
     """
@@ -235,113 +238,121 @@ def attention_by_key(
     )
     offset = keys - queries
     start = 0
-    free_start = 0
+    past_start = 0
     if CAUSAL:
         start = tl.maximum(first - offset, 0) // QUERY_BLOCK * QUERY_BLOCK
     if CAUSAL or LEVEL != NONE or TERM != NONE:
-        free_start = tl.cdiv(tl.maximum(first + KEY_BLOCK - offset, 0), QUERY_BLOCK) * QUERY_BLOCK
+        past_start = tl.maximum(first + KEY_BLOCK - offset, 0)
     stop = queries
+    past_stop = queries + QUERY_BLOCK
     if WINDOW:
         stop = tl.minimum(stop, tl.maximum(first + KEY_BLOCK - 1 + window - offset, 0))
+        past_stop = first + window - offset
+    if ABSOLUTE and TERM == CLOCK:
+        past_stop = 0
 
     by_key = tl.zeros([KEY_BLOCK, HEAD_BLOCK], tl.float32)
     by_value = tl.zeros([KEY_BLOCK, VALUE_BLOCK], tl.float32)
+    part = (tl.num_programs(0) // tiles).to(tl.int64) * GROUPS * levels_row
     for member in tl.range(0, GROUPS):
         head = key_number * GROUPS + member
         number = batch * key_heads * GROUPS + head
         query_start = QUERY + batch * query_batch + head * query_head
         gradient_start = GRADIENT + batch * gradient_batch + head * gradient_head
-        columns = COLUMNS + batch * columns_batch + head * columns_head
         mask_start = MASK + batch * mask_batch + head * mask_head
         gates = GATES + batch * gates_batch + head * gates_head
+        levels = LEVELS + number * levels_row
+        columns = COLUMNS + batch * columns_batch + head * columns_head
         term_columns = columns + (CLOCK_SIZE * columns_row if LEVEL == CLOCK else 0)
         gate_columns = term_columns + (CLOCK_SIZE * columns_row if TERM == CLOCK else 0)
-        level_slope = 0.0
-        term_slope = 0.0
-        if LEVEL != NONE:
-            level_slope = tl.load(SLOPES + number * 2) * LOG2E
-        if TERM != NONE:
-            term_slope = tl.load(SLOPES + number * 2 + 1) * LOG2E
-        level_key = key_distance(columns, first, keys, columns_row, LEVEL, KEY_BLOCK) if LEVEL != NONE else column
-        term_key = key_distance(term_columns, first, keys, columns_row, TERM, KEY_BLOCK) if TERM != NONE else column
+        keyed = gate_columns + (columns_row if GATE_KEY else 0)
+        level_slope = tl.load(SLOPES + number * 2) * LOG2E if LEVEL != NONE else 0.0
+        term_slope = tl.load(SLOPES + number * 2 + 1) * LOG2E if TERM != NONE else 0.0
+        level_key = key_distance(columns, first, columns_row, LEVEL, KEY_BLOCK)
+        term_key = key_distance(term_columns, first, columns_row, TERM, KEY_BLOCK)
+        by_keys = part_of_keys(
+            keyed, first, level_slope, term_slope, LEVEL, TERM, GATE_QUERY, GATE_KEY, KEY_BLOCK
+        )
+        level_high, level_low = clock_at(columns, first + KEY_BLOCK, keys, columns_row, LEVEL)
+        term_high, term_low = clock_at(term_columns, first + KEY_BLOCK, keys, columns_row, TERM)
         gate_key = 0.0
         if GATE_KEY:
-            gate_key = (tl.load(gate_columns + first + column, mask=there, other=0.0) * term_slope)[:, None]
+            gate_key = tl.load(gate_columns + first + column)
         head_stop = stop
         if PRUNED:
-            last = tl.load(LAST + number * tiles + tile)
-            head_stop = tl.minimum(stop, last * QUERY_BLOCK)
-        free_stop = head_stop
-        if WINDOW:
-            inside = tl.maximum(first + window - offset, 0) // QUERY_BLOCK * QUERY_BLOCK
-            free_stop = tl.maximum(tl.minimum(inside, head_stop), free_start)
+            head_stop = tl.minimum(stop, tl.load(LAST + number * tiles + tile) * QUERY_BLOCK)
         sums = tl.zeros([KEY_BLOCK], tl.float32)
         by_spread = tl.zeros([KEY_BLOCK], tl.float32)
         by_clock = tl.zeros([KEY_BLOCK], tl.float32)
         for begin in tl.range(start, head_stop, QUERY_BLOCK):
             begin = tl.multiple_of(begin, QUERY_BLOCK)
-            wide_begin = begin.to(tl.int64)
             known = begin + row < queries
-            at = begin + offset + row
+            query_tile = query_start + begin.to(tl.int64) * query_token
+            gradient_tile = gradient_start + begin.to(tl.int64) * gradient_token
             query = tl.load(
-                query_start + wide_begin * query_token + row[:, None] * query_token + inner[None, :],
-                mask=known[:, None] & inner_known,
-                other=0.0,
+                query_tile + row[:, None] * query_token + inner[None, :], mask=known[:, None] & inner_known, other=0.0
             )
             gradient = tl.load(
-                gradient_start + wide_begin * gradient_token + row[:, None] * gradient_token + outer[None, :],
+                gradient_tile + row[:, None] * gradient_token + outer[None, :],
                 mask=known[:, None] & outer_known,
                 other=0.0,
             )
-            level = tl.load(LEVELS + number * padded + begin + row)
+            past_level = tl.load(levels + part + begin + row)
             products = tl.dot(key, tl.trans(query), input_precision=PRECISION)
-            level_query = row
-            if LEVEL != NONE:
-                level_high, level_low = query_clock(columns, at, keys, columns_row, LEVEL)
-                level_query = query_distance(
-                    columns, level_high, level_low, at, first, keys, columns_row, LEVEL, KEY_BLOCK
-                )
-            term_query = row
-            if TERM != NONE:
-                term_high, term_low = query_clock(term_columns, at, keys, columns_row, TERM)
-                term_query = query_distance(
-                    term_columns, term_high, term_low, at, first, keys, columns_row, TERM, KEY_BLOCK
-                )
+            # From the origin of the keys to the first of the queries, and on to each of them.
+            level_apart = -apart(columns, begin + offset, level_high, level_low, keys, columns_row, LEVEL)
+            term_apart = -apart(term_columns, begin + offset, term_high, term_low, keys, columns_row, TERM)
+            if TERM == CLOCK:
+                # As the other kernel takes it, so that both see the same zero where times meet.
+                own_high, own_low = clock_at(term_columns, begin + offset + row, keys, columns_row, TERM)
+                term_query = apart(term_columns, first + KEY_BLOCK, own_high, own_low, keys, columns_row, TERM)
+            else:
+                term_query = term_apart - row.to(tl.float32)
             gate_query = 0.0
             if GATE_QUERY:
                 gate_query = (tl.load(gates + begin + row, mask=known, other=0.0) * term_slope)[None, :]
-            if (begin >= free_start) & (begin + QUERY_BLOCK <= free_stop):
-                logits, base = biased(
-                    products, scale * LOG2E, level_slope, level_key[:, None], level_query[None, :], term_slope,
-                    term_key[:, None], term_query[None, :], gate_query, gate_key,
-                    LEVEL, TERM, ABSOLUTE, GATE_QUERY, GATE_KEY, True,
+            if (begin >= past_start) & (begin + QUERY_BLOCK <= past_stop):
+                base = part_of_queries(
+                    level_slope, level_apart, term_slope, term_apart, 0.0, LEVEL, TERM, False, GATE_QUERY or GATE_KEY
+                )
+                logits = past_logits(
+                    products, scale * LOG2E, (by_keys + base)[:, None], (term_key + term_apart)[:, None],
+                    term_query[None, :], gate_query, gate_key[:, None] if GATE_KEY else 0.0,
+                    LEVEL, TERM, GATE_QUERY, GATE_KEY,
                 )  # fmt: skip
-                logits -= level[None, :] - base
+                logits -= past_level[None, :]
             else:
-                logits, base = biased(
+                level = tl.load(levels + begin + row)
+                at = begin + offset + row
+                own_high, own_low = clock_at(columns, at, keys, columns_row, LEVEL)
+                level_query = apart(columns, first + KEY_BLOCK, own_high, own_low, keys, columns_row, LEVEL)
+                logits = near_logits(
                     products, scale * LOG2E, level_slope, level_key[:, None], level_query[None, :], term_slope,
-                    term_key[:, None], term_query[None, :], gate_query, gate_key,
-                    LEVEL, TERM, ABSOLUTE, GATE_QUERY, GATE_KEY, False,
+                    term_key[:, None], term_query[None, :], gate_query,
+                    gate_key[:, None] if GATE_KEY else 0.0, LEVEL, TERM, ABSOLUTE, GATE_QUERY, GATE_KEY,
                 )  # fmt: skip
                 seen = visible(at[None, :], (first + column)[:, None], keys, window, CAUSAL, WINDOW)
                 logits = tl.where(seen, logits - level[None, :], -float("inf"))
             if MASKED != NONE:
-                offsets = (wide_begin + row)[None, :] * mask_query + (first + column)[:, None] * mask_key
+                offsets = (begin.to(tl.int64) + row)[None, :] * mask_query + (first + column)[:, None] * mask_key
                 logits = masked(logits, mask_start, offsets, known[None, :] & there[:, None], MASKED)
             weights = tl.exp2(logits)
             by_value = tl.dot(weights.to(gradient.dtype), gradient, by_value, input_precision=PRECISION)
-            delta = tl.load(DELTA + number * padded + begin + row)
+            delta = tl.load(levels + 2 * part + begin + row)
             changes = tl.zeros([KEY_BLOCK, QUERY_BLOCK], tl.float32) - delta[None, :]
             changes = weights * tl.dot(value, tl.trans(gradient), changes, input_precision=PRECISION)
             by_key = tl.dot(changes.to(query.dtype), query, by_key, input_precision=PRECISION)
             if WANTS_SUM:
                 sums += tl.sum(changes, 1)
-            if WANTS_SPREAD:
-                by_spread += tl.sum(changes * spread(term_key[:, None] + term_query[None, :], ABSOLUTE), 1)
-            if WANTS_CLOCK:
-                steep = steepness(term_slope, gate_query, gate_key, GATE_QUERY, GATE_KEY)
-                steep = steep * slope_of_spread(term_key[:, None] + term_query[None, :], ABSOLUTE)
-                by_clock += tl.sum(changes * steep, 1)
+            if WANTS_SPREAD or WANTS_CLOCK:
+                difference = term_key[:, None] + term_query[None, :]
+                if WANTS_SPREAD:
+                    by_spread += tl.sum(changes * spread(difference, ABSOLUTE), 1)
+                if WANTS_CLOCK:
+                    steep = steepness(
+                        term_slope, gate_query, gate_key[:, None] if GATE_KEY else 0.0, GATE_QUERY, GATE_KEY
+                    )
+                    by_clock += tl.sum(changes * (steep * slope_of_spread(difference, ABSOLUTE)), 1)
         places = SUMS + number * 3 * keys + first + column
         if WANTS_SUM:
             tl.store(places, sums, mask=there)

@@ -10,11 +10,15 @@ from grape_compile.kernels.bodies.attention_tiles import (
     LOG2E,
     LOWEST,
     NONE,
-    biased,
+    apart,
+    clock_at,
     key_distance,
+    key_range,
     masked,
-    query_clock,
-    query_distance,
+    near_logits,
+    part_of_keys,
+    part_of_queries,
+    past_logits,
     visible,
 )
 
@@ -31,70 +35,51 @@ def attention_forward(
     WINDOW: tl.constexpr, LEVEL: tl.constexpr, TERM: tl.constexpr, ABSOLUTE: tl.constexpr, GATE_QUERY: tl.constexpr,
     GATE_KEY: tl.constexpr, MASKED: tl.constexpr, PRUNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Output and logsumexp of QUERY_BLOCK queries of one head; the longest walks start first.
-
-    The keys come in three stages: those a window may cut, those in the past that every query sees, the rest.
-    """
+    """Output and logsumexp of QUERY_BLOCK queries of one head; the longest walks start first."""
     tiles = tl.cdiv(queries, QUERY_BLOCK)
     tile = tiles - 1 - tl.program_id(0) % tiles
     number = tl.program_id(0) // tiles
-    head = number % heads
     batch = (number // heads).to(tl.int64)
-    wide_head = head.to(tl.int64)
-    key_number = (head // GROUPS).to(tl.int64)
+    head = (number % heads).to(tl.int64)
     begin = tile * QUERY_BLOCK
+    wide_begin = begin.to(tl.int64)
     row = tl.arange(0, QUERY_BLOCK)
     column = tl.arange(0, KEY_BLOCK)
     inner = tl.arange(0, HEAD_BLOCK)
     outer = tl.arange(0, VALUE_BLOCK)
-    known = (begin + row < queries)[:, None]
+    inner_known = (inner < HEAD if HEAD < HEAD_BLOCK else inner >= 0)[None, :]
+    outer_known = (outer < VALUES if VALUES < VALUE_BLOCK else outer >= 0)[None, :]
+    there_row = begin + row < queries
     # Queries are the last of the keys.
     first_at = begin + keys - queries
     at = first_at + row
-    inner_known = (inner < HEAD if HEAD < HEAD_BLOCK else inner >= 0)[None, :]
-    outer_known = (outer < VALUES if VALUES < VALUE_BLOCK else outer >= 0)[None, :]
-    query_start = QUERY + batch * query_batch + wide_head * query_head + begin.to(tl.int64) * query_token
+    query_start = QUERY + batch * query_batch + head * query_head + wide_begin * query_token
     query = tl.load(
-        query_start + row[:, None] * query_token + inner[None, :], mask=known & inner_known, other=0.0
+        query_start + row[:, None] * query_token + inner[None, :], mask=there_row[:, None] & inner_known, other=0.0
     )
-    key_start = KEY + batch * key_batch + key_number * key_head
-    value_start = VALUE + batch * value_batch + key_number * value_head
-    columns = COLUMNS + batch * columns_batch + wide_head * columns_head
-    mask_start = MASK + batch * mask_batch + wide_head * mask_head + begin.to(tl.int64) * mask_query
-
+    key_start = KEY + batch * key_batch + head // GROUPS * key_head
+    value_start = VALUE + batch * value_batch + head // GROUPS * value_head
+    mask_start = MASK + batch * mask_batch + head * mask_head + wide_begin * mask_query
+    columns = COLUMNS + batch * columns_batch + head * columns_head
     term_columns = columns + (CLOCK_SIZE * columns_row if LEVEL == CLOCK else 0)
     gate_columns = term_columns + (CLOCK_SIZE * columns_row if TERM == CLOCK else 0)
-    level_slope = 0.0
-    term_slope = 0.0
-    if LEVEL != NONE:
-        level_slope = tl.load(SLOPES + number * 2) * LOG2E
-    if TERM != NONE:
-        term_slope = tl.load(SLOPES + number * 2 + 1) * LOG2E
-    level_high, level_low = query_clock(columns, at, keys, columns_row, LEVEL)
-    term_high, term_low = query_clock(term_columns, at, keys, columns_row, TERM)
+    keyed = gate_columns + (columns_row if GATE_KEY else 0)
+    level_slope = tl.load(SLOPES + number * 2) * LOG2E if LEVEL != NONE else 0.0
+    term_slope = tl.load(SLOPES + number * 2 + 1) * LOG2E if TERM != NONE else 0.0
+    level_high, level_low = clock_at(columns, at, keys, columns_row, LEVEL)
+    term_high, term_low = clock_at(term_columns, at, keys, columns_row, TERM)
     gate_query = 0.0
     if GATE_QUERY:
-        gates = GATES + batch * gates_batch + wide_head * gates_head + begin
-        gate_query = (tl.load(gates + row, mask=begin + row < queries, other=0.0) * term_slope)[:, None]
-
-    stop = keys
-    free_stop = keys // KEY_BLOCK * KEY_BLOCK
-    if CAUSAL:
-        stop = tl.minimum(keys, tl.maximum(first_at + QUERY_BLOCK, 0))
-    if CAUSAL or LEVEL != NONE or TERM != NONE:
-        free_stop = tl.minimum(tl.maximum(first_at, 0) // KEY_BLOCK * KEY_BLOCK, free_stop)
-    start = 0
-    if WINDOW:
-        start = tl.maximum(first_at - window + 1, 0) // KEY_BLOCK * KEY_BLOCK
+        gates = GATES + batch * gates_batch + head * gates_head + begin
+        gate_query = tl.load(gates + row, mask=there_row, other=0.0) * term_slope
+    start, stop, past_start, past_stop = key_range(
+        first_at, keys, window, CAUSAL, WINDOW, LEVEL, TERM, ABSOLUTE, QUERY_BLOCK, KEY_BLOCK
+    )
     if PRUNED:
         start = tl.maximum(start, tl.load(FIRST + number * tiles + tile) * KEY_BLOCK)
-    free_start = start
-    if WINDOW:
-        inside = tl.cdiv(tl.maximum(first_at + QUERY_BLOCK - window, 0), KEY_BLOCK) * KEY_BLOCK
-        free_start = tl.maximum(inside, start)
-    free_stop = tl.maximum(free_stop, free_start)
 
-    factor = 1.0 if LEVEL == NONE and TERM == NONE and MASKED == NONE else scale * LOG2E
+    bare = LEVEL == NONE and TERM == NONE and MASKED == NONE
+    factor = 1.0 if bare else scale * LOG2E
     best = tl.full([QUERY_BLOCK], LOWEST, tl.float32)
     total = tl.zeros([QUERY_BLOCK], tl.float32)
     sums = tl.zeros([QUERY_BLOCK, VALUE_BLOCK], tl.float32)
@@ -102,64 +87,65 @@ def attention_forward(
         first = tl.multiple_of(first, KEY_BLOCK)
         there = first + column < keys
         key_tile = key_start + first.to(tl.int64) * key_token
-        key_cells = key_tile + column[:, None] * key_token + inner[None, :]
-        key = tl.load(key_cells, mask=there[:, None] & inner_known, other=0.0)
+        value_tile = value_start + first.to(tl.int64) * value_token
+        key = tl.load(
+            key_tile + column[:, None] * key_token + inner[None, :], mask=there[:, None] & inner_known, other=0.0
+        )
         products = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-        level_key = key_distance(columns, first, keys, columns_row, LEVEL, KEY_BLOCK) if LEVEL != NONE else column
-        term_key = key_distance(term_columns, first, keys, columns_row, TERM, KEY_BLOCK) if TERM != NONE else column
-        level_query = (
-            query_distance(columns, level_high, level_low, at, first, keys, columns_row, LEVEL, KEY_BLOCK)
-            if LEVEL != NONE else row
-        )  # fmt: skip
-        term_query = (
-            query_distance(term_columns, term_high, term_low, at, first, keys, columns_row, TERM, KEY_BLOCK)
-            if TERM != NONE else row
-        )  # fmt: skip
+        level_query = apart(columns, first + KEY_BLOCK, level_high, level_low, keys, columns_row, LEVEL)
+        term_query = apart(term_columns, first + KEY_BLOCK, term_high, term_low, keys, columns_row, TERM)
         gate_key = 0.0
         if GATE_KEY:
-            gate_key = (tl.load(gate_columns + first + column, mask=there, other=0.0) * term_slope)[None, :]
-        if (first >= free_start) & (first + KEY_BLOCK <= free_stop):
-            logits, base = biased(
-                products, factor, level_slope, level_key[None, :], level_query[:, None], term_slope,
-                term_key[None, :], term_query[:, None], gate_query, gate_key,
-                LEVEL, TERM, ABSOLUTE, GATE_QUERY, GATE_KEY, True,
+            gate_key = tl.load(gate_columns + first + column)[None, :]
+        if (first >= past_start) & (first + KEY_BLOCK <= past_stop):
+            by_key = part_of_keys(
+                keyed, first, level_slope, term_slope, LEVEL, TERM, GATE_QUERY, GATE_KEY, KEY_BLOCK
+            )
+            term_key = key_distance(term_columns, first, columns_row, TERM, KEY_BLOCK)
+            logits = past_logits(
+                products, factor, by_key[None, :], term_key[None, :], term_query[:, None],
+                gate_query[:, None] if GATE_QUERY else 0.0, gate_key, LEVEL, TERM, GATE_QUERY, GATE_KEY,
             )  # fmt: skip
+            base = part_of_queries(
+                level_slope, level_query, term_slope, term_query, gate_query, LEVEL, TERM, GATE_QUERY, GATE_KEY
+            )
         else:
-            logits, base = biased(
-                products, factor, level_slope, level_key[None, :], level_query[:, None], term_slope,
-                term_key[None, :], term_query[:, None], gate_query, gate_key,
-                LEVEL, TERM, ABSOLUTE, GATE_QUERY, GATE_KEY, False,
+            level_key = key_distance(columns, first, columns_row, LEVEL, KEY_BLOCK)
+            term_key = key_distance(term_columns, first, columns_row, TERM, KEY_BLOCK)
+            logits = near_logits(
+                products, factor, level_slope, level_key[None, :], level_query[:, None], term_slope, term_key[None, :],
+                term_query[:, None], gate_query[:, None] if GATE_QUERY else 0.0, gate_key,
+                LEVEL, TERM, ABSOLUTE, GATE_QUERY, GATE_KEY,
             )  # fmt: skip
             seen = visible(at[:, None], (first + column)[None, :], keys, window, CAUSAL, WINDOW)
             logits = tl.where(seen, logits, -float("inf"))
+            base = level_query * 0.0
         if MASKED != NONE:
             offsets = row[:, None] * mask_query + (first + column)[None, :] * mask_key
-            logits = masked(logits, mask_start, offsets, known & there[None, :], MASKED)
-        if LEVEL == NONE and TERM == NONE and MASKED == NONE:
+            logits = masked(logits, mask_start, offsets, there_row[:, None] & there[None, :], MASKED)
+        if bare:
             # The scale is positive: one multiply-add an element instead of a product and a difference.
             larger = tl.maximum(best, tl.max(logits, 1) * (scale * LOG2E))
             weights = tl.exp2(logits * (scale * LOG2E) - larger[:, None])
         else:
-            base = tl.reshape(base, [QUERY_BLOCK])
             larger = tl.maximum(best, tl.max(logits, 1) + base)
             weights = tl.exp2(logits - (larger - base)[:, None])
         shrink = tl.exp2(best - larger)
         total = total * shrink + tl.sum(weights, 1)
         sums = sums * shrink[:, None]
-        value_tile = value_start + first.to(tl.int64) * value_token
-        value_cells = value_tile + column[:, None] * value_token + outer[None, :]
-        value = tl.load(value_cells, mask=there[:, None] & outer_known, other=0.0)
+        value = tl.load(
+            value_tile + column[:, None] * value_token + outer[None, :], mask=there[:, None] & outer_known, other=0.0
+        )
         sums = tl.dot(weights.to(value.dtype), value, sums, input_precision=PRECISION)
         best = larger
     # A row without a key: zero, and no logsumexp.
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
-    sums = sums / total[:, None]
-    output = OUTPUT + batch * output_batch + wide_head * output_head + begin.to(tl.int64) * output_token
+    output = OUTPUT + batch * output_batch + head * output_head + wide_begin * output_token
     tl.store(
         output + row[:, None] * output_token + outer[None, :],
-        sums.to(OUTPUT.dtype.element_ty),
-        mask=known & outer_known,
+        (sums / total[:, None]).to(OUTPUT.dtype.element_ty),
+        mask=there_row[:, None] & outer_known,
     )
     levels = tl.where(empty, -float("inf"), (best + tl.log2(total)) * LN2)
-    tl.store(LOGSUMEXP + number.to(tl.int64) * queries + begin + row, levels, mask=begin + row < queries)
+    tl.store(LOGSUMEXP + number.to(tl.int64) * queries + begin + row, levels, mask=there_row)
