@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
-from grape_compile.kernels.attention_configurations import Configuration, by_key, by_query, forward_tiles
+from grape_compile.kernels.attention_configurations import Configuration, configuration
 from grape_compile.kernels.attention_terms import NONE, Terms, unfit
 from grape_compile.kernels.launch import Launch
 from grape_compile.operators import chunked
@@ -141,11 +141,13 @@ NUMBERS: Final = 2
 MASK_AXES: Final = ("batch", "head", "query", "key")
 
 
-def forward_launch(call: AttendCall, output: Tensor, logsumexp: Tensor) -> Launch:
+def forward_launch(
+    call: AttendCall, output: Tensor, logsumexp: Tensor, capability: int | None = None
+) -> Launch:
     """Return the launch of the forward kernel."""
     from grape_compile.kernels.bodies.attention_forward import attention_forward
 
-    operands, tiles = Operands(call), forward_tiles(call)
+    operands, tiles = Operands(call), configuration("forward", call, capability)
     batch, heads, queries, _ = call.query.shape
     arguments = {
         **operands.arguments(tiles),
@@ -159,7 +161,14 @@ def forward_launch(call: AttendCall, output: Tensor, logsumexp: Tensor) -> Launc
 class Found:
     """The backward pass of one call: what its kernels write, and what is made of it."""
 
-    def __init__(self, call: AttendCall, gradient: Tensor, output: Tensor, logsumexp: Tensor) -> None:
+    def __init__(
+        self,
+        call: AttendCall,
+        gradient: Tensor,
+        output: Tensor,
+        logsumexp: Tensor,
+        capability: int | None = None,
+    ) -> None:
         self.call, self.operands = call, Operands(call)
         self.gradient, self.output, self.logsumexp = _in_line(gradient), _in_line(output), logsumexp
         batch, heads, queries, _ = call.query.shape
@@ -167,7 +176,9 @@ class Found:
         self.rows = (terms.wants_apart, terms.wants_query, terms.wants_clock) if wanted else (False,) * 3
         self.columns = (terms.wants_level, terms.wants_key, terms.wants_clock) if wanted else (False,) * 3
         # Tiles of both kernels end where the padding ends.
-        longest = max(by_query(call).query_block, by_key(call).query_block)
+        self.by_query = configuration("by_query", call, capability)
+        self.by_key = configuration("by_key", call, capability)
+        longest = max(self.by_query.query_block, self.by_key.query_block)
         self.levels = logsumexp.new_empty((3, batch, heads, -(-queries // longest) * longest))
         self.query, self.key, self.value = map(
             torch.empty_like, (self.operands.query, self.operands.key, self.operands.value)
@@ -181,13 +192,13 @@ class Found:
         """Return the launch for the gradients of queries; it comes first."""
         from grape_compile.kernels.bodies.attention_backward import attention_by_query
 
-        tiles = by_query(self.call)
+        tiles = self.by_query
         batch, heads, queries, _ = self.call.query.shape
         arguments = {
             **self.operands.arguments(tiles),
             **{"OUTPUT": self.output, "GRADIENT": self.gradient, "LOGSUMEXP": self.logsumexp},
             **{"LEVELS": self.levels, "levels_row": self.levels.shape[3], "BY_QUERY": self.query, "ROWS": self.by_row},
-            "LEVEL_BLOCK": by_key(self.call).query_block,
+            "LEVEL_BLOCK": self.by_key.query_block,
             **{"FIRST": self.operands.nothing, "heads": heads},
             **_strides("output", self.output),
             **_strides("gradient", self.gradient),
@@ -201,7 +212,7 @@ class Found:
         """Return the launch for the gradients of keys and values."""
         from grape_compile.kernels.bodies.attention_backward import attention_by_key
 
-        tiles = by_key(self.call)
+        tiles = self.by_key
         batch, heads, keys, _ = self.call.key.shape
         arguments = {
             **self.operands.arguments(tiles),

@@ -1,11 +1,20 @@
-"""Sizes of tiles, warps and stages of the attention kernels for each GPU, size of head and dtype."""
+"""Sizes of tiles, warps and stages of the attention kernels for each GPU, size of head and dtype.
+
+Those for 16 bits are the fastest of the tiles that fit without spills by what the machine code says; none is timed here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final, Literal
 
+import torch
+
+from grape_compile.operators.bias import Additive
 from grape_compile.operators.call import AttendCall
+
+Kernel = Literal["forward", "by_query", "by_key"]
 
 
 @dataclass(frozen=True)
@@ -23,13 +32,43 @@ class Configuration:
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-def forward_tiles(call: AttendCall) -> Configuration:
-    return Configuration(16, 16, 4, 1)
+#: Tiles by compute capability and coordinates of a head: forward, by query, by key.
+_TILES: Final[Mapping[tuple[int, int], tuple[Configuration, Configuration, Configuration]]] = {
+    (80, 64): (Configuration(128, 64, 8, 2), Configuration(64, 64, 8, 2), Configuration(64, 64, 8, 1)),
+    (80, 128): (Configuration(128, 64, 8, 2), Configuration(64, 64, 8, 2), Configuration(64, 64, 8, 1)),
+    (80, 256): (Configuration(64, 32, 8, 2), Configuration(64, 32, 8, 1), Configuration(32, 32, 8, 1)),
+    (90, 64): (Configuration(128, 64, 8, 3), Configuration(128, 64, 8, 2), Configuration(64, 128, 8, 2)),
+    (90, 128): (Configuration(128, 64, 8, 3), Configuration(128, 64, 8, 2), Configuration(32, 128, 8, 2)),
+    (90, 256): (Configuration(64, 64, 8, 2), Configuration(64, 32, 8, 1), Configuration(32, 32, 8, 1)),
+    (100, 64): (Configuration(128, 64, 8, 3), Configuration(128, 64, 8, 2), Configuration(64, 64, 8, 1)),
+    (100, 128): (Configuration(128, 64, 8, 3), Configuration(128, 64, 8, 2), Configuration(64, 64, 8, 1)),
+    (100, 256): (Configuration(64, 64, 8, 2), Configuration(64, 32, 8, 1), Configuration(32, 32, 8, 1)),
+}
+#: A gate of the keys needs more registers in the sums over queries.
+_GATED_BY_KEY: Final[Mapping[tuple[int, int], Configuration]] = {
+    (90, 64): Configuration(32, 128, 8, 2),
+    (90, 128): Configuration(32, 64, 8, 2),
+}
+#: Products of float32 run on the ordinary units, whose operands are in registers.
+_WIDE: Final = Configuration(32, 32, 4, 1)
+#: Where kernels are interpreted every tile costs the same.
+_INTERPRETED: Final = Configuration(16, 16, 4, 1)
 
 
-def by_query(call: AttendCall) -> Configuration:
-    return Configuration(16, 16, 4, 1)
-
-
-def by_key(call: AttendCall) -> Configuration:
-    return Configuration(16, 16, 4, 1)
+def configuration(kernel: Kernel, call: AttendCall, capability: int | None = None) -> Configuration:
+    """Return the tiles of a kernel for a call, on its device or for a compute capability such as 90."""
+    if capability is None and call.query.device.type == "cpu":
+        return _INTERPRETED
+    if call.query.dtype == torch.float32:
+        return _WIDE
+    if capability is None:
+        major, minor = torch.cuda.get_device_capability(call.query.device)
+        capability = 10 * major + minor
+    size = max(call.query.shape[3], call.value.shape[3])
+    place = next(each for each in (100, 90, 80) if capability >= each or each == 80), 64 if size <= 64 else 128
+    if size > 128:
+        place = place[0], 256
+    gated = any(isinstance(bias, Additive) and bias.gate_key is not None for bias in call.biases)
+    if kernel == "by_key" and gated and place in _GATED_BY_KEY:
+        return _GATED_BY_KEY[place]
+    return _TILES[place][("forward", "by_query", "by_key").index(kernel)]
