@@ -5,7 +5,6 @@ No bias matrix is in memory, and no two programs add to one number: the same cal
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any, Final, Literal
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from grape_compile.kernels.attention_configurations import Configuration, configuration
 from grape_compile.kernels.attention_terms import NONE, Terms, unfit
-from grape_compile.kernels.launch import Launch
+from grape_compile.kernels.launch import Launch, missing_triton
 from grape_compile.operators import chunked
 from grape_compile.operators.call import AttendCall, Gradients
 
@@ -23,8 +22,8 @@ MAX_HEAD: Final = 256
 
 def supports(call: AttendCall) -> Literal[True] | str:
     """Calls in 16 or 32 bits whose biases are two terms."""
-    if find_spec("triton") is None:
-        return "Triton is not installed"
+    if absent := missing_triton():
+        return absent
     if call.query.dtype == torch.float64:
         return "float64 has no matrix instruction here"
     if call.wants_mask_gradient:

@@ -11,6 +11,7 @@ from typing import Final, Literal
 
 import torch
 
+from grape_compile.kernels.configuration import capability_of
 from grape_compile.operators.bias import Additive
 from grape_compile.operators.call import AttendCall
 
@@ -62,8 +63,7 @@ def configuration(kernel: Kernel, call: AttendCall, capability: int | None = Non
     if call.query.dtype == torch.float32:
         return _WIDE
     if capability is None:
-        major, minor = torch.cuda.get_device_capability(call.query.device)
-        capability = 10 * major + minor
+        capability = capability_of(call.query.device)
     size = max(call.query.shape[3], call.value.shape[3])
     place = next(each for each in (100, 90, 80) if capability >= each or each == 80), 64 if size <= 64 else 128
     if size > 128:

@@ -65,6 +65,7 @@ class Provider:
 
 
 PROVIDERS: tuple[Provider, ...] = (
+    Provider("triton", "grape_compile.kernels.attention", priority=20, devices=("cuda",)),
     Provider("flash_cpu", "grape_compile.operators.flash_cpu", priority=10, devices=("cpu",)),
     Provider("scanned", "grape_compile.operators.scanned", priority=5),
     Provider("chunked", "grape_compile.operators.chunked", priority=0),
@@ -72,6 +73,7 @@ PROVIDERS: tuple[Provider, ...] = (
 
 
 TURN_PROVIDERS: tuple[Provider, ...] = (
+    Provider("triton", "grape_compile.kernels.attention", priority=20, devices=("cuda",)),
     Provider("triton", "grape_compile.kernels.turning", priority=10, devices=("cuda",)),
     Provider("torch", "grape_compile.operators.plain_turn", priority=0),
 )
