@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from grape_compile.kernels.attention_configurations import Configuration, configuration
+from grape_compile.kernels.attention_reach import Reach, prunes
 from grape_compile.kernels.attention_terms import NONE, Terms, unfit
 from grape_compile.kernels.launch import Launch, missing_triton
 from grape_compile.operators import chunked
@@ -122,9 +123,20 @@ class Operands:
             "ABSOLUTE": other is not None and other.is_absolute,
             "GATE_QUERY": other is not None and other.gate_query is not None,
             "GATE_KEY": other is not None and other.gate_key is not None,
-            "PRUNED": False,
+            "PRUNED": prunes(call),
             "PRECISION": "tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee",
         }
+
+    def first(self, tiles: Configuration) -> Tensor:
+        """Return the first tile of keys for each tile of queries."""
+        return self._reach(tiles).first() if prunes(self.call) else self.nothing
+
+    def last(self, tiles: Configuration) -> Tensor:
+        """Return the number behind the last tile of queries for each tile of keys."""
+        return self._reach(tiles).last() if prunes(self.call) else self.nothing
+
+    def _reach(self, tiles: Configuration) -> Reach:
+        return Reach(self.call, self.terms, tiles.query_block, tiles.key_block)
 
     def _mask(self) -> dict[str, Any]:
         mask = self.call.mask
@@ -150,7 +162,7 @@ def forward_launch(
     batch, heads, queries, _ = call.query.shape
     arguments = {
         **operands.arguments(tiles),
-        **{"OUTPUT": output, "LOGSUMEXP": logsumexp, "FIRST": operands.nothing, "heads": heads},
+        **{"OUTPUT": output, "LOGSUMEXP": logsumexp, "FIRST": operands.first(tiles), "heads": heads},
         **_strides("output", output),
     }
     grid = (-(-queries // tiles.query_block) * batch * heads,)
@@ -196,9 +208,14 @@ class Found:
         arguments = {
             **self.operands.arguments(tiles),
             **{"OUTPUT": self.output, "GRADIENT": self.gradient, "LOGSUMEXP": self.logsumexp},
-            **{"LEVELS": self.levels, "levels_row": self.levels.shape[3], "BY_QUERY": self.query, "ROWS": self.by_row},
+            **{
+                "LEVELS": self.levels,
+                "levels_row": self.levels.shape[3],
+                "BY_QUERY": self.query,
+                "ROWS": self.by_row,
+            },
             "LEVEL_BLOCK": self.by_key.query_block,
-            **{"FIRST": self.operands.nothing, "heads": heads},
+            **{"FIRST": self.operands.first(tiles), "heads": heads},
             **_strides("output", self.output),
             **_strides("gradient", self.gradient),
             **_strides("by_query", self.query),
@@ -217,7 +234,7 @@ class Found:
             **self.operands.arguments(tiles),
             **{"GRADIENT": self.gradient, "LEVELS": self.levels, "levels_row": self.levels.shape[3]},
             **{"BY_KEY": self.key, "BY_VALUE": self.value, "SUMS": self.by_column},
-            **{"LAST": self.operands.nothing, "key_heads": heads},
+            **{"LAST": self.operands.last(tiles), "key_heads": heads},
             **_strides("gradient", self.gradient),
             **_strides("by_key", self.key),
             **_strides("by_value", self.value),

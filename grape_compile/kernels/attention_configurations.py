@@ -35,7 +35,7 @@ class Configuration:
 
 #: Tiles by compute capability and coordinates of a head: forward, by query, by key.
 _TILES: Final[Mapping[tuple[int, int], tuple[Configuration, Configuration, Configuration]]] = {
-    (80, 64): (Configuration(128, 64, 8, 2), Configuration(64, 64, 8, 2), Configuration(64, 64, 8, 1)),
+    (80, 64): (Configuration(128, 64, 8, 2), Configuration(64, 32, 4, 2), Configuration(32, 64, 8, 1)),
     (80, 128): (Configuration(128, 64, 8, 2), Configuration(64, 64, 8, 2), Configuration(64, 64, 8, 1)),
     (80, 256): (Configuration(64, 32, 8, 2), Configuration(64, 32, 8, 1), Configuration(32, 32, 8, 1)),
     (90, 64): (Configuration(128, 64, 8, 3), Configuration(128, 64, 8, 2), Configuration(64, 128, 8, 2)),
@@ -65,7 +65,10 @@ def configuration(kernel: Kernel, call: AttendCall, capability: int | None = Non
     if capability is None:
         capability = capability_of(call.query.device)
     size = max(call.query.shape[3], call.value.shape[3])
-    place = next(each for each in (100, 90, 80) if capability >= each or each == 80), 64 if size <= 64 else 128
+    place = (
+        next(each for each in (100, 90, 80) if capability >= each or each == 80),
+        64 if size <= 64 else 128,
+    )
     if size > 128:
         place = place[0], 256
     gated = any(isinstance(bias, Additive) and bias.gate_key is not None for bias in call.biases)

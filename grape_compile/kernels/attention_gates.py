@@ -59,6 +59,9 @@ def _launch(kernel: str, name: str, head_dim: int) -> Callable[[int], Launch]:
 GATES: Final = tuple(
     KernelGate(f"attention_{kernel}_{name}_{head_dim}", _launch(kernel, name, head_dim), matrix=True)
     for kernel in ("forward", "by_query", "by_key")
-    for name in ENCODINGS
-    for head_dim in (64, 128)
+    for name, head_dim in (
+        *((name, 128) for name in ENCODINGS if name != "slopes" or kernel == "by_query"),
+        ("none", 64),
+        ("gated", 64),
+    )
 )

@@ -90,7 +90,9 @@ class Terms:
     @cached_property
     def gates(self) -> Tensor | None:
         """Gates of the queries, [1 or B, 1 or H, T_q]."""
-        return None if self.term is None or self.term.gate_query is None else self.term.gate_query.contiguous()
+        return (
+            None if self.term is None or self.term.gate_query is None else self.term.gate_query.contiguous()
+        )
 
     def columns(self, block: int) -> Tensor | None:
         """Return what is read for each key, [1 or B, 1 or H, vectors, T_k padded], for tiles of `block` keys, or None.
@@ -170,7 +172,9 @@ class Terms:
             for bias in self.biases
         )
 
-    def _level_gradients(self, bias: Additive, apart: Tensor | None, sums: Tensor | None) -> tuple[Tensor, ...]:
+    def _level_gradients(
+        self, bias: Additive, apart: Tensor | None, sums: Tensor | None
+    ) -> tuple[Tensor, ...]:
         found = {}
         for name, tensor in bias.tensors().items():
             if name == "slopes":
@@ -225,7 +229,11 @@ def _level(biases: Sequence[Additive], length: int) -> Term:
 
 def _term(bias: Additive) -> Term:
     return Term(
-        bias.slopes, _clock(bias), bias.gate_query, bias.gate_key, isinstance(bias.distance, Absolute | Euclidean)
+        bias.slopes,
+        _clock(bias),
+        bias.gate_query,
+        bias.gate_key,
+        isinstance(bias.distance, Absolute | Euclidean),
     )
 
 

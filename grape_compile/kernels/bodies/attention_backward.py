@@ -126,10 +126,14 @@ def attention_by_query(
         key_tile = key_start + first.to(tl.int64) * key_token
         value_tile = value_start + first.to(tl.int64) * value_token
         key = tl.load(
-            key_tile + column[:, None] * key_token + inner[None, :], mask=there[:, None] & inner_known, other=0.0
+            key_tile + column[:, None] * key_token + inner[None, :],
+            mask=there[:, None] & inner_known,
+            other=0.0,
         )
         value = tl.load(
-            value_tile + column[:, None] * value_token + outer[None, :], mask=there[:, None] & outer_known, other=0.0
+            value_tile + column[:, None] * value_token + outer[None, :],
+            mask=there[:, None] & outer_known,
+            other=0.0,
         )
         products = tl.dot(query, tl.trans(key), input_precision=PRECISION)
         level_query = apart(columns, first + KEY_BLOCK, level_high, level_low, keys, columns_row, LEVEL)
@@ -147,7 +151,15 @@ def attention_by_query(
                 gate_query[:, None] if GATE_QUERY else 0.0, gate_key, LEVEL, TERM, GATE_QUERY, GATE_KEY,
             )  # fmt: skip
             base = part_of_queries(
-                level_slope, level_query, term_slope, term_query, gate_query, LEVEL, TERM, GATE_QUERY, GATE_KEY
+                level_slope,
+                level_query,
+                term_slope,
+                term_query,
+                gate_query,
+                LEVEL,
+                TERM,
+                GATE_QUERY,
+                GATE_KEY,
             )
             logits -= (level - base)[:, None]
         else:
@@ -234,7 +246,9 @@ def attention_by_key(
         key_start + column[:, None] * key_token + inner[None, :], mask=there[:, None] & inner_known, other=0.0
     )
     value = tl.load(
-        value_start + column[:, None] * value_token + outer[None, :], mask=there[:, None] & outer_known, other=0.0
+        value_start + column[:, None] * value_token + outer[None, :],
+        mask=there[:, None] & outer_known,
+        other=0.0,
     )
     offset = keys - queries
     start = 0
@@ -290,7 +304,9 @@ def attention_by_key(
             query_tile = query_start + begin.to(tl.int64) * query_token
             gradient_tile = gradient_start + begin.to(tl.int64) * gradient_token
             query = tl.load(
-                query_tile + row[:, None] * query_token + inner[None, :], mask=known[:, None] & inner_known, other=0.0
+                query_tile + row[:, None] * query_token + inner[None, :],
+                mask=known[:, None] & inner_known,
+                other=0.0,
             )
             gradient = tl.load(
                 gradient_tile + row[:, None] * gradient_token + outer[None, :],
@@ -305,7 +321,9 @@ def attention_by_key(
             if TERM == CLOCK:
                 # As the other kernel takes it, so that both see the same zero where times meet.
                 own_high, own_low = clock_at(term_columns, begin + offset + row, keys, columns_row, TERM)
-                term_query = apart(term_columns, first + KEY_BLOCK, own_high, own_low, keys, columns_row, TERM)
+                term_query = apart(
+                    term_columns, first + KEY_BLOCK, own_high, own_low, keys, columns_row, TERM
+                )
             else:
                 term_query = term_apart - row.to(tl.float32)
             gate_query = 0.0
@@ -313,7 +331,15 @@ def attention_by_key(
                 gate_query = (tl.load(gates + begin + row, mask=known, other=0.0) * term_slope)[None, :]
             if (begin >= past_start) & (begin + QUERY_BLOCK <= past_stop):
                 base = part_of_queries(
-                    level_slope, level_apart, term_slope, term_apart, 0.0, LEVEL, TERM, False, GATE_QUERY or GATE_KEY
+                    level_slope,
+                    level_apart,
+                    term_slope,
+                    term_apart,
+                    0.0,
+                    LEVEL,
+                    TERM,
+                    False,
+                    GATE_QUERY or GATE_KEY,
                 )
                 logits = past_logits(
                     products, scale * LOG2E, (by_keys + base)[:, None], (term_key + term_apart)[:, None],
@@ -334,7 +360,9 @@ def attention_by_key(
                 seen = visible(at[None, :], (first + column)[:, None], keys, window, CAUSAL, WINDOW)
                 logits = tl.where(seen, logits - level[None, :], -float("inf"))
             if MASKED != NONE:
-                offsets = (begin.to(tl.int64) + row)[None, :] * mask_query + (first + column)[:, None] * mask_key
+                offsets = (begin.to(tl.int64) + row)[None, :] * mask_query + (first + column)[
+                    :, None
+                ] * mask_key
                 logits = masked(logits, mask_start, offsets, known[None, :] & there[:, None], MASKED)
             weights = tl.exp2(logits)
             by_value = tl.dot(weights.to(gradient.dtype), gradient, by_value, input_precision=PRECISION)
@@ -366,7 +394,9 @@ def attention_by_key(
         (by_key * scale).to(BY_KEY.dtype.element_ty),
         mask=there[:, None] & inner_known,
     )
-    by_value_start = BY_VALUE + batch * by_value_batch + key_number * by_value_head + wide_first * by_value_token
+    by_value_start = (
+        BY_VALUE + batch * by_value_batch + key_number * by_value_head + wide_first * by_value_token
+    )
     tl.store(
         by_value_start + column[:, None] * by_value_token + outer[None, :],
         by_value.to(BY_VALUE.dtype.element_ty),

@@ -55,7 +55,9 @@ def attention_forward(
     at = first_at + row
     query_start = QUERY + batch * query_batch + head * query_head + wide_begin * query_token
     query = tl.load(
-        query_start + row[:, None] * query_token + inner[None, :], mask=there_row[:, None] & inner_known, other=0.0
+        query_start + row[:, None] * query_token + inner[None, :],
+        mask=there_row[:, None] & inner_known,
+        other=0.0,
     )
     key_start = KEY + batch * key_batch + head // GROUPS * key_head
     value_start = VALUE + batch * value_batch + head // GROUPS * value_head
@@ -89,7 +91,9 @@ def attention_forward(
         key_tile = key_start + first.to(tl.int64) * key_token
         value_tile = value_start + first.to(tl.int64) * value_token
         key = tl.load(
-            key_tile + column[:, None] * key_token + inner[None, :], mask=there[:, None] & inner_known, other=0.0
+            key_tile + column[:, None] * key_token + inner[None, :],
+            mask=there[:, None] & inner_known,
+            other=0.0,
         )
         products = tl.dot(query, tl.trans(key), input_precision=PRECISION)
         level_query = apart(columns, first + KEY_BLOCK, level_high, level_low, keys, columns_row, LEVEL)
@@ -107,7 +111,15 @@ def attention_forward(
                 gate_query[:, None] if GATE_QUERY else 0.0, gate_key, LEVEL, TERM, GATE_QUERY, GATE_KEY,
             )  # fmt: skip
             base = part_of_queries(
-                level_slope, level_query, term_slope, term_query, gate_query, LEVEL, TERM, GATE_QUERY, GATE_KEY
+                level_slope,
+                level_query,
+                term_slope,
+                term_query,
+                gate_query,
+                LEVEL,
+                TERM,
+                GATE_QUERY,
+                GATE_KEY,
             )
         else:
             level_key = key_distance(columns, first, columns_row, LEVEL, KEY_BLOCK)
@@ -134,7 +146,9 @@ def attention_forward(
         total = total * shrink + tl.sum(weights, 1)
         sums = sums * shrink[:, None]
         value = tl.load(
-            value_tile + column[:, None] * value_token + outer[None, :], mask=there[:, None] & outer_known, other=0.0
+            value_tile + column[:, None] * value_token + outer[None, :],
+            mask=there[:, None] & outer_known,
+            other=0.0,
         )
         sums = tl.dot(weights.to(value.dtype), value, sums, input_precision=PRECISION)
         best = larger
