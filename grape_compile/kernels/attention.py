@@ -201,7 +201,7 @@ class Found:
 
     def by_query_launch(self) -> Launch:
         """Return the launch for the gradients of queries; it comes first."""
-        from grape_compile.kernels.bodies.attention_backward import attention_by_query
+        from grape_compile.kernels.bodies.attention_by_query import attention_by_query
 
         tiles = self.by_query
         batch, heads, queries, _ = self.call.query.shape
@@ -226,7 +226,7 @@ class Found:
 
     def by_key_launch(self) -> Launch:
         """Return the launch for the gradients of keys and values."""
-        from grape_compile.kernels.bodies.attention_backward import attention_by_key
+        from grape_compile.kernels.bodies.attention_by_key import attention_by_key
 
         tiles = self.by_key
         batch, heads, keys, _ = self.call.key.shape

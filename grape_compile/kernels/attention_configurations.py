@@ -1,6 +1,6 @@
 """Sizes of tiles, warps and stages of the attention kernels for each GPU, size of head and dtype.
 
-Those for 16 bits are the fastest of the tiles that fit without spills by what the machine code says; none is timed here.
+Those for 16 bits are the largest tiles whose machine code does not spill; none has been timed here.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Which tiles of keys matter to which tiles of queries: distance pruning with a proven bound.
 
-A logit of a tile is at most scale * |q| |k| plus the largest bias there, by the largest norms of its queries and keys and
-the intervals of its clocks and gates. The best logit of a query is at least that of its own key, -scale * |q| |k| plus a
-bias of zero. Tiles whose logits are all so far below it that every key left out, taken together, weighs less than half a
-unit in the last place of float32 beside it are not visited: neither forward nor backward.
+A logit of a tile is at most scale * |q| |k| plus the largest bias there, by the largest norms of its queries and keys
+and the intervals of its clocks and gates. The best logit of a query is at least that of its own key, -scale * |q| |k|
+plus a bias of zero. Tiles whose logits are all so far below it that the keys left out together weigh less than half a
+unit in the last place of float32 beside it are visited neither forward nor backward.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Reach:
         return self._spread(found, 0)
 
     def last(self) -> Tensor:
-        """Return for each tile of keys the number behind the last tile of queries it matters to, [B, H, tiles], int32."""
+        """Return for each tile of keys the number behind the last tile of queries it matters to, like `first`."""
         behind = self.matters.shape[2] - self.matters.to(torch.int32).flip(2).argmax(2)
         return self._spread(torch.where(self.matters.any(2), behind, 0) * self.times[0], 1)
 

@@ -6,10 +6,10 @@ kind. Several signed biases without gates are one level, the sum of their slopes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-import math
 from typing import Final
 
 import torch
@@ -201,11 +201,11 @@ class Terms:
                     total = total + (columns[0] * bias.gate_key).sum(-1)
                 found[name] = total.sum_to_size(tensor.shape)
             elif name == "clock":
-                by_query, by_key = rows[1], columns[1]
-                assert by_query is not None, "asked for"
-                assert by_key is not None, "asked for"
-                whole = by_key.clone()
-                whole[..., self.call.offset :] -= by_query
+                row, column = rows[1], columns[1]
+                assert row is not None, "asked for"
+                assert column is not None, "asked for"
+                whole = column.clone()
+                whole[..., self.call.offset :] -= row
                 found[name] = _as_clock(whole, tensor)
             else:
                 by_token = rows[0] if name == "gate_query" else columns[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -152,9 +152,10 @@ def compare(case: Case) -> None:
     ]
     heads = [tensor(*shape, seed=seed, dtype=case.dtype).to(DEVICE) for seed, shape in enumerate(shapes)]
     slots, mask = slots_of(case), mask_of(case)
-    results = []
+    results: list[list[Tensor]] = []
     cotangent = tensor(case.batch, HEADS, case.queries, case.values, seed=9, dtype=case.dtype).to(DEVICE)
-    for function, wide in ((attend, False), (reference_attend, True)):
+    functions: tuple[tuple[Callable[..., Tensor], bool], ...] = ((attend, False), (reference_attend, True))
+    for function, wide in functions:
         parts = leaves(*(part.double() if wide else part for part in heads))
         filled = dict(
             zip(slots, leaves(*(slot.double() if wide else slot for slot in slots.values())), strict=True)
@@ -178,7 +179,7 @@ def test_attention(name: str) -> None:
     compare(CASES[name])
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[Encoding, torch.dtype, dict[str, Any], str]] = {
     "float64": (alibi(HEADS), torch.float64, {}, "float64"),
     "path": (grape_ap(HEADS, 4), torch.float32, {"is_causal": True}, "path bias"),
     "axes": (Bias(Uniform(1.0), Positions("r"), distance=Euclidean()), torch.float32, {}, "several axes"),
@@ -224,12 +225,12 @@ def test_error_of_a_bias_is_that_of_a_difference(encoding: Encoding) -> None:
 
 def test_the_same_call_has_the_same_result() -> None:
     query, key, value = (tensor(1, HEADS, 33, HEAD, seed=seed, dtype=torch.float16) for seed in range(3))
-    slots = {"slopes": torch.rand(HEADS)}
+    slopes = torch.rand(HEADS)
     runs = []
     for _ in range(2):
-        parts = leaves(*(part.to(DEVICE) for part in (query, key, value)), slots["slopes"].to(DEVICE))
+        parts = leaves(*(part.to(DEVICE) for part in (query, key, value, slopes)))
         with kernels_only():
-            output = attend(*parts[:3], SLOPES, {"slopes": parts[3]}, is_causal=True)
+            output = attend(parts[0], parts[1], parts[2], SLOPES, {"slopes": parts[3]}, is_causal=True)
             runs.append([output, *torch.autograd.grad(output.float().square().sum(), parts)])
     assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
 
@@ -255,12 +256,14 @@ FORGETTING: dict[str, tuple[Encoding, dict[str, Tensor]]] = {
 }
 
 
-def reach_of(name: str, seed: int = 0) -> tuple[list[Tensor], Reach]:
+def reach_of(name: str, seed: int = 0) -> tuple[tuple[Tensor, Tensor, Tensor], Reach]:
     encoding, slots = FORGETTING[name]
-    heads = [tensor(1, HEADS, LENGTH, HEAD, seed=seed + each, dtype=torch.float32) for each in range(3)]
+    query, key, value = (
+        tensor(1, HEADS, LENGTH, HEAD, seed=seed + each, dtype=torch.float32) for each in range(3)
+    )
     operands = [slots[slot] for slot in encoding.slots]
-    call = attend_call(*heads, operands, str(encoding), None, True, None, None)
-    return heads, Reach(call, Terms(call), 16, 16)
+    call = attend_call(query, key, value, operands, str(encoding), None, True, None, None)
+    return (query, key, value), Reach(call, Terms(call), 16, 16)
 
 
 @pytest.mark.parametrize("name", FORGETTING)
@@ -291,10 +294,13 @@ def test_an_output_without_the_tiles_left_out_is_the_same(monkeypatch: pytest.Mo
     results = []
     for shortest in (0, 10**9):
         monkeypatch.setattr("grape_compile.kernels.attention_reach.SHORTEST", shortest)
-        parts = leaves(*(head.to(DEVICE) for head in heads))
+        query, key, value = leaves(*(head.to(DEVICE) for head in heads))
         with kernels_only():
-            output = attend(*parts, encoding, {"slopes": slots["slopes"].to(DEVICE)}, is_causal=True)
-        results.append([output.detach(), *torch.autograd.grad(output.square().sum(), parts)])
+            output = attend(
+                query, key, value, encoding, {"slopes": slots["slopes"].to(DEVICE)}, is_causal=True
+            )
+        found = torch.autograd.grad(output.square().sum(), (query, key, value))
+        results.append([output.detach(), *found])
     assert torch.equal(results[0][0], results[1][0])
     for pruned, whole in zip(*results, strict=True):
         bound = 4 * unit_roundoff(torch.float32) * float(whole.abs().max())
@@ -303,8 +309,8 @@ def test_an_output_without_the_tiles_left_out_is_the_same(monkeypatch: pytest.Mo
 
 def test_tiles_are_looked_at_in_larger_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer tiles are left out, none that would not be otherwise."""
-    heads = [tensor(1, HEADS, 100, HEAD, seed=seed, dtype=torch.float32) for seed in range(3)]
-    call = attend_call(*heads, [torch.tensor([6.0, 3.0])], str(SLOPES), None, True, None, None)
+    query, key, value = (tensor(1, HEADS, 100, HEAD, seed=seed, dtype=torch.float32) for seed in range(3))
+    call = attend_call(query, key, value, [torch.tensor([6.0, 3.0])], str(SLOPES), None, True, None, None)
     fine = Reach(call, Terms(call), 4, 8)
     monkeypatch.setattr("grape_compile.kernels.attention_reach.MOST", 5)
     coarse = Reach(call, Terms(call), 4, 8)

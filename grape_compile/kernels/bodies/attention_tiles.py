@@ -6,7 +6,7 @@ keys of a tile lie in the past of all its queries both distances are negative, a
 multiplied out: what sees the key alone is one multiply-add an element, what sees the query alone is a number per row
 that meets the maximum or the logsumexp. In all other tiles the difference is taken first.
 
-Vectors of queries and of keys come with an axis of size one each, so that the same lines serve a tile and its transpose.
+Vectors of queries and of keys come with an axis of size one each, so that a tile may be transposed.
 """
 
 import triton
@@ -196,8 +196,8 @@ def key_range(
     first_at, keys, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, LEVEL: tl.constexpr, TERM: tl.constexpr,
     ABSOLUTE: tl.constexpr, QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Return start and stop of the keys that queries from key number `first_at` on may see, and of those tiles that all of
-    them see and whose bias is multiplied out."""
+    """Return start and stop of the keys that queries from key number `first_at` on may see, and of the past: the tiles
+    that all of them see and whose bias is multiplied out."""
     start = 0
     stop = keys
     past_start = 0
