@@ -186,11 +186,9 @@ class Found:
         terms, wanted = self.operands.terms, call.wants_bias_gradients
         self.rows = (terms.wants_apart, terms.wants_query, terms.wants_clock) if wanted else (False,) * 3
         self.columns = (terms.wants_level, terms.wants_key, terms.wants_clock) if wanted else (False,) * 3
-        # Tiles of both kernels end where the padding ends.
         self.by_query = configuration("by_query", call, capability)
         self.by_key = configuration("by_key", call, capability)
-        longest = max(self.by_query.query_block, self.by_key.query_block)
-        self.levels = logsumexp.new_empty((3, batch, heads, -(-queries // longest) * longest))
+        self.levels = _levels(logsumexp, self.by_query.query_block, self.by_key.query_block)
         self.query, self.key, self.value = map(
             torch.empty_like, (self.operands.query, self.operands.key, self.operands.value)
         )
@@ -249,6 +247,20 @@ class Found:
         columns = [self.by_column[:, :, at] if wanted else None for at, wanted in enumerate(self.columns)]
         biases = self.operands.terms.gradients(rows, columns) if self.call.wants_bias_gradients else ()
         return Gradients(self.query, self.key, self.value, biases)
+
+
+def _levels(logsumexp: Tensor, written: int, read: int) -> Tensor:
+    """Allocate what is kept of each query, [3, B, H, padded], written in tiles of one size and read in those of another.
+
+    What is read and not written stands for queries that are not there: their weights exp(logit - inf) are zero.
+    """
+    batch, heads, queries = logsumexp.shape
+    ends = [-(-queries // block) * block for block in (written, read)]
+    levels = logsumexp.new_empty((3, batch, heads, max(ends)))
+    if ends[0] < ends[1]:
+        levels[:2, ..., ends[0] :] = torch.inf
+        levels[2, ..., ends[0] :] = 0.0
+    return levels
 
 
 def _in_line(tensor: Tensor) -> Tensor:

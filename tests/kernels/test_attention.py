@@ -35,6 +35,7 @@ from grape_compile.encoding import (
     nope,
     rope,
 )
+from grape_compile.kernels.attention_configurations import Configuration
 from grape_compile.kernels.attention_reach import Reach
 from grape_compile.kernels.attention_terms import Terms
 from grape_compile.operators import attend, providers, reference_attend
@@ -177,6 +178,21 @@ def compare(case: Case) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_attention(name: str) -> None:
     compare(CASES[name])
+
+
+TILES = {"forward": (32, 16), "by_query": (16, 32), "by_key": (32, 16)}
+
+
+@pytest.mark.parametrize("name", ["gated", "fox", "slopes_window"])
+def test_tiles_of_other_sizes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels whose tiles differ from each other's, longer one way and the other."""
+
+    def chosen(kernel: str, call: object, capability: int | None = None) -> Configuration:
+        return Configuration(*TILES[kernel], 4, 1)
+
+    monkeypatch.setattr("grape_compile.kernels.attention.configuration", chosen)
+    case = CASES[name]
+    compare(Case(case.encoding, case.options, 41, 57, key_heads=2))
 
 
 REFUSED: dict[str, tuple[Encoding, torch.dtype, dict[str, Any], str]] = {

@@ -95,7 +95,7 @@ def attention_by_query(
         gates = GATES + batch * gates_batch + head * gates_head + begin
         gate_query = tl.load(gates + row, mask=there_row, other=0.0) * term_slope
 
-    origin = first_at + row // LEVEL_BLOCK * LEVEL_BLOCK
+    origin = (begin + row) // LEVEL_BLOCK * LEVEL_BLOCK + keys - queries
     level_query = apart(columns, origin, level_high, level_low, keys, columns_row, LEVEL)
     term_query = apart(term_columns, origin, term_high, term_low, keys, columns_row, TERM)
     base = part_of_queries(
