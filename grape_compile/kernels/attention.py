@@ -5,12 +5,13 @@ No bias matrix is in memory, and no two programs add to one number: the same cal
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
 
-from grape_compile.kernels.attention_configurations import Configuration, configuration
+from grape_compile.kernels.attention_configurations import Configuration, Kernel, configuration
 from grape_compile.kernels.attention_reach import Reach, prunes
 from grape_compile.kernels.attention_terms import NONE, Terms, unfit
 from grape_compile.kernels.launch import Launch, missing_triton
@@ -153,12 +154,12 @@ MASK_AXES: Final = ("batch", "head", "query", "key")
 
 
 def forward_launch(
-    call: AttendCall, output: Tensor, logsumexp: Tensor, capability: int | None = None
+    call: AttendCall, output: Tensor, logsumexp: Tensor, tiles: Configuration | None = None
 ) -> Launch:
     """Return the launch of the forward kernel."""
     from grape_compile.kernels.bodies.attention_forward import attention_forward
 
-    operands, tiles = Operands(call), configuration("forward", call, capability)
+    operands, tiles = Operands(call), tiles or configuration("forward", call)
     batch, heads, queries, _ = call.query.shape
     arguments = {
         **operands.arguments(tiles),
@@ -178,7 +179,7 @@ class Found:
         gradient: Tensor,
         output: Tensor,
         logsumexp: Tensor,
-        capability: int | None = None,
+        tiles: Mapping[Kernel, Configuration] | None = None,
     ) -> None:
         self.call, self.operands = call, Operands(call)
         self.gradient, self.output, self.logsumexp = _in_line(gradient), _in_line(output), logsumexp
@@ -186,8 +187,9 @@ class Found:
         terms, wanted = self.operands.terms, call.wants_bias_gradients
         self.rows = (terms.wants_apart, terms.wants_query, terms.wants_clock) if wanted else (False,) * 3
         self.columns = (terms.wants_level, terms.wants_key, terms.wants_clock) if wanted else (False,) * 3
-        self.by_query = configuration("by_query", call, capability)
-        self.by_key = configuration("by_key", call, capability)
+        given = tiles or {}
+        self.by_query = given.get("by_query") or configuration("by_query", call)
+        self.by_key = given.get("by_key") or configuration("by_key", call)
         self.levels = _levels(logsumexp, self.by_query.query_block, self.by_key.query_block)
         self.query, self.key, self.value = map(
             torch.empty_like, (self.operands.query, self.operands.key, self.operands.value)
@@ -250,7 +252,7 @@ class Found:
 
 
 def _levels(logsumexp: Tensor, written: int, read: int) -> Tensor:
-    """Allocate what is kept of each query, [3, B, H, padded], written in tiles of one size and read in those of another.
+    """Allocate what is kept of each query, [3, B, H, padded], written in tiles of one size, read in those of another.
 
     What is read and not written stands for queries that are not there: their weights exp(logit - inf) are zero.
     """

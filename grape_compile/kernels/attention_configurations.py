@@ -6,16 +6,17 @@ Those for 16 bits are the largest tiles whose machine code does not spill; none 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Final, Literal
+from dataclasses import dataclass, fields
+from typing import Any, Final, Literal
 
 import torch
 
-from grape_compile.kernels.configuration import capability_of
+from grape_compile.kernels.configuration import capability_of, record_of
 from grape_compile.operators.bias import Additive
 from grape_compile.operators.call import AttendCall
 
 Kernel = Literal["forward", "by_query", "by_key"]
+KERNELS: Final[tuple[Kernel, ...]] = ("forward", "by_query", "by_key")
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,19 @@ class Configuration:
     key_block: int
     warps: int
     stages: int
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Configuration | None:
+        """Return the configuration of a record, or None for numbers that no kernel can have."""
+        numbers = [record.get(field.name) for field in fields(cls)]
+        if not all(type(number) is int for number in numbers):
+            return None
+        query_block, key_block, warps, stages = (int(number or 0) for number in numbers)
+        powers = all(number & (number - 1) == 0 for number in (query_block, key_block, warps))
+        possible = powers and min(query_block, key_block) >= 16 and max(query_block, key_block) <= 256
+        if not (possible and 0 < warps <= 32 and 0 < stages <= 8):
+            return None
+        return cls(query_block, key_block, warps, stages)
 
     @property
     def options(self) -> Mapping[str, int]:
@@ -56,14 +70,41 @@ _WIDE: Final = Configuration(32, 32, 4, 1)
 _INTERPRETED: Final = Configuration(16, 16, 4, 1)
 
 
+def case_of(kernel: Kernel, call: AttendCall) -> str:
+    """Return what a kernel is called in the records: what it is compiled for, and how long the sequence is."""
+    biases = [bias for bias in call.biases if isinstance(bias, Additive)]
+    kinds = "+".join(
+        "".join(
+            (
+                "steps" if bias.clock is None else "clock",
+                "" if bias.gate_query is None else "-q",
+                "" if bias.gate_key is None else "-k",
+            )
+        )
+        for bias in biases
+    )
+    flags = [
+        name for name, there in (("causal", call.is_causal), ("window", call.window is not None)) if there
+    ]
+    length = 1 << max(call.key.shape[2] - 1, 0).bit_length()
+    sizes = f"{call.query.shape[3]} {call.value.shape[3]} x{call.groups} {length}"
+    dtype = str(call.query.dtype).removeprefix("torch.")
+    return " ".join(["attention", kernel, kinds or "none", dtype, sizes, *flags])
+
+
 def configuration(kernel: Kernel, call: AttendCall, capability: int | None = None) -> Configuration:
-    """Return the tiles of a kernel for a call, on its device or for a compute capability such as 90."""
+    """Return the tiles of a kernel for a call, on its device or for a compute capability such as 90.
+
+    On a GPU those that were recorded for it, if any.
+    """
     if capability is None and call.query.device.type == "cpu":
         return _INTERPRETED
+    if capability is None:
+        if recorded := Configuration.of(record_of(case_of(kernel, call), call.query.device)):
+            return recorded
+        capability = capability_of(call.query.device)
     if call.query.dtype == torch.float32:
         return _WIDE
-    if capability is None:
-        capability = capability_of(call.query.device)
     size = max(call.query.shape[3], call.value.shape[3])
     place = (
         next(each for each in (100, 90, 80) if capability >= each or each == 80),
@@ -74,4 +115,4 @@ def configuration(kernel: Kernel, call: AttendCall, capability: int | None = Non
     gated = any(isinstance(bias, Additive) and bias.gate_key is not None for bias in call.biases)
     if kernel == "by_key" and gated and place in _GATED_BY_KEY:
         return _GATED_BY_KEY[place]
-    return _TILES[place][("forward", "by_query", "by_key").index(kernel)]
+    return _TILES[place][KERNELS.index(kernel)]
