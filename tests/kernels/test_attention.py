@@ -13,6 +13,7 @@ import torch
 from kernel_cases import DEVICE
 from operator_errors import leaves
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
@@ -40,7 +41,7 @@ from grape_compile.kernels.attention_reach import Reach
 from grape_compile.kernels.attention_terms import Terms
 from grape_compile.operators import attend, providers, reference_attend
 from grape_compile.operators.attention import attend_call
-from grape_compile.operators.providers import Provider
+from grape_compile.operators.providers import Provider, attend_lowering
 from grape_compile.operators.samples import tensor, unit_roundoff
 
 HEADS, HEAD = 2, 8
@@ -217,6 +218,19 @@ def test_a_call_for_another_provider(name: str) -> None:
     slots = {slot: tensor(*shapes.get(slot, (5,)), dtype=dtype).to(DEVICE) for slot in encoding.slots}
     with kernels_only(), pytest.raises(Exception, match=sentence):
         attend(query, key, value, encoding, slots, **options)
+
+
+def test_the_report_says_what_computes_a_layer() -> None:
+    """By tensors that only stand for those of a GPU; on a CPU it is the operator."""
+    with FakeTensorMode():
+        query = torch.empty(1, HEADS, 5, HEAD, device="cuda", dtype=torch.float16)
+        call = attend_call(query, query, query, [], str(nope()), None, True, None, None)
+        assert attend_lowering(call) == "grape::attend by triton"
+        call = attend_call(query, query, query, [], str(nope()), None, True, -1.0, None)
+        assert attend_lowering(call) == "grape::attend by chunked (triton: a scale of -1.0, not positive)"
+        query = torch.empty(1, HEADS, 5, HEAD)
+        call = attend_call(query, query, query, [], str(alibi(HEADS)), None, True, None, None)
+        assert attend_lowering(call) == "grape::attend"
 
 
 @pytest.mark.parametrize("encoding", [alibi(HEADS), fox()], ids=["alibi", "fox"])
