@@ -134,8 +134,9 @@ class _Layer:
         query = require_fake(self.layer.query)
         if query.device.type == "cpu":
             return "grape::attend"
-        query, key, value, slots, encoding = fx.node.map_arg(call.args, require_fake)
-        options = fx.node.map_arg(dict(call.kwargs), require_fake)
+        operands: Any = fx.node.map_arg(call.args, require_fake)
+        options: Any = fx.node.map_arg(dict(call.kwargs), require_fake)
+        query, key, value, slots, encoding = operands
         with query.fake_mode:
             return attend_lowering(attend_call(query, key, value, list(slots), encoding, **options))
 

@@ -219,6 +219,7 @@ class Found:
             **_strides("output", self.output),
             **_strides("gradient", self.gradient),
             **_strides("by_query", self.query),
+            "WANTS_DELTA": any(self.columns),
             **dict(zip(("WANTS_APART", "WANTS_SPREAD", "WANTS_CLOCK"), self.rows, strict=True)),
         }
         grid = (-(-queries // tiles.query_block) * batch * heads,)

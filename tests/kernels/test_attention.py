@@ -39,7 +39,7 @@ from grape_compile.encoding import (
 from grape_compile.kernels.attention_configurations import Configuration
 from grape_compile.kernels.attention_reach import Reach
 from grape_compile.kernels.attention_terms import Terms
-from grape_compile.operators import attend, providers, reference_attend
+from grape_compile.operators import attend, providers, reference_attend, reference_bias
 from grape_compile.operators.attention import attend_call
 from grape_compile.operators.providers import Provider, attend_lowering
 from grape_compile.operators.samples import tensor, unit_roundoff
@@ -251,6 +251,38 @@ def test_error_of_a_bias_is_that_of_a_difference(encoding: Encoding) -> None:
         errors.append([float((found.double() - exact).norm() / exact.norm()) for found in (ours, written)])
     ours, written = (sum(column) / len(column) for column in zip(*errors, strict=True))
     assert ours <= 1.25 * written + 1e-7
+
+
+def test_error_of_a_gradient_summed_over_many_tokens() -> None:
+    """Of log f, a sum over all pairs around a token, in which the rounding of the output must not pile up (contract)."""
+    errors = []
+    for seed in range(3):
+        heads = [tensor(1, 1, 65, HEAD, seed=10 * seed + each, dtype=torch.float16) for each in range(3)]
+        log_forget = -0.1 * tensor(1, 1, 65, seed=seed).abs().float()
+        cotangent = tensor(1, 1, 65, HEAD, seed=9)
+        found = []
+        for function, dtype in ((attend, torch.float16), (_eager, torch.float16), (_eager, torch.float64)):
+            query, key, value = (head.to(DEVICE, dtype) for head in heads)
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            (slot,) = leaves(log_forget.to(DEVICE, wide))
+            with kernels_only():
+                output = function(query, key, value, fox(), {"log_forget": slot}, is_causal=True)
+            found.append(torch.autograd.grad(output, slot, cotangent.to(DEVICE, dtype))[0].double())
+        exact = found.pop()
+        errors.append([float((each - exact).norm() / exact.norm()) for each in found])
+    ours, eager = (sum(column) / len(column) for column in zip(*errors, strict=True))
+    assert ours <= 1.25 * eager + 1e-7
+
+
+def _eager(
+    query: Tensor, key: Tensor, value: Tensor, encoding: Encoding, slots: Any, is_causal: bool
+) -> Tensor:
+    """As models write it: a bias matrix in the dtype of the heads, softmax in float32 or more."""
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    bias = reference_bias(encoding, slots, query.shape[2], key.to(wide)).to(query.dtype)
+    logits = (query @ key.mT) * query.shape[3] ** -0.5 + bias
+    hidden = torch.ones(logits.shape[2:], dtype=torch.bool, device=query.device).triu(1)
+    return logits.masked_fill(hidden, -math.inf).softmax(-1, dtype=wide).to(query.dtype) @ value
 
 
 def test_the_same_call_has_the_same_result() -> None:

@@ -37,13 +37,14 @@ def attention_by_query(
     VALUE_BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, LEVEL_BLOCK: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, LEVEL: tl.constexpr, TERM: tl.constexpr, ABSOLUTE: tl.constexpr,
     GATE_QUERY: tl.constexpr, GATE_KEY: tl.constexpr, MASKED: tl.constexpr, PRUNED: tl.constexpr,
-    PRECISION: tl.constexpr, WANTS_APART: tl.constexpr, WANTS_SPREAD: tl.constexpr, WANTS_CLOCK: tl.constexpr,
+    PRECISION: tl.constexpr, WANTS_DELTA: tl.constexpr, WANTS_APART: tl.constexpr, WANTS_SPREAD: tl.constexpr, WANTS_CLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of QUERY_BLOCK queries of one head, their `LEVELS`, and sums over keys.
 
     `LEVELS` [3, B, H, padded] is what the sums over queries need, padded to whole tiles of LEVEL_BLOCK: the logsumexp
     as a power of two, infinite where there are no weights; the same without the part of the bias that sees the query
-    alone, whose distances count from the first query of a tile; delta, the sum of output times gradient.
+    alone, whose distances count from the first query of a tile; delta, the sum of output times gradient, with
+    WANTS_DELTA freed of the rounding of the output, which sums over many queries would show.
     `ROWS` [B, H, 3, T_q] takes the sums over keys of a logit's gradient times the difference of the level, times the
     spread of the term, and times the derivative of the term by its difference.
     """
@@ -105,7 +106,6 @@ def attention_by_query(
     part = (tl.num_programs(0) // tiles).to(tl.int64) * levels_row
     tl.store(levels, level)
     tl.store(levels + part, level - base)
-    tl.store(levels + 2 * part, delta)
 
     start, stop, past_start, past_stop = key_range(
         first_at, keys, window, CAUSAL, WINDOW, LEVEL, TERM, ABSOLUTE, QUERY_BLOCK, KEY_BLOCK
@@ -113,6 +113,7 @@ def attention_by_query(
     if PRUNED:
         start = tl.maximum(start, tl.load(FIRST + number * tiles + tile) * KEY_BLOCK)
     by_query = tl.zeros([QUERY_BLOCK, HEAD_BLOCK], tl.float32)
+    rest = tl.zeros([QUERY_BLOCK], tl.float32)
     by_apart = tl.zeros([QUERY_BLOCK], tl.float32)
     by_spread = tl.zeros([QUERY_BLOCK], tl.float32)
     by_clock = tl.zeros([QUERY_BLOCK], tl.float32)
@@ -175,6 +176,8 @@ def attention_by_query(
         changes = tl.dot(gradient, tl.trans(value), input_precision=PRECISION)
         changes = weights * (changes - delta[:, None])
         by_query = tl.dot(changes.to(key.dtype), key, by_query, input_precision=PRECISION)
+        if WANTS_DELTA:
+            rest += tl.sum(changes, 1)
         if WANTS_APART:
             level_key = key_distance(columns, first, columns_row, LEVEL, KEY_BLOCK)
             by_apart += tl.sum(changes * (level_key[None, :] + level_query[:, None]), 1)
@@ -188,6 +191,8 @@ def attention_by_query(
                     term_slope, gate_query[:, None] if GATE_QUERY else 0.0, gate_key, GATE_QUERY, GATE_KEY
                 )
                 by_clock += tl.sum(changes * (steep * slope_of_spread(difference, ABSOLUTE)), 1)
+    # The gradients of a query's logits sum to zero; what is left over is what rounding the output did to delta.
+    tl.store(levels + 2 * part, delta + rest)
     by_query_start = BY_QUERY + batch * by_query_batch + head * by_query_head + wide_begin * by_query_token
     tl.store(
         by_query_start + row[:, None] * by_query_token + inner[None, :],
