@@ -37,7 +37,8 @@ def attention_by_query(
     VALUE_BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, LEVEL_BLOCK: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, LEVEL: tl.constexpr, TERM: tl.constexpr, ABSOLUTE: tl.constexpr,
     GATE_QUERY: tl.constexpr, GATE_KEY: tl.constexpr, MASKED: tl.constexpr, PRUNED: tl.constexpr,
-    PRECISION: tl.constexpr, WANTS_DELTA: tl.constexpr, WANTS_APART: tl.constexpr, WANTS_SPREAD: tl.constexpr, WANTS_CLOCK: tl.constexpr,
+    PRECISION: tl.constexpr, WANTS_DELTA: tl.constexpr, WANTS_APART: tl.constexpr, WANTS_SPREAD: tl.constexpr,
+    WANTS_CLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of QUERY_BLOCK queries of one head, their `LEVELS`, and sums over keys.
 
