@@ -140,9 +140,9 @@ def attention_by_key(
             term_apart = -apart(term_columns, begin + offset, term_high, term_low, keys, columns_row, TERM)
             if TERM == CLOCK:
                 # As the other kernel takes it, so that both see the same zero where times meet.
-                own_high, own_low = clock_at(term_columns, begin + offset + row, keys, columns_row, TERM)
+                time_high, time_low = clock_at(term_columns, begin + offset + row, keys, columns_row, TERM)
                 term_query = apart(
-                    term_columns, first + KEY_BLOCK, own_high, own_low, keys, columns_row, TERM
+                    term_columns, first + KEY_BLOCK, time_high, time_low, keys, columns_row, TERM
                 )
             else:
                 term_query = term_apart - row.to(tl.float32)
