@@ -1,4 +1,4 @@
-"""What the interpreter takes, the compiler may refuse: the cases of the tests, compiled for a GPU that need not be there."""
+"""What the interpreter takes, the compiler may refuse: the cases of the tests, compiled for a GPU that is not there."""
 
 import json
 import os
