@@ -253,16 +253,16 @@ class Found:
 
 
 def _levels(logsumexp: Tensor, written: int, read: int) -> Tensor:
-    """Allocate what is kept of each query, [3, B, H, padded], written in tiles of one size, read in those of another.
+    """Allocate what is kept of each query, [4, B, H, padded], written in tiles of one size, read in those of another.
 
     What is read and not written stands for queries that are not there: their weights exp(logit - inf) are zero.
     """
     batch, heads, queries = logsumexp.shape
     ends = [-(-queries // block) * block for block in (written, read)]
-    levels = logsumexp.new_empty((3, batch, heads, max(ends)))
+    levels = logsumexp.new_empty((4, batch, heads, max(ends)))
     if ends[0] < ends[1]:
         levels[:2, ..., ends[0] :] = torch.inf
-        levels[2, ..., ends[0] :] = 0.0
+        levels[2:, ..., ends[0] :] = 0.0
     return levels
 
 

@@ -59,10 +59,13 @@ _TILES: Final[Mapping[tuple[int, int], tuple[Configuration, Configuration, Confi
     (100, 128): (Configuration(128, 64, 8, 3), Configuration(128, 64, 8, 2), Configuration(64, 64, 8, 1)),
     (100, 256): (Configuration(64, 64, 8, 2), Configuration(64, 32, 8, 1), Configuration(32, 32, 8, 1)),
 }
-#: A gate of the keys needs more registers in the sums over queries.
-_GATED_BY_KEY: Final[Mapping[tuple[int, int], Configuration]] = {
-    (90, 64): Configuration(32, 128, 8, 2),
-    (90, 128): Configuration(32, 64, 8, 2),
+#: Clocks and gates of keys are more numbers to hold: tiles by query and by key of the backward pass.
+_HEAVY: Final[Mapping[tuple[int, int], tuple[Configuration, Configuration]]] = {
+    (80, 128): (Configuration(64, 64, 8, 2), Configuration(32, 64, 8, 1)),
+    (90, 64): (Configuration(128, 64, 8, 2), Configuration(32, 128, 8, 2)),
+    (90, 128): (Configuration(128, 32, 8, 2), Configuration(32, 64, 8, 1)),
+    (100, 64): (Configuration(128, 32, 8, 2), Configuration(64, 64, 8, 1)),
+    (100, 128): (Configuration(128, 32, 8, 2), Configuration(32, 64, 8, 1)),
 }
 #: Products of float32 run on the ordinary units, whose operands are in registers.
 _WIDE: Final = Configuration(32, 32, 4, 1)
@@ -112,7 +115,11 @@ def configuration(kernel: Kernel, call: AttendCall, capability: int | None = Non
     )
     if size > 128:
         place = place[0], 256
-    gated = any(isinstance(bias, Additive) and bias.gate_key is not None for bias in call.biases)
-    if kernel == "by_key" and gated and place in _GATED_BY_KEY:
-        return _GATED_BY_KEY[place]
+    heavy = any(
+        bias.clock is not None or bias.gate_key is not None
+        for bias in call.biases
+        if isinstance(bias, Additive)
+    )
+    if heavy and kernel != "forward" and place in _HEAVY:
+        return _HEAVY[place][kernel == "by_key"]
     return _TILES[place][KERNELS.index(kernel)]

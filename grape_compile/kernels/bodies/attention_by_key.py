@@ -170,8 +170,10 @@ def attention_by_key(
             else:
                 level = tl.load(levels + begin + row)
                 at = begin + offset + row
-                own_high, own_low = clock_at(columns, at, keys, columns_row, LEVEL)
-                level_query = apart(columns, first + KEY_BLOCK, own_high, own_low, keys, columns_row, LEVEL)
+                if LEVEL == CLOCK:
+                    level_query = level_apart + tl.load(levels + 3 * part + begin + row)
+                else:
+                    level_query = apart(columns, first + KEY_BLOCK, at, at, keys, columns_row, LEVEL)
                 logits = near_logits(
                     products, scale * LOG2E, level_slope, level_key[:, None], level_query[None, :], term_slope,
                     term_key[:, None], term_query[None, :], gate_query,

@@ -42,10 +42,11 @@ def attention_by_query(
 ):  # fmt: skip
     """Gradients of QUERY_BLOCK queries of one head, their `LEVELS`, and sums over keys.
 
-    `LEVELS` [3, B, H, padded] is what the sums over queries need, padded to whole tiles of LEVEL_BLOCK: the logsumexp
+    `LEVELS` [4, B, H, padded] is what the sums over queries need, padded to whole tiles of LEVEL_BLOCK: the logsumexp
     as a power of two, infinite where there are no weights; the same without the part of the bias that sees the query
     alone, whose distances count from the first query of a tile; delta, the sum of output times gradient, with
-    WANTS_DELTA freed of the rounding of the output, which sums over many queries would show.
+    WANTS_DELTA freed of the rounding of the output, which sums over many queries would show; the level's distance to
+    the first query of the tile, where it has a clock.
     `ROWS` [B, H, 3, T_q] takes the sums over keys of a logit's gradient times the difference of the level, times the
     spread of the term, and times the derivative of the term by its difference.
     """
@@ -107,6 +108,8 @@ def attention_by_query(
     part = (tl.num_programs(0) // tiles).to(tl.int64) * levels_row
     tl.store(levels, level)
     tl.store(levels + part, level - base)
+    if LEVEL == CLOCK:
+        tl.store(levels + 3 * part, level_query)
 
     start, stop, past_start, past_stop = key_range(
         first_at, keys, window, CAUSAL, WINDOW, LEVEL, TERM, ABSOLUTE, QUERY_BLOCK, KEY_BLOCK
