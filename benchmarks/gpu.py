@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu_attention import attention
 from benchmarks.gpu_rotation import rotation
 from benchmarks.gpu_timing import gpu
 
-CASES: dict[str, Callable[[bool], Iterator[dict[str, Any]]]] = {"rotation": rotation}
+CASES: dict[str, Callable[[bool], Iterator[dict[str, Any]]]] = {"attention": attention, "rotation": rotation}
 
 
 def run(name: str, folder: Path, *, quick: bool) -> bool:

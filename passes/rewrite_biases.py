@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from grape_compile.operators.attention import attend_call
+from grape_compile.operators.providers import attend_lowering
 from grape_compile.passes.base import Outcome, Pass
 from grape_compile.passes.bias_slots import BiasSlots
 from grape_compile.passes.biases import BiasPlan, detect_biases
@@ -124,8 +126,19 @@ class _Layer:
             source_line(layer.output),
             evidence,
             error,
-            "grape::attend",
+            self._lowering(call),
         )
+
+    def _lowering(self, call: fx.Node) -> str:
+        """What computes the layer, by the operands of its operator."""
+        query = require_fake(self.layer.query)
+        if query.device.type == "cpu":
+            return "grape::attend"
+        operands: Any = fx.node.map_arg(call.args, require_fake)
+        options: Any = fx.node.map_arg(dict(call.kwargs), require_fake)
+        query, key, value, slots, encoding = operands
+        with query.fake_mode:
+            return attend_lowering(attend_call(query, key, value, list(slots), encoding, **options))
 
     def _folded_sizes(self) -> list[Any]:
         """Sizes of the output [B * H, Tq, Dv]; symbolic ones are read from query and value at run time."""

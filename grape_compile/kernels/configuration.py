@@ -68,8 +68,13 @@ def configuration_for(case: str, lanes: int, device: torch.device) -> Configurat
     """Return the configuration of a case on a device."""
     if device.type != "cuda":
         return default_configuration(lanes)
-    recorded = Configuration.of(_records_of(device.index or 0).cases.get(case, {}))
+    recorded = Configuration.of(record_of(case, device))
     return recorded or default_configuration(lanes, capability_of(device))
+
+
+def record_of(case: str, device: torch.device) -> Mapping[str, Any]:
+    """Return what was recorded of a case for a GPU; nothing where it was not tuned."""
+    return _records_of(device.index or 0).cases.get(case, {})
 
 
 def capability_of(device: torch.device) -> int:

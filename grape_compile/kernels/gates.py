@@ -24,7 +24,10 @@ CAPABILITIES: Final = (80, 90, 100)
 SHARED_LIMIT: Final[Mapping[int, int]] = {80: 166912, 90: 232448, 100: 232448}
 
 #: Modules that define `GATES`, a tuple of `KernelGate`.
-MODULES: Final[tuple[str, ...]] = ("grape_compile.kernels.turning_gates",)
+MODULES: Final[tuple[str, ...]] = (
+    "grape_compile.kernels.attention_gates",
+    "grape_compile.kernels.turning_gates",
+)
 
 #: Columns of tensor memory of one multiprocessor; a kernel that wants more compiles to a trap.
 TENSOR_MEMORY: Final = 512

@@ -65,6 +65,7 @@ class Provider:
 
 
 PROVIDERS: tuple[Provider, ...] = (
+    Provider("triton", "grape_compile.kernels.attention", priority=20, devices=("cuda",)),
     Provider("flash_cpu", "grape_compile.operators.flash_cpu", priority=10, devices=("cpu",)),
     Provider("scanned", "grape_compile.operators.scanned", priority=5),
     Provider("chunked", "grape_compile.operators.chunked", priority=0),
@@ -72,6 +73,7 @@ PROVIDERS: tuple[Provider, ...] = (
 
 
 TURN_PROVIDERS: tuple[Provider, ...] = (
+    Provider("triton", "grape_compile.kernels.attention", priority=20, devices=("cuda",)),
     Provider("triton", "grape_compile.kernels.turning", priority=10, devices=("cuda",)),
     Provider("torch", "grape_compile.operators.plain_turn", priority=0),
 )
@@ -97,16 +99,39 @@ def computes_angles(device: torch.device) -> bool:
 
 def turn_lowering(call: TurnCall) -> str:
     """Return what turns the tensors of a call; where a kernel of their device does not, also why."""
-    chosen = choose_turn(call)
-    kernels = [
-        row for row in TURN_PROVIDERS if call.device.type in row.devices and row.priority >= chosen.priority
-    ]
+    return _lowering(
+        "grape::rotate",
+        call.device,
+        TURN_PROVIDERS,
+        choose_turn(call),
+        lambda row: row.turn_kernel().supports(call),
+    )
+
+
+def attend_lowering(call: AttendCall) -> str:
+    """Return what computes a call; where a kernel of its device does not, also why. On a CPU all is torch's own."""
+    device = call.query.device
+    if device.type == "cpu":
+        return "grape::attend"
+    return _lowering(
+        "grape::attend", device, PROVIDERS, choose(call), lambda row: row.kernel().supports(call)
+    )
+
+
+def _lowering(
+    operator: str,
+    device: torch.device,
+    providers: Sequence[Provider],
+    chosen: Provider,
+    supports: Callable[[Provider], Literal[True] | str],
+) -> str:
+    kernels = [row for row in providers if device.type in row.devices and row.priority >= chosen.priority]
     if not kernels:
-        return "grape::rotate"
+        return operator
     if chosen in kernels:
-        return f"grape::rotate by {chosen.name}"
-    reasons = "; ".join(f"{row.name}: {row.turn_kernel().supports(call)}" for row in kernels)
-    return f"grape::rotate by {chosen.name} ({reasons})"
+        return f"{operator} by {chosen.name}"
+    reasons = "; ".join(f"{row.name}: {supports(row)}" for row in kernels)
+    return f"{operator} by {chosen.name} ({reasons})"
 
 
 def _first(

@@ -15,7 +15,19 @@ pytest.importorskip("triton")
 
 from kernel_cases import DEVICE
 
-from grape_compile.encoding import Accumulated, Half, Learned, Pairs, Positions, Rotation, alibi, rope
+from grape_compile.encoding import (
+    Accumulated,
+    Compose,
+    Half,
+    Learned,
+    Pairs,
+    Positions,
+    Rotation,
+    alibi,
+    fox,
+    grape_ap,
+    rope,
+)
 from grape_compile.errors import GrapeError
 from grape_compile.kernels import configuration as configurations
 from grape_compile.kernels.ahead import Usage
@@ -68,9 +80,19 @@ def test_spaces_fit_the_shape() -> None:
     assert max(each["group"] for each in narrow.space) == 2
 
 
+def test_biases_tune_the_kernels_of_attention() -> None:
+    cases = all_cases([LAYER, Shape(8, 3000, 32, 8, 128)], [alibi(32), Compose((rope(128), fox()))])
+    assert [case.name for case in cases if case.name.startswith("attention")] == [
+        f"attention {kernel} {kind} bfloat16 128 128 x4 4096 causal"
+        for kind in ("steps", "clock")
+        for kernel in ("forward", "by_query", "by_key")
+    ]
+    assert all(case.default(90) in case.space for case in cases if case.name.startswith("attention"))
+
+
 def test_each_case_is_tuned_once_and_unknown_encodings_not_at_all() -> None:
     assert len(all_cases([LAYER, LAYER, Shape(8, 8192, 32, 8, 128)])) == 2
-    assert all_cases([LAYER], [alibi(32)]) == []
+    assert all_cases([LAYER], [grape_ap(32, 8)]) == []
     encodings = [rope(128), Rotation(Half(128), Learned("theta"), Accumulated("rates", True))]
     assert {case.name.split()[2] for case in all_cases([LAYER], encodings)} == {
         "angles=steps",

@@ -1,0 +1,290 @@
+"""A provider of `grape::attend` for GPUs: attention with additive biases, forward and backward, in Triton.
+
+No bias matrix is in memory, and no two programs add to one number: the same call has the same result every time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor
+
+from grape_compile.kernels.attention_configurations import Configuration, Kernel, configuration
+from grape_compile.kernels.attention_reach import Reach, prunes
+from grape_compile.kernels.attention_terms import NONE, Terms, unfit
+from grape_compile.kernels.launch import Launch, missing_triton
+from grape_compile.operators import chunked
+from grape_compile.operators.call import AttendCall, Gradients
+
+#: Coordinates of the largest head: its tiles of queries, keys and values fit into shared memory.
+MAX_HEAD: Final = 256
+
+
+def supports(call: AttendCall) -> Literal[True] | str:
+    """Calls in 16 or 32 bits whose biases are two terms."""
+    if absent := missing_triton():
+        return absent
+    if call.query.dtype == torch.float64:
+        return "float64 has no matrix instruction here"
+    if call.wants_mask_gradient:
+        return "the gradient of a mask needs every logit's gradient"
+    sizes = call.query.shape[3], call.value.shape[3]
+    if max(sizes) > MAX_HEAD:
+        return f"heads of {max(sizes)} coordinates, more than {MAX_HEAD}"
+    if 0 in call.query.shape or 0 in call.value.shape or 0 in call.key.shape:
+        return "needs at least one element"
+    if not call.scale > 0:
+        return f"a scale of {call.scale}, not positive"
+    return unfit(call) or True
+
+
+def forward(call: AttendCall) -> tuple[Tensor, Tensor]:
+    """Return the output [B, H, T_q, D_v] and logsumexp [B, H, T_q] of a call."""
+    output, logsumexp = chunked.empty_result(call)
+    forward_launch(call, output, logsumexp).run()
+    return output, logsumexp
+
+
+def backward(call: AttendCall, gradient: Tensor, output: Tensor, logsumexp: Tensor) -> Gradients:
+    """Return the gradients of a call for a cotangent of its output, from its output and logsumexp."""
+    faint = _faint(call, logsumexp)
+    if faint is not None:
+        logsumexp = logsumexp.masked_fill(faint, -torch.inf)
+    found = Found(call, gradient, output, logsumexp)
+    found.by_query_launch().run()
+    found.by_key_launch().run()
+    gradients = found.gradients()
+    if faint is None:
+        return gradients
+    rest = chunked.backward(call, gradient.where(faint[..., None], 0.0), output, logsumexp)
+    return Gradients(
+        gradients.query + rest.query,
+        gradients.key + rest.key,
+        gradients.value + rest.value,
+        tuple(
+            tuple(ours + theirs for ours, theirs in zip(*pair, strict=True))
+            for pair in zip(gradients.biases, rest.biases, strict=True)
+        ),
+    )
+
+
+def _faint(call: AttendCall, logsumexp: Tensor) -> Tensor | None:
+    """Return which rows a mask of numbers has pushed down so far that their logsumexp holds no weights, or None."""
+    if call.mask is None or call.mask.dtype == torch.bool:
+        return None
+    faint = (logsumexp < chunked.FAINT) & (logsumexp > -torch.inf)
+    return faint if bool(faint.any()) else None
+
+
+class Operands:
+    """The arguments that the three kernels share."""
+
+    def __init__(self, call: AttendCall) -> None:
+        self.call = call
+        self.query, self.key, self.value = map(_in_line, (call.query, call.key, call.value))
+        self.terms = Terms(call)
+        # Kernels are handed some tensor where they read none.
+        self.nothing = self.query
+
+    def arguments(self, tiles: Configuration) -> dict[str, Any]:
+        """Return operands, sizes and constants for tiles of a size."""
+        call, terms = self.call, self.terms
+        columns = terms.columns(tiles.key_block)
+        other = terms.term
+        return {
+            "QUERY": self.query,
+            "KEY": self.key,
+            "VALUE": self.value,
+            "SLOPES": terms.slopes if call.biases else self.nothing,
+            "COLUMNS": self.nothing if columns is None else columns,
+            "GATES": self.nothing if terms.gates is None else terms.gates,
+            **self._mask(),
+            **_strides("query", self.query),
+            **_strides("key", self.key),
+            **_strides("value", self.value),
+            **_broadcast("columns", columns, ("batch", "head", "row")),
+            **_broadcast("gates", terms.gates, ("batch", "head")),
+            "queries": call.query.shape[2],
+            "keys": call.key.shape[2],
+            "window": call.window or 0,
+            "scale": call.scale,
+            "GROUPS": call.groups,
+            "HEAD": call.query.shape[3],
+            "HEAD_BLOCK": _block(call.query.shape[3]),
+            "VALUES": call.value.shape[3],
+            "VALUE_BLOCK": _block(call.value.shape[3]),
+            "QUERY_BLOCK": tiles.query_block,
+            "KEY_BLOCK": tiles.key_block,
+            "CAUSAL": call.is_causal,
+            "WINDOW": call.window is not None,
+            "LEVEL": NONE if terms.level is None else terms.level.kind,
+            "TERM": NONE if other is None else other.kind,
+            "ABSOLUTE": other is not None and other.is_absolute,
+            "GATE_QUERY": other is not None and other.gate_query is not None,
+            "GATE_KEY": other is not None and other.gate_key is not None,
+            "PRUNED": prunes(call),
+            "PRECISION": "tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee",
+        }
+
+    def first(self, tiles: Configuration) -> Tensor:
+        """Return the first tile of keys for each tile of queries."""
+        return self._reach(tiles).first() if prunes(self.call) else self.nothing
+
+    def last(self, tiles: Configuration) -> Tensor:
+        """Return the number behind the last tile of queries for each tile of keys."""
+        return self._reach(tiles).last() if prunes(self.call) else self.nothing
+
+    def _reach(self, tiles: Configuration) -> Reach:
+        return Reach(self.call, self.terms, tiles.query_block, tiles.key_block)
+
+    def _mask(self) -> dict[str, Any]:
+        mask = self.call.mask
+        if mask is None:
+            return {"MASK": self.nothing, "MASKED": NONE, **_broadcast("mask", None, MASK_AXES)}
+        kind = BYTES if mask.dtype == torch.bool else NUMBERS
+        numbers = mask.view(torch.uint8) if kind == BYTES else mask
+        return {"MASK": numbers, "MASKED": kind, **_broadcast("mask", numbers, MASK_AXES)}
+
+
+BYTES: Final = 1
+NUMBERS: Final = 2
+MASK_AXES: Final = ("batch", "head", "query", "key")
+
+
+def forward_launch(
+    call: AttendCall, output: Tensor, logsumexp: Tensor, tiles: Configuration | None = None
+) -> Launch:
+    """Return the launch of the forward kernel."""
+    from grape_compile.kernels.bodies.attention_forward import attention_forward
+
+    operands, tiles = Operands(call), tiles or configuration("forward", call)
+    batch, heads, queries, _ = call.query.shape
+    arguments = {
+        **operands.arguments(tiles),
+        **{"OUTPUT": output, "LOGSUMEXP": logsumexp, "FIRST": operands.first(tiles), "heads": heads},
+        **_strides("output", output),
+    }
+    grid = (-(-queries // tiles.query_block) * batch * heads,)
+    return Launch(attention_forward, grid, arguments, tiles.options)
+
+
+class Found:
+    """The backward pass of one call: what its kernels write, and what is made of it."""
+
+    def __init__(
+        self,
+        call: AttendCall,
+        gradient: Tensor,
+        output: Tensor,
+        logsumexp: Tensor,
+        tiles: Mapping[Kernel, Configuration] | None = None,
+    ) -> None:
+        self.call, self.operands = call, Operands(call)
+        self.gradient, self.output, self.logsumexp = _in_line(gradient), _in_line(output), logsumexp
+        batch, heads, queries, _ = call.query.shape
+        terms, wanted = self.operands.terms, call.wants_bias_gradients
+        self.rows = (terms.wants_apart, terms.wants_query, terms.wants_clock) if wanted else (False,) * 3
+        self.columns = (terms.wants_level, terms.wants_key, terms.wants_clock) if wanted else (False,) * 3
+        given = tiles or {}
+        self.by_query = given.get("by_query") or configuration("by_query", call)
+        self.by_key = given.get("by_key") or configuration("by_key", call)
+        self.levels = _levels(logsumexp, self.by_query.query_block, self.by_key.query_block)
+        self.query, self.key, self.value = map(
+            torch.empty_like, (self.operands.query, self.operands.key, self.operands.value)
+        )
+        self.by_row = logsumexp.new_empty((batch, heads, 3, queries) if any(self.rows) else (0,))
+        self.by_column = logsumexp.new_empty(
+            (batch, heads, 3, call.key.shape[2]) if any(self.columns) else (0,)
+        )
+
+    def by_query_launch(self) -> Launch:
+        """Return the launch for the gradients of queries; it comes first."""
+        from grape_compile.kernels.bodies.attention_by_query import attention_by_query
+
+        tiles = self.by_query
+        batch, heads, queries, _ = self.call.query.shape
+        arguments = {
+            **self.operands.arguments(tiles),
+            **{"OUTPUT": self.output, "GRADIENT": self.gradient, "LOGSUMEXP": self.logsumexp},
+            **{
+                "LEVELS": self.levels,
+                "levels_row": self.levels.shape[3],
+                "BY_QUERY": self.query,
+                "ROWS": self.by_row,
+            },
+            "LEVEL_BLOCK": self.by_key.query_block,
+            **{"FIRST": self.operands.first(tiles), "heads": heads},
+            **_strides("output", self.output),
+            **_strides("gradient", self.gradient),
+            **_strides("by_query", self.query),
+            "WANTS_DELTA": any(self.columns),
+            **dict(zip(("WANTS_APART", "WANTS_SPREAD", "WANTS_CLOCK"), self.rows, strict=True)),
+        }
+        grid = (-(-queries // tiles.query_block) * batch * heads,)
+        return Launch(attention_by_query, grid, arguments, tiles.options)
+
+    def by_key_launch(self) -> Launch:
+        """Return the launch for the gradients of keys and values."""
+        from grape_compile.kernels.bodies.attention_by_key import attention_by_key
+
+        tiles = self.by_key
+        batch, heads, keys, _ = self.call.key.shape
+        arguments = {
+            **self.operands.arguments(tiles),
+            **{"GRADIENT": self.gradient, "LEVELS": self.levels, "levels_row": self.levels.shape[3]},
+            **{"BY_KEY": self.key, "BY_VALUE": self.value, "SUMS": self.by_column},
+            **{"LAST": self.operands.last(tiles), "key_heads": heads},
+            **_strides("gradient", self.gradient),
+            **_strides("by_key", self.key),
+            **_strides("by_value", self.value),
+            **dict(zip(("WANTS_SUM", "WANTS_SPREAD", "WANTS_CLOCK"), self.columns, strict=True)),
+        }
+        grid = (-(-keys // tiles.key_block) * batch * heads,)
+        return Launch(attention_by_key, grid, arguments, tiles.options)
+
+    def gradients(self) -> Gradients:
+        """Return what the kernels found."""
+        rows = [self.by_row[:, :, at] if wanted else None for at, wanted in enumerate(self.rows)]
+        columns = [self.by_column[:, :, at] if wanted else None for at, wanted in enumerate(self.columns)]
+        biases = self.operands.terms.gradients(rows, columns) if self.call.wants_bias_gradients else ()
+        return Gradients(self.query, self.key, self.value, biases)
+
+
+def _levels(logsumexp: Tensor, written: int, read: int) -> Tensor:
+    """Allocate what is kept of each query, [4, B, H, padded], written in tiles of one size, read in those of another.
+
+    What is read and not written stands for queries that are not there: their weights exp(logit - inf) are zero.
+    """
+    batch, heads, queries = logsumexp.shape
+    ends = [-(-queries // block) * block for block in (written, read)]
+    levels = logsumexp.new_empty((4, batch, heads, max(ends)))
+    if ends[0] < ends[1]:
+        levels[:2, ..., ends[0] :] = torch.inf
+        levels[2:, ..., ends[0] :] = 0.0
+    return levels
+
+
+def _in_line(tensor: Tensor) -> Tensor:
+    """Return a tensor whose last axis is contiguous."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _block(size: int) -> int:
+    """Return the power of two that holds an axis of a matrix product."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def _strides(name: str, tensor: Tensor) -> dict[str, int]:
+    return {f"{name}_{axis}": tensor.stride(at) for at, axis in enumerate(("batch", "head", "token"))}
+
+
+def _broadcast(name: str, tensor: Tensor | None, axes: tuple[str, ...]) -> dict[str, int]:
+    """Return the strides of some axes, zero where one entry stands for all."""
+    if tensor is None:
+        return {f"{name}_{axis}": 0 for axis in axes}
+    return {
+        f"{name}_{axis}": tensor.stride(at) if tensor.shape[at] > 1 or axis == "row" else 0
+        for at, axis in enumerate(axes)
+    }

@@ -1,0 +1,46 @@
+"""What the attention kernels are held to on GPUs that need not be there: D = 64 and 128 in bfloat16, causal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Final
+
+import torch
+
+from grape_compile.encoding import Bias, Encoding, Learned, Steps, alibi, fox, gated_alibi, nope
+from grape_compile.kernels.attention_configurations import KERNELS, Kernel, configuration
+from grape_compile.kernels.attention_space import call_of, launch_of
+from grape_compile.kernels.gates import KernelGate
+from grape_compile.kernels.launch import Launch
+from grape_compile.kernels.tunable import Shape
+
+_SHAPE: Final = Shape(4, 4096, 32, 8, 128)
+
+ENCODINGS: Final[dict[str, Encoding]] = {
+    "none": nope(),
+    "alibi": alibi(_SHAPE.heads),
+    "slopes": Bias(Learned("slopes"), Steps()),
+    "fox": fox(),
+    "gated": gated_alibi(_SHAPE.heads),
+}
+
+
+def _launch(kernel: Kernel, name: str, head_dim: int) -> Callable[[int], Launch]:
+    def build(capability: int) -> Launch:
+        call = call_of(replace(_SHAPE, head_dim=head_dim), ENCODINGS[name], torch.device("meta"))
+        tiles = {each: configuration(each, call, capability) for each in KERNELS}
+        return launch_of(kernel, call, tiles)
+
+    return build
+
+
+GATES: Final = tuple(
+    KernelGate(f"attention_{kernel}_{name}_{head_dim}", _launch(kernel, name, head_dim), matrix=True)
+    for kernel in KERNELS
+    for name, head_dim in (
+        *((name, 128) for name in ENCODINGS if name != "slopes" or kernel == "by_query"),
+        ("none", 64),
+        ("gated", 64),
+    )
+)

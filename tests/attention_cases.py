@@ -1,0 +1,166 @@
+"""What the tests of attention kernels share: calls of every kind, and how they are compared with the definition."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from kernel_cases import DEVICE
+from operator_errors import leaves
+from torch import Tensor
+
+from grape_compile.encoding import (
+    Absolute,
+    Accumulated,
+    Bias,
+    Compose,
+    Encoding,
+    Gate,
+    Learned,
+    Positions,
+    Steps,
+    Uniform,
+    alibi,
+    fox,
+    gated_alibi,
+    nope,
+    rope,
+)
+from grape_compile.operators import attend, providers, reference_attend
+from grape_compile.operators.providers import Provider
+from grape_compile.operators.samples import tensor, unit_roundoff
+
+HEADS, HEAD = 2, 8
+SLOPES = Bias(Learned("slopes"), Steps())
+PHASE = Bias(Learned("slopes"), Accumulated("rates", False))
+GATED = Bias(Learned("slopes"), Steps(), gate=Gate("gate_query", "gate_key"))
+ABSOLUTE = Bias(Learned("slopes"), Positions("times"), distance=Absolute())
+CLOCKED = Bias(Learned("slopes"), Positions("times"), gate=Gate("gate_query", "gate_key"))
+EVERYTHING = Compose(
+    (
+        rope(HEAD),
+        alibi(HEADS),
+        fox(),
+        Bias(Learned("slopes"), Positions("times"), gate=Gate(key="gate_key"), distance=Absolute()),
+    )
+)
+
+
+@contextmanager
+def kernels_only() -> Iterator[None]:
+    """Leave the kernels alone to compute `grape::attend`, wherever they run."""
+    before = providers.PROVIDERS
+    providers.PROVIDERS = (Provider("triton", "grape_compile.kernels.attention", priority=20),)
+    try:
+        yield
+    finally:
+        providers.PROVIDERS = before
+
+
+@dataclass(frozen=True)
+class Case:
+    """Tiles of 16 by 16: by default two of queries over three of keys, the last of each ragged."""
+
+    encoding: Encoding
+    options: dict[str, Any] = field(default_factory=lambda: {"is_causal": True})
+    queries: int = 25
+    keys: int = 33
+    key_heads: int = 1
+    values: int = HEAD
+    head: int = HEAD
+    dtype: torch.dtype = torch.float32
+    mask: str = ""
+    batch: int = 1
+
+
+OPEN: dict[str, Any] = {}
+WINDOW = {"is_causal": True, "window": 12}
+CASES = {
+    "none": Case(nope()),
+    "none_open": Case(nope(), OPEN, values=20, dtype=torch.float16),
+    "none_band": Case(nope(), {"window": 12, "scale": 0.5}),
+    "no_keys_for_some": Case(alibi(HEADS), queries=33, keys=17),
+    "alibi": Case(alibi(HEADS), key_heads=2, batch=2, queries=17, keys=17),
+    "alibi_open": Case(alibi(HEADS), OPEN, dtype=torch.float16),
+    "slopes_window": Case(SLOPES, WINDOW),
+    "slopes_band": Case(SLOPES, {"window": 12}),
+    "fox": Case(fox(), head=20),
+    "phase": Case(PHASE, OPEN),
+    "gated": Case(GATED),
+    "gated_window": Case(gated_alibi(HEADS, query=None), WINDOW),
+    "gated_clock": Case(CLOCKED),
+    "absolute": Case(ABSOLUTE, OPEN),
+    "everything": Case(EVERYTHING, key_heads=2),
+    "summed": Case(
+        Compose((Bias(Uniform(0.25), Positions("times")), Bias(Uniform(0.5), Accumulated("rates", True)))),
+        {"is_causal": True},
+    ),
+    "mask_of_keys": Case(SLOPES, mask="keys", batch=2, queries=17, keys=17),
+    "mask_of_numbers": Case(fox(), OPEN, mask="numbers", queries=17, keys=17),
+    "lowest_numbers": Case(gated_alibi(HEADS, key=None), mask="lowest", queries=17, keys=17),
+}
+
+
+def slots_of(case: Case, seed: int = 0) -> dict[str, Tensor]:
+    """Slots of every kind, in float32: slopes and gates above zero, log f below."""
+    shapes = {
+        "slopes": (HEADS,),
+        "gate_query": (case.batch, HEADS, case.queries),
+        "gate_key": (1, HEADS, case.keys),
+        "rates": (case.batch, case.keys),
+        "times": (case.keys,),
+        "log_forget": (case.batch, HEADS, case.keys),
+    }
+    found = {name: tensor(*shapes[name], seed=seed + 20).abs() for name in case.encoding.slots}
+    found |= {name: -slot for name, slot in found.items() if name == "log_forget"}
+    return {name: slot.float().to(DEVICE) for name, slot in found.items()}
+
+
+def mask_of(case: Case) -> Tensor | None:
+    if not case.mask:
+        return None
+    hidden = torch.zeros(case.batch, 1, 1, case.keys, dtype=torch.bool)
+    hidden[-1, ..., :5] = True
+    if case.mask == "keys":
+        return (~hidden).to(DEVICE)
+    if case.mask == "numbers":
+        return tensor(1, HEADS, case.queries, case.keys, seed=30, dtype=torch.float32).to(DEVICE)
+    # As models write padding: rows of the padding are the lowest number from end to end, and softmax is their mean.
+    lowest = torch.zeros(case.batch, 1, case.queries, case.keys)
+    lowest.masked_fill_(hidden | torch.ones(case.queries, case.keys, dtype=torch.bool).triu(1), -math.inf)
+    return lowest.clamp_(min=torch.finfo(torch.float32).min).to(DEVICE)
+
+
+def compare(case: Case) -> None:
+    """Values, and gradients for a random cotangent of queries, keys, values and every floating slot."""
+    shapes = [
+        (case.batch, HEADS, case.queries, case.head),
+        (case.batch, case.key_heads, case.keys, case.head),
+        (case.batch, case.key_heads, case.keys, case.values),
+    ]
+    heads = [tensor(*shape, seed=seed, dtype=case.dtype).to(DEVICE) for seed, shape in enumerate(shapes)]
+    slots, mask = slots_of(case), mask_of(case)
+    results: list[list[Tensor]] = []
+    cotangent = tensor(case.batch, HEADS, case.queries, case.values, seed=9, dtype=case.dtype).to(DEVICE)
+    functions: tuple[tuple[Callable[..., Tensor], bool], ...] = ((attend, False), (reference_attend, True))
+    for function, wide in functions:
+        parts = leaves(*(part.double() if wide else part for part in heads))
+        filled = dict(
+            zip(slots, leaves(*(slot.double() if wide else slot for slot in slots.values())), strict=True)
+        )
+        with kernels_only():
+            output = function(*parts, case.encoding, filled, mask=mask, **case.options)
+            assert output.dtype == parts[0].dtype
+            found = torch.autograd.grad(output, [*parts, *filled.values()], cotangent.to(output.dtype))
+        results.append([output, *found])
+    # A number is a sum of at most T + D products, off by as many roundings; weights, their gradients and results are
+    # rounded to the dtype once each, and a gradient is a difference of two such numbers.
+    bound = 8 * (case.keys + case.head) * unit_roundoff(torch.float32) + 8 * unit_roundoff(case.dtype)
+    for ours, wanted in zip(*results, strict=True):
+        assert ours.shape == wanted.shape
+        error = float(((ours.double() - wanted).norm() / (wanted.norm() + 1e-30)).detach())
+        assert error <= bound, (case, error, bound)

@@ -1,0 +1,108 @@
+"""Tiles that attention kernels leave out: never one that counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_cases import ABSOLUTE, GATED, HEAD, HEADS, SLOPES, kernels_only
+from kernel_cases import DEVICE
+from operator_errors import leaves
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from grape_compile.encoding import Bias, Encoding, Learned, Positions, fox
+from grape_compile.kernels.attention_reach import Reach
+from grape_compile.kernels.attention_terms import Terms
+from grape_compile.operators import attend, reference_attend
+from grape_compile.operators.attention import attend_call
+from grape_compile.operators.samples import tensor, unit_roundoff
+
+LENGTH = 81
+#: Heads of which the first forgets within a few tiles of 16 keys, and the last does not.
+FORGETTING: dict[str, tuple[Encoding, dict[str, Tensor]]] = {
+    "slopes": (SLOPES, {"slopes": torch.tensor([8.0, 0.01])}),
+    "fox": (fox(), {"log_forget": -torch.tensor([8.0, 0.0])[:, None] * torch.ones(1, HEADS, LENGTH)}),
+    "gated": (
+        GATED,
+        {
+            "slopes": torch.tensor([6.0, -6.0]),
+            "gate_query": 1 + torch.rand(1, HEADS, LENGTH),
+            "gate_key": torch.rand(1, HEADS, LENGTH),
+        },
+    ),
+    "absolute": (ABSOLUTE, {"slopes": torch.tensor([8.0, -8.0]), "times": torch.arange(float(LENGTH))}),
+    "backwards": (
+        Bias(Learned("slopes"), Positions("times")),
+        {"slopes": torch.tensor([8.0, -8.0]), "times": torch.arange(float(LENGTH))},
+    ),
+}
+
+
+def reach_of(name: str, seed: int = 0, size: float = 1.0) -> tuple[tuple[Tensor, Tensor, Tensor], Reach]:
+    encoding, slots = FORGETTING[name]
+    query, key, value = (
+        size * tensor(1, HEADS, LENGTH, HEAD, seed=seed + each, dtype=torch.float32) for each in range(3)
+    )
+    operands = [slots[slot] for slot in encoding.slots]
+    call = attend_call(query, key, value, operands, str(encoding), None, True, None, None)
+    return (query, key, value), Reach(call, Terms(call), 16, 16)
+
+
+@pytest.mark.parametrize("size", [1.0, 0.0], ids=["normal", "zero"])
+@pytest.mark.parametrize("name", FORGETTING)
+def test_keys_left_out_weigh_less_than_a_rounding(name: str, size: float) -> None:
+    """Some are left out of the first head, none where nothing is forgotten; by the weights of the definition.
+
+    Heads of zeros leave the bound no room: a logit is its bias.
+    """
+    encoding, slots = FORGETTING[name]
+    for seed in range(0, 30, 3):
+        (query, key, _), reach = reach_of(name, seed, size)
+        value = torch.eye(LENGTH, dtype=torch.float64).expand(1, HEADS, LENGTH, LENGTH)
+        wide = {slot: numbers.double() for slot, numbers in slots.items()}
+        weights = reference_attend(query.double(), key.double(), value, encoding, wide, is_causal=True)
+        first, last = (
+            found.repeat_interleave(16, -1)[..., :LENGTH] for found in (reach.first(), reach.last())
+        )
+        tiles = torch.arange(LENGTH) // 16
+        before = tiles[None, None, None, :] < first[..., :, None]
+        behind = tiles[None, None, :, None] >= last[..., None, :]
+        for left_out in (before, behind):
+            assert float((weights * left_out).sum(-1).max()) < 2.0**-26
+            assert bool(left_out[0, 0].tril().any())
+            assert not bool(left_out[0, 1].tril().any())
+
+
+def test_an_output_without_the_tiles_left_out_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit by bit; gradients to a rounding of their largest."""
+    encoding, slots = FORGETTING["slopes"]
+    heads, _ = reach_of("slopes")
+    results = []
+    for shortest in (0, 10**9):
+        monkeypatch.setattr("grape_compile.kernels.attention_reach.SHORTEST", shortest)
+        query, key, value = leaves(*(head.to(DEVICE) for head in heads))
+        with kernels_only():
+            output = attend(
+                query, key, value, encoding, {"slopes": slots["slopes"].to(DEVICE)}, is_causal=True
+            )
+        found = torch.autograd.grad(output.square().sum(), (query, key, value))
+        results.append([output.detach(), *found])
+    assert torch.equal(results[0][0], results[1][0])
+    for pruned, whole in zip(*results, strict=True):
+        bound = 4 * unit_roundoff(torch.float32) * float(whole.abs().max())
+        torch.testing.assert_close(pruned, whole, rtol=0.0, atol=bound)
+
+
+def test_tiles_are_looked_at_in_larger_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer tiles are left out, none that would not be otherwise."""
+    query, key, value = (tensor(1, HEADS, 100, HEAD, seed=seed, dtype=torch.float32) for seed in range(3))
+    call = attend_call(query, key, value, [torch.tensor([6.0, 3.0])], str(SLOPES), None, True, None, None)
+    fine = Reach(call, Terms(call), 4, 8)
+    monkeypatch.setattr("grape_compile.kernels.attention_reach.MOST", 5)
+    coarse = Reach(call, Terms(call), 4, 8)
+    assert fine.first().shape == coarse.first().shape == (1, HEADS, 25)
+    assert fine.last().shape == coarse.last().shape == (1, HEADS, 13)
+    assert bool((coarse.first() <= fine.first()).all())
+    assert bool((coarse.last() >= fine.last()).all())
+    assert bool(coarse.first().any())
