@@ -11,6 +11,7 @@ from torch import Tensor
 from grape_compile.encoding import (
     Accumulated,
     Axes,
+    ByParts,
     Geometric,
     Half,
     Interleaved,
@@ -21,7 +22,9 @@ from grape_compile.encoding import (
     Ntk,
     Pairs,
     Partial,
+    PerPlane,
     Positions,
+    Proportional,
     Rank2,
     Rotation,
     Scaled,
@@ -94,6 +97,14 @@ ROTATIONS: Final = (
         "llama3",
         Rotation(Half(HEAD_DIM), Scaled(Llama3(8.0, 1.0, 4.0, 64), _ROPE), Positions("positions")),
         (_PER_TOKEN,),
+    ),
+    *(
+        Sample(name, Rotation(Half(HEAD_DIM), Scaled(rule, _ROPE), Positions("positions")), (_PER_TOKEN,))
+        for name, rule in (
+            ("by_parts", ByParts(4.0, 0.5, 2.0)),
+            ("per_plane", PerPlane((1.0, 1.5, 2.5, 8.0))),
+            ("proportional", Proportional(2)),
+        )
     ),
     Sample(
         "learned",

@@ -169,6 +169,10 @@ def terms(value: object) -> set[str]:
     return {type(value).__name__}.union(*(terms(getattr(value, field.name)) for field in fields(value)))
 
 
+SETTLED_BY_A_LENGTH = {"DynamicNtk", "Longrope"}
+"""They reach no operator: `at(length)` gives one of the other rules, and without a length they are refused."""
+
+
 @pytest.mark.parametrize(
     "base", [Encoding, Clock, Planes, Spectrum, Rule, Slopes, Distance, Gate, Link], ids=names
 )
@@ -176,4 +180,4 @@ def test_every_part_of_the_algebra_has_a_sample(base: type[Term]) -> None:
     """A new value of the algebra needs its row of samples."""
     samples = (*ROTATIONS, *GENERATORS, *BIASES, *PATHS, *COMPOSITIONS)
     seen = set().union(*(terms(sample.encoding) for sample in samples))
-    assert kinds(base) <= seen
+    assert kinds(base) - SETTLED_BY_A_LENGTH <= seen
