@@ -58,7 +58,12 @@ def unit(rows: Tensor, *factors: Factor, source: tuple[fx.Node, Index] | None = 
 
 
 def broadcast(index: Index, shape: Sequence[int]) -> Index:
-    """Index of the operand element that broadcasting pairs with each result element."""
+    """Index of the operand element that broadcasting pairs with each result element.
+
+    Raises Unreadable for an operand of more axes than are indexed.
+    """
+    if len(shape) > len(index):
+        raise Unreadable(f"a value of {len(shape)} axes beside {len(index)}")
     tail = index[len(index) - len(shape) :]
     return tuple(
         axis if size != 1 else torch.zeros_like(axis) for axis, size in zip(tail, shape, strict=True)
