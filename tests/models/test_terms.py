@@ -14,6 +14,6 @@ def test_axes_of_one_entry_are_read_at_their_only_place() -> None:
 
 
 def test_a_value_of_more_axes_than_the_result_is_unreadable() -> None:
-    """LightGlue adds a mask of five axes to scores of four."""
+    """What is added to scores may have more axes than the scores that were found."""
     with pytest.raises(Unreadable, match="5 axes beside 4"):
         broadcast((torch.arange(3),) * 4, (1, 1, 2, 3, 3))
