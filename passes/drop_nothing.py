@@ -1,8 +1,8 @@
 """Take out operators that do nothing: what they hand on is, element by element, what they were given.
 
 What: movement that ends where it began (an axis added and dropped, axes exchanged twice, a flip or a roll undone, one
-    of several equal parts joined), products with one, sums with zero, a sign turned twice, casts to the own type. Those
-    who read the result read the operand instead.
+    of several equal parts joined), products with one, sums with zero, a sign turned twice, casts to the own type, a
+    dropout that is off. Those who read the result read the operand instead.
 Why: detection reads layers by their form around the softmax; a detour would hide it.
 Leaves alone: results of the graph; what stands for an input, and its operands outside of the graph; copies where the
     graph writes into values; what stands under `no_grad` and reads from outside of it, since it stops the gradient.
@@ -87,6 +87,8 @@ def _unchanged(node: fx.Node) -> fx.Node | None:
     operands = [arg for arg in args[:2] if isinstance(arg, fx.Node)]
     if not operands or not _same(node, operands[0]) or (node.kwargs and name not in _CASTS):
         return None
+    if name == "aten::dropout":
+        return operands[0]
     number = next((arg for arg in args[:2] if isinstance(arg, int | float)), None)
     if name in _CASTS:
         return operands[0] if fake(node) is not None and _same_device(node, operands[0]) else None

@@ -8,6 +8,7 @@ import torch
 from attention_layers import HEAD_DIM, RotaryAttention, Turn
 from rotation_spellings import HALF, HALVES, NEIGHBOURS, Spelling, wide
 from torch import Tensor
+from torch.nn.functional import dropout
 
 
 def matrix_products(x: Tensor, angle: Tensor) -> Tensor:
@@ -49,6 +50,13 @@ def tiled_and_picked(x: Tensor, angle: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
+def dropped_out_tables(x: Tensor, angle: Tensor) -> Tensor:
+    """As LASR has it: off, the dropout of the tables hands on what it is given."""
+    cos, sin = (dropout(table, p=0.1, training=False) for table in wide(angle))
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
 def _row(turn: Turn, planes: str) -> Spelling:
     return Spelling(turn.__name__, lambda: RotaryAttention(turn), planes)
 
@@ -58,6 +66,7 @@ DETOUR_SPELLINGS = (
     _row(matrix_contraction, NEIGHBOURS),
     _row(pairs_on_their_own_axis, NEIGHBOURS),
     _row(taken_from_zero, HALVES),
+    _row(dropped_out_tables, HALVES),
     _row(there_and_back, HALVES),
     _row(tiled_and_picked, HALVES),
 )
