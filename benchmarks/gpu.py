@@ -6,10 +6,7 @@ Each case yields rows of JSON; every row has its baselines, timed in the same pr
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,37 +14,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.cases import keep
 from benchmarks.gpu_attention import attention
 from benchmarks.gpu_rotation import rotation
 from benchmarks.gpu_timing import gpu
 
 CASES: dict[str, Callable[[bool], Iterator[dict[str, Any]]]] = {"attention": attention, "rotation": rotation}
-
-
-def run(name: str, folder: Path, *, quick: bool) -> bool:
-    """Run one case, print its rows as they come, keep them in `folder/gpu_name.json`; whether all promises hold."""
-    rows = []
-    for row in CASES[name](quick):
-        rows.append(row)
-        verdict = {None: "", True: "  holds", False: "  DOES NOT HOLD"}[row["holds"]]
-        print(f"{name}: {row['name']}: {row['told']}{verdict}", flush=True)
-        document = {
-            "case": name,
-            "gpu": gpu(),
-            "date": time.strftime("%Y-%m-%d"),
-            "quick": quick,
-            "rows": rows,
-        }
-        _write(folder / f"gpu_{name}.json", json.dumps(document, indent=1) + "\n")
-    return all(row["holds"] is not False for row in rows)
-
-
-def _write(path: Path, text: str) -> None:
-    """All of the file or nothing, after every row: a run that is stopped leaves what it has."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def main() -> None:
@@ -64,7 +36,11 @@ def main() -> None:
         raise SystemExit(2)
     warnings.filterwarnings("ignore")
     print(", ".join(f"{key} {value}" for key, value in gpu().items()))
-    kept = [run(name, arguments.out, quick=arguments.quick) for name in arguments.cases]
+    about = {"gpu": gpu(), "quick": arguments.quick}
+    kept = [
+        keep(name, CASES[name](arguments.quick), arguments.out / f"gpu_{name}.json", about)
+        for name in arguments.cases
+    ]
     raise SystemExit(0 if all(kept) else 1)
 
 

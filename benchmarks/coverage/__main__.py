@@ -9,11 +9,12 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from benchmarks.cases import write
 from benchmarks.coverage.architectures import Architecture, architectures
 from benchmarks.coverage.doors import DOORS, SAMPLED
 from benchmarks.coverage.page import line_of, page
 from benchmarks.coverage.processes import ALWAYS, Record, Task, run_all, warm_up
-from benchmarks.coverage.records import append, load, write
+from benchmarks.coverage.records import append, load
 from benchmarks.measuring import machine
 
 RESULTS = Path("benchmarks/results")
