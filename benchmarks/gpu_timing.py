@@ -10,6 +10,8 @@ from typing import Any, Final
 
 import torch
 
+from grape_compile.tuning.timing import replays
+
 #: Runs in one graph, and graphs that are timed.
 RUNS: Final = 10
 REPETITIONS: Final = 15
@@ -50,19 +52,7 @@ def timed(run: Callable[[], object]) -> Timed:
         run()
         stream.synchronize()
         peak = torch.cuda.max_memory_allocated() - before
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for _ in range(RUNS):
-            run()
-    times: list[float] = []
-    for _ in range(REPETITIONS):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(1000.0 * start.elapsed_time(stop) / RUNS)
-    times.sort()
+    times = sorted(replays(run, RUNS, REPETITIONS))
     quarter = len(times) // 4
     return Timed(median(times), (times[quarter], times[-1 - quarter]), peak)
 

@@ -19,6 +19,8 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
+from benchmarks.coverage.architectures import draw_parameters as draw_parameters
+
 VOCABULARY = 128
 LAYERS = 2
 HEADS = 4
@@ -83,26 +85,6 @@ class Architecture:
         if self.input_kind == "encoder-decoder":
             return {"input_ids": ids, "decoder_input_ids": ids.flip(1), **self.forward}
         return {"input_ids": ids, **self.forward}
-
-
-def draw_parameters(model: nn.Module, seed: int) -> None:
-    """Draw all trainable parameters: matrices keep the variance of their input, vectors are disturbed.
-
-    Frozen ones are left alone (RoFormer keeps its table of sines and cosines in a parameter).
-    """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.requires_grad:
-                continue
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() < 2:
-                # Around one for a scale, around zero for a bias: whichever the configuration starts with.
-                parameter.copy_(parameter.round() + 0.1 * noise)
-            else:
-                experts = parameter.dim() == 3
-                fan_in = parameter.shape[-1] if experts else parameter[0].numel()
-                parameter.copy_(noise / fan_in**0.5)
 
 
 def output_of(result: Any) -> Tensor:
@@ -390,3 +372,14 @@ WITHOUT: tuple[Architecture, ...] = (
 
 ARCHITECTURES = ENCODED + WITHOUT
 BY_NAME = {row.name: row for row in ARCHITECTURES}
+
+
+class Logits(nn.Module):
+    """A model as a function of token ids to one tensor: what an exporter likes to be given."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return output_of(self.model(input_ids=ids, use_cache=False))

@@ -88,7 +88,8 @@ def _built(model_class: Any, config: Any) -> nn.Module:
 def draw_parameters(model: nn.Module, seed: int) -> None:
     """Draw all trainable parameters: matrices keep the variance of their input, vectors are disturbed.
 
-    With the usual standard deviation of 0.02 attention is flat and a wrong rotation hardly moves the output.
+    With the usual standard deviation of 0.02 attention is flat and a wrong rotation hardly moves the output. Frozen
+    ones are left alone (RoFormer keeps its table of sines and cosines in a parameter).
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -97,9 +98,11 @@ def draw_parameters(model: nn.Module, seed: int) -> None:
                 continue
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() < 2:
+                # Around one for a scale, around zero for a bias: whichever the configuration starts with.
                 parameter.copy_(parameter.round() + 0.1 * noise)
             else:
-                inputs = parameter.shape[-1] if parameter.dim() == 3 else parameter[0].numel()
+                experts = parameter.dim() == 3
+                inputs = parameter.shape[-1] if experts else parameter[0].numel()
                 parameter.copy_(noise / max(inputs, 1) ** 0.5)
 
 

@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from architectures import BY_NAME, Architecture, output_of
+from architectures import BY_NAME, Architecture, Logits, output_of
 from attention_layers import RotaryAttention, example, inverse_frequencies, sharpen
 from bias_spellings import BIAS_SPELLINGS
 from rotation_spellings import ROTATION_SPELLINGS, plain
@@ -18,17 +18,6 @@ from grape_compile.errors import CaptureError
 
 ROWS = [BY_NAME[name] for name in ("llama", "gptj", "bloom", "mpt", "deepseek_v3")]
 rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-
-
-class Logits(nn.Module):
-    """A model as a function of token ids to one tensor: what an exporter likes to be given."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return output_of(self.model(input_ids=ids, use_cache=False))
 
 
 @functools.cache

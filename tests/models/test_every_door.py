@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import BY_NAME, Architecture, draw_parameters, output_of
+from architectures import BY_NAME, Architecture, Logits, draw_parameters
 from measuring import SEEDS, Deviation, InDouble, bound, in_double
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
@@ -19,17 +19,6 @@ from grape_compile import grape_compile, inspect, report, rewrite
 from grape_compile.reporting import Report
 
 ROWS = [BY_NAME[name] for name in ("llama", "gptj", "bloom", "mpt", "deepseek_v3", "gpt_oss", "phi")]
-
-
-class Logits(nn.Module):
-    """A model as a function of token ids to one tensor: what an exporter likes to be given."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return output_of(self.model(input_ids=ids, use_cache=False))
 
 
 @dataclass(frozen=True)

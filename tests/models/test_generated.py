@@ -23,13 +23,7 @@ FEW = 0.97
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("shard", range(SHARDS))
 def test_300_programs(shard: int, record_property: Record) -> None:
-    tally = Tally()
-    try:
-        run(shard, 300 // SHARDS, tally, misses_allowed=True)
-    finally:
-        record_property("generated", asdict(tally))
-    if tally.found < FEW * tally.truths:
-        run(shard, 300 // SHARDS, Tally())  # shrinks the first program with a miss, and fails
+    draw(shard, 300 // SHARDS, FEW, record_property)
 
 
 @pytest.mark.slow
@@ -38,10 +32,14 @@ def test_300_programs(shard: int, record_property: Record) -> None:
 def test_10000_programs(shard: int, record_property: Record) -> None:
     seed = int(os.environ.get("GENERATED_SEED", random.SystemRandom().randrange(2**32)))
     print(f"GENERATED_SEED={seed}")
+    draw(seed, 10_000 // LONG_SHARDS, RECALL, record_property)
+
+
+def draw(seed: int, programs: int, recall: float, record_property: Record) -> None:
     tally = Tally()
     try:
-        run(seed, 10_000 // LONG_SHARDS, tally, misses_allowed=True)
+        run(seed, programs, tally, misses_allowed=True)
     finally:
         record_property("generated", asdict(tally))
-    if tally.found < RECALL * tally.truths:
-        run(seed, 10_000 // LONG_SHARDS, Tally())  # shrinks the first program with a miss, and fails
+    if tally.found < recall * tally.truths:
+        run(seed, programs, Tally())  # shrinks the first program with a miss, and fails
