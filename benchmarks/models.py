@@ -14,14 +14,19 @@ import transformers
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.decoder import AlongPaths, Decoder, Forgetting
+
 VOCABULARY = 1000
-FAMILIES = ("llama", "bloom", "mpt", "gpt2")
+FAMILIES = ("llama", "qwen3", "gptj", "bloom", "mpt", "gpt2", "fox", "grape_ap")
+HAND_WRITTEN = {"fox": Forgetting, "grape_ap": AlongPaths}
 
 
-def build(family: str, *, hidden: int = 512, heads: int = 8, layers: int = 4) -> nn.Module:
+def build(
+    family: str, *, hidden: int = 512, heads: int = 8, layers: int = 4, vocabulary: int = VOCABULARY
+) -> nn.Module:
     """A model of the family in eval mode, the same one every time."""
     torch.manual_seed(0)
-    model: nn.Module = _make(family, hidden, heads, layers).eval()
+    model: nn.Module = _make(family, hidden, heads, layers, vocabulary).eval()
     return model
 
 
@@ -55,9 +60,9 @@ def _plain_causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).flatten(2)
 
 
-def token_ids(length: int) -> Tensor:
-    """One sequence, the same one every time."""
-    return torch.randint(3, VOCABULARY, (1, length), generator=torch.Generator().manual_seed(0))
+def token_ids(length: int, batch: int = 1) -> Tensor:
+    """Sequences of tokens, the same ones every time."""
+    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(0))
 
 
 def forward(model: nn.Module, ids: Tensor) -> Tensor:
@@ -67,26 +72,33 @@ def forward(model: nn.Module, ids: Tensor) -> Tensor:
     return logits
 
 
-def _make(family: str, hidden: int, heads: int, layers: int) -> Any:
-    if family == "llama":
+def _make(family: str, hidden: int, heads: int, layers: int, vocabulary: int) -> Any:
+    if family in ("llama", "qwen3"):
         sizes = {"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": heads // 2}
-        config = transformers.LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=3 * hidden, **sizes
+        sizes |= {"hidden_size": hidden, "intermediate_size": 3 * hidden, "head_dim": hidden // heads}
+        if family == "llama":
+            return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=vocabulary, **sizes))
+        return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(vocab_size=vocabulary, **sizes))
+    if family == "gptj":
+        sizes = {"n_layer": layers, "n_head": heads, "rotary_dim": hidden // heads // 2, "n_positions": 4096}
+        return transformers.GPTJForCausalLM(
+            transformers.GPTJConfig(vocab_size=vocabulary, n_embd=hidden, **sizes)
         )
-        return transformers.LlamaForCausalLM(config)
     if family == "bloom":
         sizes = {"n_layer": layers, "n_head": heads}
         return transformers.BloomForCausalLM(
-            transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=hidden, **sizes)
+            transformers.BloomConfig(vocab_size=vocabulary, hidden_size=hidden, **sizes)
         )
     if family == "mpt":
         sizes = {"n_layers": layers, "n_heads": heads, "max_seq_len": 4096}
         return transformers.MptForCausalLM(
-            transformers.MptConfig(vocab_size=VOCABULARY, d_model=hidden, **sizes)
+            transformers.MptConfig(vocab_size=vocabulary, d_model=hidden, **sizes)
         )
     if family == "gpt2":
         sizes = {"n_layer": layers, "n_head": heads}
         return transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=hidden, **sizes)
+            transformers.GPT2Config(vocab_size=vocabulary, n_embd=hidden, **sizes)
         )
+    if family in HAND_WRITTEN:
+        return Decoder(HAND_WRITTEN[family], hidden, heads, layers, vocabulary)
     raise ValueError(f"asked for the family {family!r}; there are {', '.join(FAMILIES)}")

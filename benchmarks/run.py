@@ -13,8 +13,9 @@ from benchmarks.cost import cost
 from benchmarks.kin import kin
 from benchmarks.measuring import machine
 from benchmarks.speed import speed
+from benchmarks.whole import models
 
-CASES: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {"cost": cost, "kin": kin, "speed": speed}
+CASES: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {"cost": cost, "kin": kin, "models": models, "speed": speed}
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor
@@ -31,6 +31,10 @@ BACKWARD_SCHEMA = (
     "Tensor[] slots, str encoding, Tensor? mask, bool is_causal, float? scale, int? window, "
     "bool slot_gradients, bool mask_gradient) -> Tensor[]"
 )
+
+#: Up to here a compiler is given the definition on a CPU: dense logits.
+FEW_QUERIES: Final = 4
+FEW_LOGITS: Final = 1 << 19
 
 
 def attend(
@@ -133,6 +137,20 @@ def _attend_defined(
         return weighted(logits, value.to(dtype)).to(query.dtype), logits.logsumexp(-1).detach()
 
 
+def _is_small(query: Tensor, key: Tensor, *_: Any) -> bool:
+    """Whether all logits of a call are so few that a compiler fuses them better than the blocks of a CPU body.
+
+    Few queries, as in decoding, whatever the number of keys; else sizes that are known.
+    """
+    batch, heads, queries, _ = query.shape
+    sizes = (batch, heads, queries, key.shape[2])
+    if query.device.type != "cpu" or not isinstance(queries, int):
+        return False
+    return queries <= FEW_QUERIES or (
+        all(isinstance(size, int) for size in sizes) and math.prod(sizes) <= FEW_LOGITS
+    )
+
+
 def _attend_fake(
     query: Tensor,
     key: Tensor,
@@ -188,7 +206,8 @@ def _pulled(
         found = biases(encoding, named, call.query, call.key, call.is_causal, call.mask is not None)
         return tuple(tuple(bias.tensors().values()) for bias in found)
 
-    return list(pull(made, [slots[place] for place in places], gradients))
+    # Compilers plan for the layout the fake kernel says.
+    return [part.contiguous() for part in pull(made, [slots[place] for place in places], gradients)]
 
 
 def _attend_backward_fake(
@@ -313,7 +332,7 @@ _operator = torch.library.custom_op("grape::attend", _attend, mutates_args=(), s
 _operator.register_fake(_attend_fake)
 _operator.register_autograd(_backward, setup_context=_setup_context)
 _operator.register_vmap(attend_vmap)
-define_for_transforms(_operator, _attend_defined)
+define_for_transforms(_operator, _attend_defined, when_compiled=_is_small)
 _backward_operator = torch.library.custom_op(
     "grape::attend_backward", _attend_backward, mutates_args=(), schema=BACKWARD_SCHEMA
 )

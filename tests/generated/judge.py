@@ -253,10 +253,11 @@ def _count(tally: Tally, wanted: Expected, found: Report) -> None:
 
 
 def _told(site: Site) -> tuple[str, str, int]:
-    """Planes, result and orientation; 0 where tables of sines are read as they are, whatever their sign."""
+    """Planes, result and orientation; 0 where sines or frequencies are read from a tensor, whatever their sign."""
     encoding = site.encoding
     assert isinstance(encoding, Rotation)
-    orientation = 0 if isinstance(encoding.clock, Tables) else encoding.orientation
+    named = isinstance(encoding.spectrum, Geometric | Scaled) and not isinstance(encoding.clock, Tables)
+    orientation = encoding.orientation if named else 0
     return str(encoding.planes), str(encoding.output), orientation
 
 

@@ -2,7 +2,7 @@
 
 Nothing here knows the passes. A rotation is told from the matrices [T, D, D] of a `turn_...` function at angles drawn
 at random: 2 x 2 blocks that are a rotation times one constant for all tokens and planes, the other channels kept in
-order. ALiBi is told from the bias itself: up to a number per row, and below the diagonal, slope times key.
+order; of the token itself, or of another token in its place. ALiBi is told from the bias itself: up to a number per row, and below the diagonal, slope times key.
 """
 
 from __future__ import annotations
@@ -43,8 +43,11 @@ def tables(program: Program, angle: Tensor) -> tuple[Tensor, ...]:
     return angle.cos(), angle.sin()
 
 
-def matrices(program: Program, loaded: Loaded, name: str) -> Tensor | None:
-    """The matrices of `turn_<name>`, [T, D, D], by token; None where it is no linear map of the token's channels."""
+def matrices(program: Program, loaded: Loaded, name: str) -> tuple[Tensor, Tensor] | None:
+    """The matrices of `turn_<name>`, [T, D, D], and which token each channel of the result is made of, [T, D].
+
+    None where it is no linear map, or a channel is made of several tokens.
+    """
     dim, heads_last = program.shape.dim, program.shape.heads_last
     generator = torch.Generator().manual_seed(3)
     angle = 0.3 + 2.4 * torch.rand(TOKENS, program.shape.width // 2, generator=generator, dtype=torch.float64)
@@ -57,16 +60,26 @@ def matrices(program: Program, loaded: Loaded, name: str) -> Tensor | None:
         return result[0] if heads_last else result[0].transpose(0, 1)
 
     units = torch.eye(dim, dtype=torch.float64).expand(TOKENS, dim, dim)
-    columns = turned(units)
-    probe = torch.randn(TOKENS, dim, dim, generator=generator, dtype=torch.float64)
-    found = turned(probe)
-    if columns.shape != units.shape or not torch.allclose(found, probe @ columns, rtol=0, atol=EXACT):
+    alone = torch.eye(TOKENS, dtype=torch.float64)[..., None, None]
+    if turned(units).shape != units.shape:
         return None
-    return columns.mT
+    columns = torch.stack([turned(units * token) for token in alone])
+    of_tokens = columns.abs().amax(-2) > EXACT
+    if bool((of_tokens.sum(0) != 1).any()):
+        return None
+    source = of_tokens.int().argmax(0)
+    probe = torch.randn(TOKENS, dim, dim, generator=generator, dtype=torch.float64)
+    if not torch.allclose(turned(probe), torch.einsum("sxd,stde->txe", probe, columns), rtol=0, atol=EXACT):
+        return None
+    maps = torch.einsum("stde,ste->tde", columns, of_tokens.to(columns.dtype))
+    return maps.mT, source
 
 
-def is_rotation(maps: Tensor) -> bool:
-    """Whether matrices [T, D, D] are block rotations times one constant, other channels kept in order."""
+def is_rotation(maps: Tensor, source: Tensor) -> bool:
+    """Whether matrices [T, D, D] are block rotations times one constant, other channels kept in order.
+
+    Both channels of a plane are made of one token.
+    """
     support = (maps.abs() > EXACT).any(0)
     planes: dict[tuple[int, ...], list[int]] = {}
     kept = []
@@ -82,6 +95,8 @@ def is_rotation(maps: Tensor) -> bool:
     if not planes or len(set(used)) != len(used) or kept != sorted(kept):
         return False
     if any(len(rows) != 2 for rows in planes.values()):
+        return False
+    if any(not torch.equal(source[:, first], source[:, second]) for first, second in planes.values()):
         return False
     blocks = torch.stack([maps[:, rows][:, :, list(at)] for at, rows in planes.items()])
     grams = blocks.mT @ blocks
@@ -108,12 +123,14 @@ def wanted(program: Program, name: str) -> Tensor:
 
 def of_side(program: Program, loaded: Loaded, name: str) -> Truth:
     """The truth of one side as it stands in the text."""
-    maps = matrices(program, loaded, name)
-    if maps is None:
+    found = matrices(program, loaded, name)
+    if found is None:
         return Truth.FALSE
-    if torch.allclose(maps, wanted(program, name), rtol=0, atol=EXACT):
+    maps, source = found
+    in_place = bool((source == torch.arange(TOKENS)[:, None]).all())
+    if in_place and torch.allclose(maps, wanted(program, name), rtol=0, atol=EXACT):
         return Truth.TRUE
-    return Truth.FREE if is_rotation(maps) else Truth.FALSE
+    return Truth.FREE if is_rotation(maps, source) else Truth.FALSE
 
 
 def of_bias(program: Program, loaded: Loaded) -> Truth:
