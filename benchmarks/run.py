@@ -15,7 +15,12 @@ from benchmarks.measuring import machine
 from benchmarks.speed import speed
 from benchmarks.whole import models
 
-CASES: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {"cost": cost, "kin": kin, "models": models, "speed": speed}
+CASES: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
+    "cost": cost,
+    "kin": kin,
+    "models": models,
+    "speed": speed,
+}
 
 
 def main() -> None:

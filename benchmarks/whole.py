@@ -89,7 +89,9 @@ def measured(family: str, activity: str, scale: Scale) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "sites": len(report(models[OURS]).sites),
         "seconds": {name: timing.to_json() for name, timing in timings.items()},
-        "tokens per second": {name: _tokens(activity, scale) / timing.median for name, timing in timings.items()},
+        "tokens per second": {
+            name: _tokens(activity, scale) / timing.median for name, timing in timings.items()
+        },
         "peak MiB": memory,
         "largest difference to eager": {
             name: float((result - results[EAGER]).abs().max()) for name, result in results.items()

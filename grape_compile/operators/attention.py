@@ -34,7 +34,6 @@ BACKWARD_SCHEMA = (
 
 #: Up to here a compiler is given the definition on a CPU: dense logits.
 FEW_QUERIES: Final = 4
-FEW_LOGITS: Final = 1 << 19
 
 
 def attend(
@@ -137,18 +136,9 @@ def _attend_defined(
         return weighted(logits, value.to(dtype)).to(query.dtype), logits.logsumexp(-1).detach()
 
 
-def _is_small(query: Tensor, key: Tensor, *_: Any) -> bool:
-    """Whether all logits of a call are so few that a compiler fuses them better than the blocks of a CPU body.
-
-    Few queries, as in decoding, whatever the number of keys; else sizes that are known.
-    """
-    batch, heads, queries, _ = query.shape
-    sizes = (batch, heads, queries, key.shape[2])
-    if query.device.type != "cpu" or not isinstance(queries, int):
-        return False
-    return queries <= FEW_QUERIES or (
-        all(isinstance(size, int) for size in sizes) and math.prod(sizes) <= FEW_LOGITS
-    )
+def _decodes(query: Tensor, *_: Any) -> bool:
+    """Whether a call has so few queries that a compiler fuses its logits better than the blocks of a CPU body."""
+    return query.device.type == "cpu" and isinstance(query.shape[2], int) and query.shape[2] <= FEW_QUERIES
 
 
 def _attend_fake(
@@ -332,7 +322,7 @@ _operator = torch.library.custom_op("grape::attend", _attend, mutates_args=(), s
 _operator.register_fake(_attend_fake)
 _operator.register_autograd(_backward, setup_context=_setup_context)
 _operator.register_vmap(attend_vmap)
-define_for_transforms(_operator, _attend_defined, when_compiled=_is_small)
+define_for_transforms(_operator, _attend_defined, when_compiled=_decodes)
 _backward_operator = torch.library.custom_op(
     "grape::attend_backward", _attend_backward, mutates_args=(), schema=BACKWARD_SCHEMA
 )

@@ -46,7 +46,9 @@ def define_for_transforms(
 ) -> None:
     """Let `torch.func.grad`, `vjp`, `jvp` and what is made of them differentiate the definition of a custom operator.
 
-    So does AOTAutograd with the calls that `when_compiled` chooses: a compiler fuses their definition. torch gives a custom operator an old-style autograd function, which these transforms refuse. The definition is plain
+    So does AOTAutograd with the calls that `when_compiled` chooses: a compiler fuses their definition.
+
+    torch gives a custom operator an old-style autograd function, which these transforms refuse. The definition is plain
     torch, so that they see through it, to any order; without a transform the operator's own gradients are taken.
     """
     own = make_autograd_impl(operator._opoverload, operator)

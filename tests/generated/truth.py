@@ -2,7 +2,7 @@
 
 Nothing here knows the passes. A rotation is told from the matrices [T, D, D] of a `turn_...` function at angles drawn
 at random: 2 x 2 blocks that are a rotation times one constant for all tokens and planes, the other channels kept in
-order; of the token itself, or of another token in its place. ALiBi is told from the bias itself: up to a number per row, and below the diagonal, slope times key.
+order. ALiBi is told from the bias itself: up to a number per row, and below the diagonal, slope times key.
 """
 
 from __future__ import annotations
@@ -43,43 +43,59 @@ def tables(program: Program, angle: Tensor) -> tuple[Tensor, ...]:
     return angle.cos(), angle.sin()
 
 
-def matrices(program: Program, loaded: Loaded, name: str) -> tuple[Tensor, Tensor] | None:
-    """The matrices of `turn_<name>`, [T, D, D], and which token each channel of the result is made of, [T, D].
-
-    None where it is no linear map, or a channel is made of several tokens.
-    """
-    dim, heads_last = program.shape.dim, program.shape.heads_last
+def angles(program: Program) -> Tensor:
+    """Angles drawn at random, [T, planes]."""
     generator = torch.Generator().manual_seed(3)
-    angle = 0.3 + 2.4 * torch.rand(TOKENS, program.shape.width // 2, generator=generator, dtype=torch.float64)
+    return 0.3 + 2.4 * torch.rand(TOKENS, program.shape.width // 2, generator=generator, dtype=torch.float64)
+
+
+def turned(program: Program, loaded: Loaded, name: str, x: Tensor, angle: Tensor) -> Tensor:
+    """What `turn_<name>` makes of x [T, H, D] at angles [T, planes]."""
+    heads_last = program.shape.heads_last
     given = tables(program, angle.unsqueeze(-2) if heads_last else angle)
     turn: Any = loaded.names[f"turn_{name}"]
+    result: Tensor = turn(x[None] if heads_last else x.transpose(0, 1)[None], *given)
+    return result[0] if heads_last else result[0].transpose(0, 1)
 
-    def turned(x: Tensor) -> Tensor:
-        """x and the result [T, D, D], heads in the middle."""
-        result: Tensor = turn(x[None] if heads_last else x.transpose(0, 1)[None], *given)
-        return result[0] if heads_last else result[0].transpose(0, 1)
 
-    units = torch.eye(dim, dtype=torch.float64).expand(TOKENS, dim, dim)
-    alone = torch.eye(TOKENS, dtype=torch.float64)[..., None, None]
-    if turned(units).shape != units.shape:
+def probe(program: Program) -> Tensor:
+    """Random heads, as many as they have coordinates, [T, D, D]."""
+    dim, generator = program.shape.dim, torch.Generator().manual_seed(4)
+    return torch.randn(TOKENS, dim, dim, generator=generator, dtype=torch.float64)
+
+
+def matrices(program: Program, loaded: Loaded, name: str) -> Tensor | None:
+    """The matrices of `turn_<name>`, [T, D, D], by token; None where it is no linear map of the token's channels."""
+    angle, x = angles(program), probe(program)
+    units = torch.eye(program.shape.dim, dtype=torch.float64).expand_as(x)
+    columns = turned(program, loaded, name, units, angle)
+    found = turned(program, loaded, name, x, angle)
+    if columns.shape != units.shape or not torch.allclose(found, x @ columns, rtol=0, atol=EXACT):
         return None
-    columns = torch.stack([turned(units * token) for token in alone])
-    of_tokens = columns.abs().amax(-2) > EXACT
-    if bool((of_tokens.sum(0) != 1).any()):
-        return None
-    source = of_tokens.int().argmax(0)
-    probe = torch.randn(TOKENS, dim, dim, generator=generator, dtype=torch.float64)
-    if not torch.allclose(turned(probe), torch.einsum("sxd,stde->txe", probe, columns), rtol=0, atol=EXACT):
-        return None
-    maps = torch.einsum("stde,ste->tde", columns, of_tokens.to(columns.dtype))
-    return maps.mT, source
+    return columns.mT
 
 
-def is_rotation(maps: Tensor, source: Tensor) -> bool:
-    """Whether matrices [T, D, D] are block rotations times one constant, other channels kept in order.
+def turns_something(program: Program, loaded: Loaded, name: str) -> bool:
+    """Whether `turn_<name>` rotates what it is at angle zero: a tensor made of x, its square or the token before."""
+    angle, x = angles(program), probe(program)
+    start = turned(program, loaded, name, x, torch.zeros_like(angle))
+    found = turned(program, loaded, name, x, angle)
+    if start.shape != x.shape:
+        return False
+    pairs = program.planes_out(program.sides[name]).pairs()
+    first, second = (start[..., list(channels)] for channels in zip(*pairs, strict=True))
+    cos, sin = angle.cos().unsqueeze(-2), angle.sin().unsqueeze(-2)
+    for way in (sin, -sin):
+        rotated = start.clone()
+        rotated[..., [pair[0] for pair in pairs]] = first * cos - second * way
+        rotated[..., [pair[1] for pair in pairs]] = second * cos + first * way
+        if torch.allclose(found, rotated, rtol=0, atol=EXACT):
+            return True
+    return False
 
-    Both channels of a plane are made of one token.
-    """
+
+def is_rotation(maps: Tensor) -> bool:
+    """Whether matrices [T, D, D] are block rotations times one constant, other channels kept in order."""
     support = (maps.abs() > EXACT).any(0)
     planes: dict[tuple[int, ...], list[int]] = {}
     kept = []
@@ -96,8 +112,6 @@ def is_rotation(maps: Tensor, source: Tensor) -> bool:
         return False
     if any(len(rows) != 2 for rows in planes.values()):
         return False
-    if any(not torch.equal(source[:, first], source[:, second]) for first, second in planes.values()):
-        return False
     blocks = torch.stack([maps[:, rows][:, :, list(at)] for at, rows in planes.items()])
     grams = blocks.mT @ blocks
     size = grams[0, 0, 0, 0]
@@ -107,8 +121,7 @@ def is_rotation(maps: Tensor, source: Tensor) -> bool:
 def wanted(program: Program, name: str) -> Tensor:
     """The matrices the words of a side stand for, by their pairs alone."""
     side, dim = program.sides[name], program.shape.dim
-    generator = torch.Generator().manual_seed(3)
-    angle = 0.3 + 2.4 * torch.rand(TOKENS, program.shape.width // 2, generator=generator, dtype=torch.float64)
+    angle = angles(program)
     maps = torch.eye(dim, dtype=torch.float64).repeat(TOKENS, 1, 1)
     before, after = program.planes(side).pairs(), program.planes_out(side).pairs()
     for channels in before:
@@ -123,14 +136,11 @@ def wanted(program: Program, name: str) -> Tensor:
 
 def of_side(program: Program, loaded: Loaded, name: str) -> Truth:
     """The truth of one side as it stands in the text."""
-    found = matrices(program, loaded, name)
-    if found is None:
-        return Truth.FALSE
-    maps, source = found
-    in_place = bool((source == torch.arange(TOKENS)[:, None]).all())
-    if in_place and torch.allclose(maps, wanted(program, name), rtol=0, atol=EXACT):
+    maps = matrices(program, loaded, name)
+    if maps is not None and torch.allclose(maps, wanted(program, name), rtol=0, atol=EXACT):
         return Truth.TRUE
-    return Truth.FREE if is_rotation(maps, source) else Truth.FALSE
+    is_one = turns_something(program, loaded, name) or (maps is not None and is_rotation(maps))
+    return Truth.FREE if is_one else Truth.FALSE
 
 
 def of_bias(program: Program, loaded: Loaded) -> Truth:

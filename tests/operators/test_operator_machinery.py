@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import aot_module_simplified, make_boxed_func
 from torch import Tensor
 
 from grape_compile.encoding import Bias, Compose, Learned, Positions, Rotation, Steps, alibi, nope, rope
@@ -312,6 +313,61 @@ def test_compiled_layer_equals_eager() -> None:
         *(torch.autograd.grad(result, [*parts, slopes], cotangent) for result in results), strict=True
     ):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "sample", [*named(BIASES, "fox", "gated_both"), *named(PATHS, "grape_ap")], ids=lambda sample: sample.name
+)
+@pytest.mark.parametrize("length", [1, LENGTH], ids=["one query", "all queries"])
+def test_compiled_attention_equals_eager(sample: Sample, length: int) -> None:
+    """Slots in the layout of a projection, forward and backward; one query leaves no node, its definition is fused."""
+    query, key, value = heads(HEADS)
+    slots = {
+        name: slot.transpose(1, 2).contiguous().transpose(1, 2) if slot.dim() > 2 else slot
+        for name, slot in sample.slots().items()
+    }
+    if length == 1:
+        slots = {
+            name: slot[:, :, -1:] if name in ("gate_query", "path_query") else slot
+            for name, slot in slots.items()
+        }
+    parts = inputs(query[:, :, -length:], key, value, *slots.values())
+    nodes: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, examples: Any) -> Any:
+        return aot_module_simplified(graph, examples, fw_compiler=seen)
+
+    def seen(graph: torch.fx.GraphModule, _: object) -> Any:
+        nodes.extend(node.target for node in graph.graph.nodes if "grape" in str(node.target))
+        return make_boxed_func(graph.forward)
+
+    def function(query: Tensor, key: Tensor, value: Tensor, *filled: Tensor) -> Tensor:
+        return attend(
+            query, key, value, sample.encoding, dict(zip(slots, filled, strict=True)), is_causal=True
+        )
+
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    results = [compiled(*parts), function(*parts)]
+    torch.testing.assert_close(results[0], results[1])
+    cotangent = torch.randn_like(results[0])
+    found, wanted = (torch.autograd.grad(result, parts, cotangent) for result in results)
+    torch.testing.assert_close(found, wanted)
+    assert len(nodes) == (0 if length == 1 else 2)
+
+
+@pytest.mark.parametrize("sample", [*BIASES, *PATHS], ids=lambda sample: sample.name)
+def test_gradients_have_the_layout_of_the_fake_kernel(sample: Sample) -> None:
+    """Compilers plan memory by it, whatever the layout of the slots."""
+    query, key, value = heads(HEADS)
+    slots = [
+        slot.mT.contiguous().mT if slot.dim() > 1 else slot
+        for slot in (sample.slots()[name] for name in sample.encoding.slots)
+    ]
+    encoding = str(sample.encoding)
+    output, logsumexp = torch.ops.grape.attend(query, key, value, slots, encoding, None, True)
+    operands = (query, query, key, value, output, logsumexp, slots, encoding)
+    found = torch.ops.grape.attend_backward(*operands, None, True, None, None, True, False)
+    assert all(gradient.is_contiguous() for gradient in found)
 
 
 @pytest.mark.slow
