@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := test
-.PHONY: demo test test-all lint format bench bench-gpu gates coverage figures clean
+.PHONY: demo test test-all lint format bench bench-gpu gates coverage figures models clean
 
 demo: $(READY)
 	$(BIN)/python examples/quickstart.py
@@ -35,6 +35,12 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run cost kin speed --out benchmarks/results/
+
+# Half an hour on two quiet cores; on a GPU the models have about 10^9 parameters.
+models: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python -m benchmarks.run models --out benchmarks/results/
+	$(BIN)/python -m benchmarks.models_page
 
 # Needs a GPU.
 bench-gpu: $(READY)

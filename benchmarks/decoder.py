@@ -40,7 +40,8 @@ class Attention(nn.Module):
 
     def split(self, x: Tensor) -> Tensor:
         """[B, T, H * D] to [B, H, T, D]."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        heads: Tensor = x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return heads
 
     def forward(self, x: Tensor, past: Kept | None, seen: Tensor) -> tuple[Tensor, Kept]:
         query, key, value = self.split(self.query(x)), self.split(self.key(x)), self.split(self.value(x))
@@ -49,7 +50,8 @@ class Attention(nn.Module):
             key, value = torch.cat((past[0], key), dim=2), torch.cat((past[1], value), dim=2)
         scores = query @ key.transpose(-1, -2) / math.sqrt(self.head_dim) + bias
         weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
-        return self.out((weights @ value).transpose(1, 2).flatten(2)), (key, value, kept)
+        mixed: Tensor = self.out((weights @ value).transpose(1, 2).flatten(2))
+        return mixed, (key, value, kept)
 
     def bias(self, x: Tensor, past: Tensor | None, seen: Tensor) -> tuple[Tensor, Tensor]:
         """The bias [B, H, T, keys], and what is kept for later tokens."""

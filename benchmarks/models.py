@@ -18,7 +18,7 @@ from benchmarks.decoder import AlongPaths, Decoder, Forgetting
 
 VOCABULARY = 1000
 FAMILIES = ("llama", "qwen3", "gptj", "bloom", "mpt", "gpt2", "fox", "grape_ap")
-HAND_WRITTEN = {"fox": Forgetting, "grape_ap": AlongPaths}
+HAND_WRITTEN: dict[str, type[Forgetting | AlongPaths]] = {"fox": Forgetting, "grape_ap": AlongPaths}
 
 
 def build(

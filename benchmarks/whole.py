@@ -138,13 +138,12 @@ def _decode(model: nn.Module, ids: Tensor, scale: Scale) -> Callable[[], Tensor]
 
     @torch.no_grad()
     def run() -> Tensor:
-        cache = start
+        cache, logits = start, ids
         for step in range(scale.steps):
             output = model(input_ids=ids[:, step : step + 1], past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            cache, logits = output.past_key_values, output.logits
         if hasattr(cache, "crop"):
             cache.crop(-scale.steps)
-        logits: Tensor = output.logits
         return logits
 
     return run
@@ -173,10 +172,10 @@ def _peak(way: Callable[[], object], scale: Scale) -> float | None:
     """MiB that a run needs at most beyond what is there before it; None where the system does not say."""
     gc.collect()
     if scale.device == "cuda":
-        before = torch.cuda.memory_allocated()
+        allocated = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         way()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+        return (torch.cuda.max_memory_allocated() - allocated) / 2**20
     if sys.platform != "linux":
         return None
     ctypes.CDLL(None).malloc_trim(0)

@@ -138,7 +138,8 @@ def _attend_defined(
 
 def _decodes(query: Tensor, *_: Any) -> bool:
     """Whether a call has so few queries that a compiler fuses its logits better than the blocks of a CPU body."""
-    return query.device.type == "cpu" and isinstance(query.shape[2], int) and query.shape[2] <= FEW_QUERIES
+    queries: int | torch.SymInt = query.shape[2]
+    return query.device.type == "cpu" and not isinstance(queries, torch.SymInt) and queries <= FEW_QUERIES
 
 
 def _attend_fake(

@@ -38,7 +38,7 @@ def _is_exporting() -> bool:
     # Deferred: torch.export loads much that an eager user of the operators never needs.
     from torch.export._trace import custom_triton_ops_decomposition_disabled
 
-    return custom_triton_ops_decomposition_disabled()
+    return bool(custom_triton_ops_decomposition_disabled())
 
 
 def define_for_transforms(

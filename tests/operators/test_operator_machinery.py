@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from functorch.compile import aot_module_simplified, make_boxed_func
+from functorch.compile import (  # type: ignore[import-untyped]  # torch ships it without annotations
+    aot_module_simplified,
+    make_boxed_func,
+)
 from torch import Tensor
 
 from grape_compile.encoding import Bias, Compose, Learned, Positions, Rotation, Steps, alibi, nope, rope
