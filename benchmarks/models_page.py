@@ -23,8 +23,8 @@ What a user of a whole model sees, beside eager mode and `torch.compile`. Writte
 * **decode**: {steps} tokens one after the other, from a cache of {prompt}.
 * **train**: forward, backward and a step of AdamW over {prompt} tokens.
 
-The models have {layers} layers of {hidden} channels and {heads} heads, {dtype} on {device}. FoX and GRAPE-AP are written
-as in research code: dense, tokens by tokens. Memory is the peak of a run beyond what was there before it.
+The models have {layers} layers of {hidden} channels and {heads} heads, {dtype} on {device}. FoX and GRAPE-AP are
+written as in research code: dense, tokens by tokens. Memory is the peak of a run beyond what was there before it.
 
 ![Tokens per second against torch.compile](figures/models.png)
 """
