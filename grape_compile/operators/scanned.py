@@ -2,7 +2,9 @@
 
 The bias of a query at key j is the sum of the edges behind j, so walking the keys from the query back it is a running
 sum, and with a running softmax nothing of size T_q x T_k is ever in memory. Where all edges are negative the bias falls
-on the way, and a head whose remaining weights all underflow is left behind.
+on the way, and a head is left behind when all its remaining keys together weigh less than a quarter of a rounding.
+
+Keys stand in the order of the walk, the last one first: its sums are plain cumulative sums.
 
 The backward pass walks the same way. The gradient of the edge at l sums those of the logits of all j < l; as the logit
 gradients of a row sum to zero, that is minus the sum over j >= l: what has been walked already.
@@ -25,7 +27,7 @@ from grape_compile.operators.call import AnyBias, AttendCall, Gradients
 from grape_compile.operators.path import Path, later
 
 #: Keys in a step of the scan.
-KEYS: Final = 512
+KEYS: Final = 256
 #: Queries that walk together at most.
 QUERIES: Final = 128
 #: Logits of one step.
@@ -46,8 +48,9 @@ def supports(call: AttendCall) -> Literal[True] | str:
 def forward(call: AttendCall) -> tuple[Tensor, Tensor]:
     """Return the output [B, H, T_q, D_v] and logsumexp [B, H, T_q] of a call."""
     output, logsumexp = chunked.empty_result(call)
+    back = _Back(call)
     for rows in _row_chunks(call):
-        walk = _Walk(call, rows)
+        walk = _Walk(back, rows)
         shape = (*call.query.shape[:2], rows.stop - rows.start, 1)
         # The largest of no logits is the lowest finite number, so that differences of it are numbers.
         largest = call.query.new_full(shape, torch.finfo(call.dtype).min, dtype=call.dtype)
@@ -69,7 +72,7 @@ def forward(call: AttendCall) -> tuple[Tensor, Tensor]:
 
 def backward(call: AttendCall, gradient: Tensor, output: Tensor, logsumexp: Tensor) -> Gradients:
     """Return the gradients of a call for a cotangent of its output; weights and edges are computed again."""
-    sums = chunked.Sums(call)
+    sums, back = chunked.Sums(call), _Back(call)
     (number,) = (at for at, bias in enumerate(call.biases) if isinstance(bias, Path))
     for rows in _row_chunks(call):
         wide = gradient[:, :, rows].to(call.dtype)
@@ -81,28 +84,23 @@ def backward(call: AttendCall, gradient: Tensor, output: Tensor, logsumexp: Tens
             continue
         # A row without a key: weights exp(logit - inf) are zero.
         level = torch.where(level == -math.inf, math.inf, level)
-        walk = _Walk(call, rows, level)
+        walk = _Walk(back, rows, level)
         behind = torch.zeros_like(level)
         for step in walk:
             heads, keys = step.heads, step.keys
             weights = step.logits.sub_(level[:, heads]).exp_()
-            sums.value[:, heads, keys] += weights.mT @ wide[:, heads]
+            sums.value[:, heads, keys] += (weights.mT @ wide[:, heads]).flip(2)
             logits = (wide[:, heads] @ step.values.mT).sub_(delta[:, heads]).mul_(weights)
             sums.query[:, heads, rows] += (logits @ step.key).mul_(call.scale)
-            sums.key[:, heads, keys] += (logits.mT @ step.query).mul_(call.scale)
+            sums.key[:, heads, keys] += (logits.mT @ step.query).mul_(call.scale).flip(2)
             if call.wants_bias_gradients:
-                walked = _cumsum_back(logits).add_(behind[:, heads])
-                behind[:, heads] = walked[..., :1]
+                walked = logits.cumsum(-1).add_(behind[:, heads])
+                behind[:, heads] = walked[..., -1:]
                 sums.add_bias(number, walk.path_gradients(step, logits, walked.neg_()))
                 for at, bias in enumerate(call.biases):
                     if at != number:
                         sums.add_bias(at, walk.bias_gradients(bias, step, logits))
     return sums.gradients()
-
-
-def _cumsum_back(tensor: Tensor) -> Tensor:
-    """Return for each entry of the last axis the sum of it and all behind it."""
-    return tensor.flip(-1).cumsum(-1).flip(-1)
 
 
 def _row_chunks(call: AttendCall) -> Iterator[slice]:
@@ -111,9 +109,24 @@ def _row_chunks(call: AttendCall) -> Iterator[slice]:
     return (slice(start, min(start + size, length)) for start in range(0, length, size))
 
 
+class _Back:
+    """What a call has of each key, in the compute dtype and in the order of the walk."""
+
+    def __init__(self, call: AttendCall) -> None:
+        self.call, self.length = call, call.keys.shape[2]
+        (self.path,) = (bias for bias in call.biases if isinstance(bias, Path))
+        self.key, self.value = (part.to(call.dtype).flip(2) for part in (call.keys, call.values))
+        self.norm = torch.linalg.vector_norm(self.key, dim=-1).amax(-1, keepdim=True)
+        self.edge = self.path.key.expand(*call.query.shape[:2], *self.path.key.shape[2:]).flip(2)
+
+    def at(self, keys: slice) -> slice:
+        """Return where these keys stand in the order of the walk."""
+        return slice(self.length - keys.stop, self.length - keys.start)
+
+
 @dataclass(frozen=True, eq=False)
 class _Step:
-    """Some keys and the heads that still look at them: operands and logits in the compute dtype."""
+    """Some keys and the heads that still look at them: operands and logits, keys in the order of the walk."""
 
     heads: slice
     keys: slice
@@ -128,20 +141,17 @@ class _Step:
 class _Walk:
     """The way of some queries over their keys, from the last one back."""
 
-    def __init__(self, call: AttendCall, rows: slice, level: Tensor | None = None) -> None:
-        self.call, self.rows, self.level = call, rows, level
-        (self.path,) = (bias for bias in call.biases if isinstance(bias, Path))
+    def __init__(self, back: _Back, rows: slice, level: Tensor | None = None) -> None:
+        self.back, self.call, self.path, self.rows, self.level = back, back.call, back.path, rows, level
+        call = self.call
         self.others = tuple(bias for bias in call.biases if bias is not self.path)
         self.query = call.query[:, :, rows].to(call.dtype)
-        self.edge_query = self._per_head(self.path.query)[:, :, rows]
-        self.edge_key = self._per_head(self.path.key)
+        edges = self.path.query.expand(*call.query.shape[:2], *self.path.query.shape[2:])
+        self.edge_query = edges[:, :, rows]
         self.slopes = self.path.slopes.expand(call.query.shape[:2])[..., None, None]
         self.first = 0
         self.carry = call.query.new_zeros((*self.query.shape[:3], 1), dtype=call.dtype)
         self.reach = self._reach()
-
-    def _per_head(self, edges: Tensor) -> Tensor:
-        return edges.expand(*self.call.query.shape[:2], *edges.shape[2:])
 
     def __iter__(self) -> Iterator[_Step]:
         span = self.call.key_range(self.rows)
@@ -154,33 +164,34 @@ class _Walk:
                 self.leave(self.level)
 
     def _step(self, heads: slice, keys: slice) -> _Step:
-        call = self.call
-        query, key = self.query[:, heads], call.keys[:, heads, keys].to(call.dtype)
-        product = self.edge_query[:, heads] @ self.edge_key[:, heads, keys].mT
-        edges = self.path.linked(product)
+        call, back, at = self.call, self.back, self.back.at(keys)
+        query, key = self.query[:, heads], back.key[:, heads, at]
+        product = self.edge_query[:, heads] @ back.edge[:, heads, at].mT
+        # The sum up to before each key, and one more: where the next step starts.
+        edges = product.new_empty((*product.shape[:-1], product.shape[-1] + 1))
+        edges[..., :1] = self.carry[:, heads]
+        edges[..., 1:] = self.path.linked(product)
         hidden = self._later(keys)
         if hidden is not None:
-            edges = edges.masked_fill(hidden, 0.0)
-        carry = self.carry[:, heads]
-        walked = _cumsum_back(edges)
-        sums = walked.sub(edges).add_(carry)
-        carry += walked[..., :1]
+            edges[..., 1:].masked_fill_(hidden, 0.0)
+        sums = edges.cumsum(-1)
+        self.carry[:, heads] = sums[..., -1:]
+        sums = sums[..., :-1]
         logits = (query @ key.mT).mul_(call.scale).addcmul_(self.slopes[:, heads], sums)
         added = call.mask_block(self.rows, keys)
         for bias in self.others:
             block = bias.block(self.rows, keys, call.offset)
             added = block if added is None else added + block
         if added is not None:
+            added = added.flip(-1)
             logits += added[:, heads] if added.shape[1] > 1 else added
-        return _Step(
-            heads, keys, query, key, call.values[:, heads, keys].to(call.dtype), logits, product, sums
-        )
+        return _Step(heads, keys, query, key, back.value[:, heads, at], logits, product, sums)
 
     def _later(self, keys: slice) -> Tensor | None:
-        """Return which keys of a step have no edge to a row; None where all lie behind every query."""
+        """Return which keys of a step, in the order of the walk, have no edge to a row; None where all have one."""
         if keys.stop - 1 <= self.rows.start + self.call.offset:
             return None
-        return later(self.rows, keys, self.call.offset, self.query.device)
+        return later(self.rows, keys, self.call.offset, self.query.device).flip(-1)
 
     def path_gradients(self, step: _Step, logits: Tensor, by_edge: Tensor) -> tuple[Tensor, ...]:
         """Return the gradients of slopes, query and key from those of the logits and of the sums up to each edge."""
@@ -190,8 +201,9 @@ class _Walk:
             by_edge = by_edge.masked_fill_(hidden, 0.0)
         (product,) = pull(self.path.linked, (step.product,), by_edge.mul_(slopes))
         found = {name: torch.zeros_like(tensor) for name, tensor in self.path.tensors().items()}
-        _add(found["query"], product @ self.edge_key[:, step.heads, step.keys], step.heads, self.rows)
-        _add(found["key"], product.mT @ self.edge_query[:, step.heads], step.heads, step.keys)
+        edge = self.back.edge[:, step.heads, self.back.at(step.keys)]
+        _add(found["query"], product @ edge, step.heads, self.rows)
+        _add(found["key"], (product.mT @ self.edge_query[:, step.heads]).flip(2), step.heads, step.keys)
         if "slopes" in found:
             _add(found["slopes"], (logits * step.sums).sum((-2, -1)), step.heads)
         return tuple(found.values())
@@ -199,11 +211,13 @@ class _Walk:
     def bias_gradients(self, bias: AnyBias, step: _Step, logits: Tensor) -> tuple[Tensor, ...]:
         """Return the gradients of another bias; heads that were left have none."""
         whole = logits.new_zeros((*self.call.query.shape[:2], *logits.shape[2:]))
-        whole[:, step.heads] = logits
+        whole[:, step.heads] = logits.flip(-1)
         return chunked.block_gradients(bias, whole, self.rows, step.keys, self.call.offset)
 
     def _reach(self) -> Tensor | None:
-        """Return what a bias has to be below the row's level for a weight to underflow, [B, H, rows, 1].
+        """Return what a bias has to be below the row's level for T_k such weights to add up to nothing, [B, H, rows, 1].
+
+        Nothing is a quarter of the rounding of the row's sum: weights of T_k eps / 4 of it together.
 
         None where no bound is known: edges of either sign, other biases or a mask that could raise a logit.
         """
@@ -212,9 +226,9 @@ class _Walk:
             return None
         if call.mask is not None and call.mask.dtype != torch.bool:
             return None
-        norms = [torch.linalg.vector_norm(part, dim=-1, dtype=call.dtype) for part in (self.query, call.keys)]
-        largest = abs(call.scale) * norms[0] * norms[1].amax(-1, keepdim=True)
-        reach: Tensor = math.log(torch.finfo(call.dtype).tiny) - largest[..., None]
+        norm = torch.linalg.vector_norm(self.query, dim=-1, dtype=call.dtype)
+        largest = abs(call.scale) * norm * self.back.norm
+        reach: Tensor = math.log(torch.finfo(call.dtype).eps / (4 * self.back.length)) - largest[..., None]
         return reach
 
     def leave(self, level: Tensor) -> None:

@@ -146,11 +146,9 @@ def of_side(program: Program, loaded: Loaded, name: str) -> Truth:
 def of_bias(program: Program, loaded: Loaded) -> Truth:
     """The truth of the bias as it stands in the text; of a spoiled bias of activations nothing is known."""
     assert program.bias is not None
-    if program.bias.wrong:
-        return Truth.FALSE
     spoiled = program.spoil is not None and program.spoil.part == "bias"
     if not spoiled:
-        return Truth.TRUE
+        return Truth.FALSE if program.bias.wrong else Truth.TRUE
     if program.bias not in ALIBI:
         return Truth.FREE
     return linearity(program.shape.heads, loaded.names[f"{program.bias.name}_bias"])
