@@ -215,7 +215,7 @@ class _Walk:
         return chunked.block_gradients(bias, whole, self.rows, step.keys, self.call.offset)
 
     def _reach(self) -> Tensor | None:
-        """Return what a bias has to be below the row's level for T_k such weights to add up to nothing, [B, H, rows, 1].
+        """Return how far below the row's level a bias makes T_k weights add up to nothing, [B, H, rows, 1].
 
         Nothing is a quarter of the rounding of the row's sum: weights of T_k eps / 4 of it together.
 
