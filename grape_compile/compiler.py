@@ -10,7 +10,7 @@ import functools
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast, overload
@@ -31,10 +31,11 @@ from grape_compile.passes.capture import (
 from grape_compile.passes.fuse_norms import FuseNorms
 from grape_compile.passes.graph import Program
 from grape_compile.passes.lower import ShareAngles
-from grape_compile.passes.origins import Origin, guarded, marking, origin_of, settle
+from grape_compile.passes.origins import Origin, marking, origins_of
 from grape_compile.passes.pipeline import first_line, rewrite_program
 from grape_compile.passes.regions import outline_regions
 from grape_compile.passes.site import Refusal
+from grape_compile.passes.stand_ins import guarded, settle
 from grape_compile.passes.trace_run import capture_run, untouched
 from grape_compile.reporting import Report, merged
 
@@ -54,6 +55,10 @@ class _Compiled:
     in_buckets: bool = False
 
 
+_OTHER_TABLES = (
+    "in a later call the tables came from elsewhere than in the call this graph was read with, and the original code ran: "
+    "make them in the same way in every call, or in the same graph"
+)
 _OWN_GRAPH = (
     "a module compiled by grape_compile keeps its own graphs: an outer torch.compile cannot be a full graph"
 )
@@ -226,10 +231,10 @@ def _compile_graph(
     if rewritten is None:
         return inner(module, examples)
     compiled = inner(rewritten.module if found.sites else module, examples)
-    told = marking(compiled, rewritten.tables) if rewritten.tables else compiled
-    if not rewritten.is_given_tables or not (found.sites or rewritten.tables):
-        return told
-    return guarded(told, inner(module, examples) if found.sites else compiled, examples)
+    if rewritten.is_given_tables and found.sites:
+        missed = functools.partial(_note_other_tables, record, found)
+        compiled = guarded(compiled, inner(module, examples), examples, missed)
+    return marking(compiled, rewritten.tables) if rewritten.tables else compiled
 
 
 @dataclass(frozen=True)
@@ -238,21 +243,28 @@ class Rewritten:
 
     module: fx.GraphModule
     report: Report
-    tables: Origin | None
+    tables: Mapping[int, Origin]
     is_given_tables: bool
 
 
 def _rewritten(module: fx.GraphModule, examples: Sequence[Any]) -> Rewritten:
     program = capture_dynamo(module, examples)
     found = _rewrite_program(program)
-    tables = origin_of(program)
     if program.stands:
         settle(program)
+    tables = origins_of(program)
     if found.sites:
         FuseNorms()(program)
         ShareAngles()(program)
         outline_regions(program.module)
     return Rewritten(program.module, found, tables, bool(program.stands))
+
+
+def _note_other_tables(record: _Compiled, found: Report) -> None:
+    """Say once that a graph met tables it was not read with."""
+    told = [Refusal("outside", _OTHER_TABLES, "", site.module, site.source, str(site.encoding)) for site in found.sites]
+    if not any(refusal in report.refusals for refusal in told for report in record.reports):
+        record.reports.append(Report(refusals=tuple(told)))
 
 
 def _capture_refusal(failure: CaptureError) -> Refusal:

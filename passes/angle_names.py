@@ -239,8 +239,9 @@ class _Namer:
 
     def _of_one_angle(self, cosines: list[tuple[int, int]], sines: list[tuple[int, int]]) -> bool:
         """Cosine and sine of the same angle in every plane, times the same number: no values need be seen."""
-        resolve = self.coefficients.resolve
-        pairs = [(resolve(*one), resolve(*other)) for one, other in zip(cosines, sines, strict=True)]
+        resolve, looked_up = self.coefficients.resolve, self.coefficients.looked_up
+        ends = [(resolve(*one), resolve(*other)) for one, other in zip(cosines, sines, strict=True)]
+        pairs = [looked_up(*pair) or pair for pair in ends]
         return all(
             (cos.kind, sin.kind) == ("cos", "sin")
             and abs(cos.number) == abs(sin.number) == abs(pairs[0][0].number)

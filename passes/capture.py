@@ -25,9 +25,10 @@ from torch.utils import _pytree as pytree
 from grape_compile.errors import CaptureError
 from grape_compile.passes.batches import flatten_batches, has_batches
 from grape_compile.passes.graph import Program, Role, op_name
-from grape_compile.passes.origins import graft, mark_on
+from grape_compile.passes.origins import mark_on
 from grape_compile.passes.regions import inline_regions, outline_regions, without_gradient
 from grape_compile.passes.retrace import Common, Retrace
+from grape_compile.passes.stand_ins import graft
 
 _KINDS = {
     InputKind.PARAMETER: Role.PARAMETER,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from grape_compile.passes.graph import Taint, Unreadable, op_name, require_fake
-from grape_compile.passes.movement import is_symbolic, operand_of
+from grape_compile.passes.movement import ints, is_symbolic, operand_of
 from grape_compile.passes.plans import Entry, Miss, Reading
 from grape_compile.passes.replay import Replay
 from grape_compile.passes.terms import Factor, Index, Term, multiply, unit
@@ -34,6 +34,15 @@ class Resolved:
     pieces: tuple[Term, ...] = ()
 
 
+@dataclass(frozen=True)
+class _Lookup:
+    """Elements of a table at places that are not known: `element` runs over all its rows, one for each of `rows`."""
+
+    places: Factor
+    element: Factor
+    rows: Tensor
+
+
 class Coefficients:
     """Entries of a matrix by output and input channel, followed back to their ends."""
 
@@ -54,12 +63,11 @@ class Coefficients:
     def compare(self, one: tuple[int, int], other: tuple[int, int]) -> int:
         """1 if two coefficients are equal, -1 if opposite, 0 otherwise: by what they are, or by all they hold."""
         first, second = self.resolve(*one), self.resolve(*other)
-        if (
-            first.kind == second.kind
-            and abs(first.number) == abs(second.number)
-            and self.same_element(first.leaf, second.leaf)
-        ):
-            return 1 if first.number == second.number else -1
+        sign = self._same(first, second)
+        if sign == 0 and (behind := self.looked_up(first, second)) is not None:
+            sign = self._same(*behind)
+        if sign != 0:
+            return sign
         if first.kind != "table" or second.kind != "table":
             return 0
         if first.pieces and len(first.pieces) == len(second.pieces):
@@ -70,6 +78,52 @@ class Coefficients:
         if left is None or right is None or left.shape != right.shape:
             return 0
         return _same_or_opposite(first.number * left, second.number * right)
+
+    def _same(self, one: Resolved, other: Resolved) -> int:
+        """1 for the same element times the same number, -1 for opposite numbers, 0 otherwise."""
+        same = one.kind == other.kind and abs(one.number) == abs(other.number)
+        if not same or not self.same_element(one.leaf, other.leaf):
+            return 0
+        return 1 if one.number == other.number else -1
+
+    def looked_up(self, one: Resolved, other: Resolved) -> tuple[Resolved, Resolved] | None:
+        """What two coefficients are, at every row of the tables that the same rows of both are looked up in."""
+        seen = False
+        while one.kind == other.kind == "table" and one.leaf is not None and other.leaf is not None:
+            first, second = self._lookup(one.leaf), self._lookup(other.leaf)
+            if first is None or second is None or not self._same_place(first.places, second.places):
+                break
+            one, other = (
+                self._follow(end.number, (lookup.element,), lookup.rows)
+                for end, lookup in ((one, first), (other, second))
+            )
+            seen = True
+        return (one, other) if seen else None
+
+    def _lookup(self, leaf: Factor) -> _Lookup | None:
+        """An element looked up by a tensor of places along one axis."""
+        node = leaf.node
+        if leaf.part != "value" or op_name(node) not in _LOOKUPS or node in self.program.stale:
+            return None
+        if op_name(node) == "aten::index":
+            given = node.args[1]
+            assert isinstance(given, list | tuple)
+            picked = [(axis, each) for axis, each in enumerate(given) if isinstance(each, fx.Node)]
+            if len(picked) != 1:
+                return None
+            ((axis, places),) = picked
+        else:
+            axis = ints(node.args[1])[0] if op_name(node) == "aten::index_select" else 0
+            places = operand_of(node, 1 if op_name(node) == "aten::embedding" else 2)
+        source = operand_of(node, 0)
+        if require_fake(places).dtype is torch.bool:
+            return None
+        shape, end = self.reading.reader.shape(source), axis + require_fake(places).dim()
+        count = max(shape[axis], leaf.index[0].numel())
+        rows = torch.arange(count)
+        index = [at[rows % at.numel()] for at in (*leaf.index[:axis], *leaf.index[end:])]
+        index.insert(axis, rows % shape[axis])
+        return _Lookup(Factor(places, leaf.index[axis:end]), Factor(source, tuple(index)), rows)
 
     def _same_pieces(self, one: Resolved, other: Resolved) -> int:
         """1 if two joined tables are equal piece by piece, -1 if opposite, 0 otherwise."""
@@ -144,32 +198,33 @@ class Coefficients:
         """Follow one coefficient back to a trigonometric function of an angle, or to a table."""
         key = (out, source)
         if key not in self.resolved:
-            self.resolved[key] = self._resolve(self.entry(key))
+            entry = self.entry(key)
+            self.resolved[key] = self._follow(entry.number, entry.factors, self.samples)
         return self.resolved[key]
 
-    def _resolve(self, entry: Entry) -> Resolved:
-        table = Resolved("table", entry.number, entry.factors[0] if len(entry.factors) == 1 else None)
-        terms = [unit(self.samples)]
+    def _follow(self, own: float, factors: tuple[Factor, ...], samples: Tensor) -> Resolved:
+        table = Resolved("table", own, factors[0] if len(factors) == 1 else None)
+        terms = [unit(samples)]
         try:
-            for factor in entry.factors:
-                terms = multiply(terms, self.reading.reader.element(factor, self.samples))
+            for factor in factors:
+                terms = multiply(terms, self.reading.reader.element(factor, samples))
         except Unreadable:
             return table
         if any(len(term.factors) != 1 for term in terms):
             return table
-        if len(terms) != 1 or len(terms[0].rows) != len(self.samples):
-            return self._joined(table, terms)
+        if len(terms) != 1 or len(terms[0].rows) != len(samples):
+            return self._joined(table, terms, samples)
         number, leaf = terms[0].constant(), terms[0].factors[0]
         if number is None:
             return table
-        return Resolved(leaf.part if leaf.part in ("cos", "sin") else "table", entry.number * number, leaf)
+        return Resolved(leaf.part if leaf.part in ("cos", "sin") else "table", own * number, leaf)
 
-    def _joined(self, table: Resolved, terms: list[Term]) -> Resolved:
+    def _joined(self, table: Resolved, terms: list[Term], samples: Tensor) -> Resolved:
         """A table with its pieces, where every sampled token belongs to exactly one."""
         if table.leaf is None or len(terms) < 2:
             return table
         rows = torch.cat([term.rows for term in terms])
-        if not torch.equal(rows.sort().values, self.samples):
+        if not torch.equal(rows.sort().values, samples):
             return table
         pieces = sorted(terms, key=lambda term: int(term.rows[0]))
         return replace(table, pieces=tuple(pieces))

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from sympy import Integer
 from torch import fx
 
 from grape_compile.passes.memory import is_pure as is_pure
@@ -261,7 +262,7 @@ class Sizes:
     """Turns symbolic sizes into integers: the hints of the captured example, or a chosen binding of symbols."""
 
     def __init__(self, binding: Mapping[Any, int] | None = None) -> None:
-        self.binding = dict(binding or {})
+        self.binding = {symbol: Integer(size) for symbol, size in (binding or {}).items()}
 
     def __call__(self, value: Any) -> int:
         if isinstance(value, fx.Node):

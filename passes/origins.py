@@ -2,225 +2,309 @@
 
 torch.compile cuts a model where it cannot look inside; the tables of cosines and sines of the first graph are then
 plain inputs of the others, and inputs may hold anything. Every table a compiled graph returns is therefore marked with
-its origin, a copy of the operators that made it. A graph that is given marked tensors is read as if it had made them
-itself; what is found holds for tensors with the same marks, which is looked at in every call. A tensor that was
-written into since, or made by anything else, has no origin.
+its origin, a copy of the operators that made it, and with what these were given, which may be marked tables again. A
+graph that is given marked tensors is read as if it had made them itself; what is found holds for tensors with the same
+marks (stand_ins.py). A tensor that was written into since, or made by anything else, has no origin.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import free_symbols
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from grape_compile.passes.graph import Program, Role, Sizes, Taint, Unreadable, fake, is_pure, op_name
-from grape_compile.passes.operands import fake_value
+from grape_compile.passes.graph import Program, Role, Taint, Unreadable, fake, frozen, is_pure, op_name
+from grape_compile.passes.movement import MOVEMENTS, is_frozen
 from grape_compile.passes.verify import PHASES
 
-_MARK = "_grape_compile_mark"
-_CALLS = count()
-
-
-@dataclass(frozen=True, eq=False)
-class Origin:
-    """The tables one graph returns: a graph that returns them alone, and what is known of its inputs.
-
-    `tables` are their numbers among the results of the first.
-    """
-
-    module: fx.GraphModule
-    tables: tuple[int, ...]
-    roles: Sequence[Role]
-    values: Sequence[Any]
+_DEEPEST = 8
+"""Graphs that a table may have come through: a state that every call changes must not remember all of them."""
 
 
 @dataclass(frozen=True)
+class Leaf:
+    """Where the copy of a table begins: argument `place` of its graph, or a value inside of it.
+
+    An open one may be a table of an earlier graph, or anything else.
+    """
+
+    name: str
+    place: int | None
+    role: Role
+    value: Any
+    is_open: bool
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What one table of a graph is made of: a graph that returns it alone, and where this graph begins.
+
+    Equal for the same operators on leaves of the same kinds, whatever the leaves hold. `symbols` are the open sizes: of
+    an argument, or (no axis) the argument itself. `needs_tables`: it is a table only where all open leaves are.
+    """
+
+    key: object
+    graph: fx.Graph = field(compare=False)
+    leaves: tuple[Leaf, ...] = field(compare=False)
+    symbols: tuple[tuple[Any, int, int | None], ...] = field(compare=False)
+    needs_tables: bool = field(compare=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A leaf in one call: equal identities are equal values. `value` gives the tensor as long as somebody keeps it."""
+
+    identity: tuple[object, ...]
+    value: Callable[[], Any]
+
+
+@dataclass(frozen=True, eq=False)
 class Mark:
-    """On a tensor: it is table number `table` of what a graph returned in a call, and has not been written into."""
+    """On a tensor of one version: what it is made of, of which parts, with open sizes of which values, in which call."""
 
     origin: Origin
-    table: int
+    parts: tuple[Mark | Part, ...]
+    sizes: tuple[int, ...]
     call: int
     version: int
+    depth: int
 
 
-def origin_of(program: Program) -> Origin | None:
-    """What the tables among a program's results are made of, here and in the graphs whose tables it was given."""
+_CALLS = count()
+_NUMBERS = count()
+# Not attributes: a copy or a file of a tensor must not take them along.
+_marks: Any = WeakTensorKeyDictionary()
+_numbers: Any = WeakTensorKeyDictionary()
+
+
+def mark_on(value: object) -> Mark | None:
+    """The mark on a tensor that was not written into since."""
+    mark: Mark | None = _marks.get(value) if isinstance(value, Tensor) else None
+    return mark if mark is not None and mark.version == _version(value) else None
+
+
+def _version(value: Any) -> int | None:
+    """How often a tensor was written into; tensors of inference do not tell."""
+    return None if value.is_inference() else value._version
+
+
+# -- what the results of a graph are made of --------------------------------------------------------------
+
+
+def origins_of(program: Program) -> dict[int, Origin]:
+    """What the tables among a program's results are made of, by their place."""
     results = program.graph.output_node().args[0]
     assert isinstance(results, list | tuple)
-    tables = [number for number, node in enumerate(results) if _is_table(program, node)]
-    made = [node for node in results if isinstance(node, fx.Node) and _is_table(program, node)]
-    try:
-        return _origin(program, made, _needed(program, made), tuple(tables)) if tables else None
-    except Unreadable:
-        return None
+    numbers = {place: node for place, node in enumerate(results) if _is_number(node)}
+    if not numbers:
+        return {}
+    handed = [node for node in program.graph.find_nodes(op="placeholder") if _is_open(program, node)]
+    roles = {**program.roles, **dict.fromkeys(handed, Role.BUFFER)}
+    opened = Program(program.module, roles, program.values, program.no_grad) if handed else program
+    found: dict[int, Origin] = {}
+    for place, node in numbers.items():
+        for reading in (program, opened):
+            if reading.taints[node] < Taint.PARAMETER:
+                try:
+                    found[place] = _Copy(program, reading).of(node)
+                except Unreadable:
+                    continue
+                break
+    return found
 
 
-def _is_table(program: Program, node: Any) -> bool:
-    """A computed number per element that no activation and no weight has a part in."""
-    value = fake(node) if isinstance(node, fx.Node) else None
-    if value is None or node.op != "call_function" or not (value.is_floating_point() or value.is_complex()):
-        return False
-    return program.taints[node] < Taint.PARAMETER
+def _is_number(node: Any) -> bool:
+    value = fake(node) if isinstance(node, fx.Node) and node.op == "call_function" else None
+    return value is not None and (value.is_floating_point() or value.is_complex())
 
 
-def _is_given(program: Program, node: fx.Node) -> bool:
-    """Where the copy ends: at inputs, and at activations behind what angles are made with."""
-    return node.op != "call_function" or (program.taints[node] is Taint.DATA and op_name(node) not in PHASES)
+def _is_open(program: Program, node: fx.Node) -> bool:
+    return program.roles.get(node) is Role.INPUT and program.taints[node] is Taint.DATA
 
 
-def _needed(program: Program, results: Sequence[fx.Node]) -> set[fx.Node]:
-    needed, stack = set(results), list(results)
-    while stack:
-        node = stack.pop()
-        if _is_given(program, node):
-            continue
-        if not is_pure(node):
-            raise Unreadable("a table that is drawn or written into")
-        for operand in node.all_input_nodes:
-            if operand not in needed and not isinstance(operand.meta.get("val"), torch.SymInt):
-                needed.add(operand)
-                stack.append(operand)
-    return needed
+class _Copy:
+    """The operators behind one result. `reading` is the program, or the program with its open inputs taken for tables."""
 
+    def __init__(self, program: Program, reading: Program) -> None:
+        self.program, self.reading = program, reading
+        self.inputs = program.graph.find_nodes(op="placeholder")
+        self.graph, self.copies = fx.Graph(), dict[fx.Node, fx.Node]()
+        self.leaves: list[Leaf] = []
+        self.symbols: set[Any] = set()
 
-def _origin(
-    program: Program, results: Sequence[fx.Node], needed: set[fx.Node], tables: tuple[int, ...]
-) -> Origin:
-    graph, sizes = fx.Graph(), Sizes()
-    copies: dict[fx.Node, fx.Node] = {}
+    def of(self, result: fx.Node) -> Origin:
+        needed = self._needed(result)
+        nodes = [node for node in self.program.graph.nodes if node in needed]
+        for node in nodes:
+            if self._is_leaf(node):
+                self.copies[node] = self.graph.placeholder(node.name)
+                self.leaves.append(self._leaf(node))
+                self._size(fake(node))
+        numbers = {node: number for number, node in enumerate(nodes)}
+        kinds = [(leaf.role, leaf.is_open, leaf.place is None, _kind(leaf)) for leaf in self.leaves]
+        key: list[object] = [tuple(kinds)]
+        for node in nodes:
+            if node not in self.copies:
+                args, kwargs = fx.node.map_aggregate((node.args, dict(node.kwargs)), self._copied)
+                copied = self.copies[node] = self.graph.call_function(node.target, args, kwargs)
+                dtype = getattr(node.meta.get("val"), "dtype", None)
+                copied.meta = {name: node.meta[name] for name in _PROVENANCE if name in node.meta}
+                copied.meta["dtype"] = dtype
+                key.append((node.target, *(frozen(each, _named(numbers)) for each in (node.args, node.kwargs)), dtype))
+        self.graph.output(self.copies[result])
+        needs = self.program.taints[result] >= Taint.PARAMETER
+        return Origin(tuple(key), self.graph, tuple(self.leaves), self._bindings(), needs)
 
-    def copied(item: Any) -> Any:
-        return copies[item] if item in needed else sizes(item) if _is_size(item) else item
+    def _is_leaf(self, node: fx.Node) -> bool:
+        """Where the copy ends: at inputs, and at activations behind what angles are made with."""
+        inside = self.reading.taints[node] is not Taint.DATA or op_name(node) in PHASES
+        return node.op != "call_function" or not inside
 
-    inputs = [node for node in program.graph.nodes if node in needed and _is_given(program, node)]
-    for node in inputs:
-        copies[node] = graph.placeholder(node.name)
-    for node in program.graph.nodes:
-        if node in needed and node not in copies:
-            args, kwargs = fx.node.map_aggregate((node.args, dict(node.kwargs)), copied)
-            copies[node] = graph.call_function(node.target, args, kwargs)
-            copies[node].meta = {key: node.meta[key] for key in _PROVENANCE if key in node.meta}
-    graph.output(tuple(copies[result] for result in results))
-    known = [program.values.get(node) if node.op != "call_function" else None for node in inputs]
-    values = [fake(node) if value is None else value for node, value in zip(inputs, known, strict=True)]
-    roles = [program.roles.get(node, Role.INPUT) for node in inputs]
-    return Origin(fx.GraphModule(torch.nn.Module(), graph), tables, roles, values)
+    def _needed(self, result: fx.Node) -> set[fx.Node]:
+        needed, stack = {result}, [result]
+        while stack:
+            node = stack.pop()
+            if self._is_leaf(node):
+                continue
+            if not is_pure(node):
+                raise Unreadable("a table that is drawn or written into")
+            if op_name(node) in MOVEMENTS and is_frozen(node, op_name(node)):
+                raise Unreadable("a table cut at an offset that may be another in the next call")
+            for operand in node.all_input_nodes:
+                if operand not in needed and not isinstance(operand.meta.get("val"), torch.SymInt):
+                    needed.add(operand)
+                    stack.append(operand)
+        return needed
+
+    def _leaf(self, node: fx.Node) -> Leaf:
+        place = self.inputs.index(node) if node.op == "placeholder" else None
+        known = self.program.values.get(node) if node.op == "get_attr" else None
+        value = fake(node) if known is None else known
+        if value is None:
+            raise Unreadable(f"{node.name} is no tensor")
+        role = self.program.roles.get(node, Role.INPUT)
+        return Leaf(node.name, place, role, value, _is_open(self.program, node))
+
+    def _copied(self, item: Any) -> Any:
+        if isinstance(item, fx.Node) and item in self.copies:
+            return self.copies[item]
+        value = item.meta.get("val") if isinstance(item, fx.Node) else item
+        if isinstance(value, torch.SymInt):
+            self._size(value)
+        return value
+
+    def _size(self, value: Any) -> None:
+        self.symbols |= free_symbols(value) if value is not None else set()
+
+    def _bindings(self) -> tuple[tuple[Any, int, int | None], ...]:
+        """Where the value of each symbol is found among the arguments of a call."""
+        found: dict[Any, tuple[int, int | None]] = {}
+        for place, node in enumerate(self.inputs):
+            value = node.meta.get("val")
+            sizes = list(enumerate(value.shape)) if isinstance(value, Tensor) else [(None, value)]
+            for axis, size in sizes:
+                if isinstance(size, torch.SymInt):
+                    found.setdefault(size.node.expr, (place, axis))
+        if not self.symbols <= found.keys():
+            raise Unreadable("a size that no argument tells")
+        return tuple((symbol, *found[symbol]) for symbol in sorted(self.symbols, key=str))
 
 
 _PROVENANCE = ("stack_trace", "nn_module_stack")
 
 
-def _is_size(item: Any) -> bool:
-    return isinstance(item, torch.SymInt) or (
-        isinstance(item, fx.Node) and isinstance(item.meta.get("val"), torch.SymInt)
-    )
+def _kind(leaf: Leaf) -> object:
+    """What a leaf is, but for what it holds; a literal is what it holds."""
+    literal = id(leaf.value) if leaf.role is Role.LITERAL and leaf.place is None else None
+    return tuple(map(str, leaf.value.shape)), leaf.value.dtype, leaf.value.device, literal
+
+
+def _named(numbers: Mapping[fx.Node, int]) -> Callable[[Any], object]:
+    def name(item: Any) -> object:
+        if isinstance(item, fx.Node) and item in numbers:
+            return numbers[item]
+        value = item.meta.get("val") if isinstance(item, fx.Node) else item
+        return str(value) if isinstance(value, torch.SymInt) else id(value)
+
+    return name
 
 
 # -- marks ------------------------------------------------------------------------------------------------
 
 
-def mark_on(value: object) -> Mark | None:
-    """The mark on a tensor that was not written into since."""
-    mark = getattr(value, _MARK, None)
-    return mark if isinstance(value, Tensor) and mark is not None and mark.version == value._version else None
-
-
-def marking(compiled: Callable[..., Any], origin: Origin) -> Callable[..., Any]:
+def marking(compiled: Callable[..., Any], origins: Mapping[int, Origin]) -> Callable[..., Any]:
     """A compiled graph whose tables carry marks."""
 
     def call(*args: Any) -> Any:
         results, number = compiled(*args), next(_CALLS)
-        for table, place in enumerate(origin.tables):
+        for place, origin in origins.items():
             tensor = results[place]
-            if not tensor.is_inference():  # such tensors do not tell whether they were written into
-                setattr(tensor, _MARK, Mark(origin, table, number, tensor._version))
+            version = _version(tensor)
+            if version is not None and not any(tensor is given for given in args):
+                mark = _mark(origin, args, number, version)
+                if mark is not None:
+                    _marks[tensor] = mark
         return results
 
     return call
 
 
-def guarded(
-    compiled: Callable[..., Any], original: Callable[..., Any], examples: Sequence[Any]
-) -> Callable[..., Any]:
-    """A compiled graph for inputs with the marks of its examples, and the original for any others.
-
-    Tables that came from one call have to come from one call again.
-    """
-    marks = [(place, mark) for place, example in enumerate(examples) if (mark := mark_on(example))]
-    expected = _without_calls(marks)
-
-    def call(*args: Any) -> Any:
-        given = [(place, mark) for place, _ in marks if (mark := mark_on(args[place]))]
-        return compiled(*args) if _without_calls(given) == expected else original(*args)
-
-    return call
+def _mark(origin: Origin, args: Sequence[Any], call: int, version: int) -> Mark | None:
+    parts: list[Mark | Part] = []
+    for leaf in origin.leaves:
+        part = _part(leaf, args, call)
+        if part is None or (leaf.is_open and origin.needs_tables and isinstance(part, Part)):
+            return None
+        parts.append(part)
+    depth = 1 + max((part.depth for part in parts if isinstance(part, Mark)), default=0)
+    sizes = tuple(
+        int(args[place] if axis is None else args[place].shape[axis]) for _, place, axis in origin.symbols
+    )
+    return Mark(origin, tuple(parts), sizes, call, version, depth) if depth <= _DEEPEST else None
 
 
-def _without_calls(marks: Iterable[tuple[int, Mark]]) -> list[tuple[int, Origin, int, int]]:
-    """Place, origin and number of every table, and the first place of its call."""
-    calls: dict[int, int] = {}
-    return [(place, mark.origin, mark.table, calls.setdefault(mark.call, place)) for place, mark in marks]
+def _part(leaf: Leaf, args: Sequence[Any], call: int) -> Mark | Part | None:
+    if leaf.place is None and isinstance(leaf.value, torch._subclasses.FakeTensor):
+        return Part(("made", call, leaf.name), lambda: None)
+    tensor = leaf.value if leaf.place is None else args[leaf.place]
+    mark = mark_on(tensor) if leaf.is_open else None
+    version = _version(tensor)
+    if mark is not None or version is None:
+        return mark
+    if tensor not in _numbers:
+        _numbers[tensor] = next(_NUMBERS)
+    kept = ref(tensor)
+    return Part(("given", _numbers[tensor], version), lambda: _as_it_was(kept(), version))
 
 
-# -- in the graph that is given them ----------------------------------------------------------------------
+def _as_it_was(tensor: Tensor | None, version: int) -> Tensor | None:
+    return tensor if tensor is not None and tensor._version == version else None
 
 
-def graft(program: Program, marks: Mapping[fx.Node, Mark]) -> Program:
-    """A program that seems to make its tables itself; `settle` has to follow when all is rewritten."""
-    graph, mode = program.graph, torch._guards.detect_fake_mode([node.meta.get("val") for node in marks])
-    roles, values = dict(program.roles), dict(program.values)
-    first = next(node for node in graph.nodes if node.op != "placeholder")
-    stands: dict[fx.Node, fx.Node] = {}
-    outside: set[fx.Node] = set()
-    made: dict[int, Sequence[fx.Node]] = {}
-    for given, mark in marks.items():
-        if mark.call not in made:
-            copies = _copied(graph, first, mark.origin, mode)
-            inputs = mark.origin.module.graph.find_nodes(op="placeholder")
-            roles |= {copies[node]: role for node, role in zip(inputs, mark.origin.roles, strict=True)}
-            values |= {copies[node]: value for node, value in zip(inputs, mark.origin.values, strict=True)}
-            outside |= set(copies.values())
-            (results,) = mark.origin.module.graph.output_node().args
-            made[mark.call] = [copies[node] for node in results]  # type: ignore[union-attr, index]
-        end = made[mark.call][mark.table]
-        if list(end.meta["val"].shape) == [Sizes()(size) for size in given.meta["val"].shape]:
-            stands[end] = given
-            given.replace_all_uses_with(end, delete_user_cb=lambda user: user.op != "output")
-    outside -= stands.keys()
-    return Program(program.module, roles, values, program.no_grad, outside=frozenset(outside), stands=stands)
+def alike(marks: Iterable[tuple[int, Mark]]) -> object:
+    """Equal for tensors, each at its place, that were made in the same way from parts that are the same among them."""
+    numbers: dict[object, int] = {}
+    sizes: dict[int, tuple[int, ...]] = {}
 
+    def number(thing: object) -> int:
+        return numbers.setdefault(thing, len(numbers))
 
-def _copied(graph: fx.Graph, first: fx.Node, origin: Origin, mode: Any) -> dict[fx.Node, fx.Node]:
-    """The operators of an origin before `first`, with fakes of the sizes they had in the call."""
-    copies: dict[fx.Node, fx.Node] = {}
-    values = iter(origin.values)
-    for step in origin.module.graph.nodes:
-        if step.op == "output":
-            continue
-        with graph.inserting_before(first):
-            node = copies[step] = graph.node_copy(step, copies.__getitem__)
-        with mode:
-            if step.op == "placeholder":
-                value = next(values)
-                shape = [Sizes()(size) for size in value.shape]
-                node.meta["val"] = torch.empty(shape, dtype=value.dtype, device=value.device)
-            else:
-                node.meta["val"] = fake_value(node)
-    return copies
+    def of(part: Mark | Part) -> object:
+        if isinstance(part, Part):
+            return number(part.identity)
+        if part.sizes:
+            sizes[part.call] = part.sizes
+        own = number(part.call) if part.sizes else None
+        return part.origin, own, tuple(map(of, part.parts))
 
-
-def settle(program: Program) -> None:
-    """Take the given tables again, and nothing else of what made them."""
-    for end, given in program.stands.items():
-        end.replace_all_uses_with(given, delete_user_cb=lambda user: user not in program.outside)
-    for node in reversed(list(program.graph.nodes)):
-        if node in program.outside or node in program.stands:
-            program.graph.erase_node(node)
-    program.forget()
-    program.graph.lint()
-    program.module.recompile()
+    made = [(place, of(mark)) for place, mark in marks]
+    # Open sizes are read as those of one graph; sizes of several have to agree where they did.
+    told = [[number(("size", size)) for size in each] for each in sizes.values()] if len(sizes) > 1 else []
+    return made, told
