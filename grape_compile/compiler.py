@@ -56,8 +56,8 @@ class _Compiled:
 
 
 _OTHER_TABLES = (
-    "in a later call the tables came from elsewhere than in the call this graph was read with, and the original code ran: "
-    "make them in the same way in every call, or in the same graph"
+    "in a later call the tables came from elsewhere than in the call this graph was read with, and the original code "
+    "ran: make them in the same way in every call, or in the same graph"
 )
 _OWN_GRAPH = (
     "a module compiled by grape_compile keeps its own graphs: an outer torch.compile cannot be a full graph"
@@ -262,7 +262,10 @@ def _rewritten(module: fx.GraphModule, examples: Sequence[Any]) -> Rewritten:
 
 def _note_other_tables(record: _Compiled, found: Report) -> None:
     """Say once that a graph met tables it was not read with."""
-    told = [Refusal("outside", _OTHER_TABLES, "", site.module, site.source, str(site.encoding)) for site in found.sites]
+    told = [
+        Refusal("outside", _OTHER_TABLES, "", site.module, site.source, str(site.encoding))
+        for site in found.sites
+    ]
     if not any(refusal in report.refusals for refusal in told for report in record.reports):
         record.reports.append(Report(refusals=tuple(told)))
 
@@ -309,10 +312,12 @@ def _inspect_by_compiling(
 
     def look(module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         try:
-            reports.append(_rewrite_program(capture_dynamo(module, examples)))
+            rewritten = _rewritten(module, examples)
         except CaptureError as reason:
             reports.append(Report(refusals=(_capture_refusal(reason),)))
-        return module.forward
+            return module.forward
+        reports.append(rewritten.report)
+        return marking(module.forward, rewritten.tables)
 
     try:
         with torch.no_grad():

@@ -87,7 +87,8 @@ def _fused(program: Program, node: fx.Node) -> Attention | None:
     assert isinstance(query, fx.Node)
     assert isinstance(key, fx.Node)
     assert isinstance(value, fx.Node)
-    if require_fake(query).dim() != 4:
+    rank = require_fake(query).dim()
+    if rank < 4:
         return None
     scale = given.get("scale")
     if scale is not None and not isinstance(scale, int | float):
@@ -98,9 +99,16 @@ def _fused(program: Program, node: fx.Node) -> Attention | None:
     )
     layer.is_causal = bool(given.get("is_causal", False))
     layer.terms = split_terms(program, mask, 1.0)
-    if given.get("dropout_p", 0.0):
+    if rank > 4:
+        layer.obstacle = _too_many_axes(rank)
+    elif given.get("dropout_p", 0.0):
         layer.obstacle = f"attention weights are dropped out with probability {given['dropout_p']}"
     return layer
+
+
+def _too_many_axes(rank: int) -> str:
+    """Why a layer cannot be an operator."""
+    return f"its scores have {rank} axes, where an operator takes batch, head, query and key"
 
 
 class _Reader:
@@ -117,8 +125,10 @@ class _Reader:
         if not isinstance(scores, fx.Node) or self.program.taints[scores] is not Taint.DATA:
             return None
         rank = require_fake(scores).dim()
-        if rank not in (3, 4) or softmax.args[1] not in (-1, rank - 1):
+        if rank < 3 or softmax.args[1] not in (-1, rank - 1):
             return None
+        if rank > 4:
+            self.obstacle = _too_many_axes(rank)
         core = self._scores(scores, 1.0)
         if core is None:
             return None
@@ -236,7 +246,7 @@ class _Reader:
         shape, inner = require_fake(node).shape, require_fake(data).shape
         if len(shape) == 4 and len(inner) == 3:
             self.batch_heads, self.folded = (shape[0], shape[1]), True
-        elif len(shape) != len(inner):
+        elif len(shape) != len(inner) and len(shape) <= 4:
             return None
         return self._scores(data, factor)
 

@@ -87,4 +87,5 @@ def _traced(stretch: fx.GraphModule, values: list[Any]) -> fx.GraphModule:
     finally:
         torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
     assert isinstance(traced, fx.GraphModule)
+    traced.graph.eliminate_dead_code()  # what autograd would keep of a softmax
     return traced

@@ -26,7 +26,7 @@ from grape_compile.passes.paths import PathPart
 from grape_compile.passes.plans import Miss
 from grape_compile.passes.replay import Replay
 from grape_compile.passes.score_terms import ScoreTerm
-from grape_compile.passes.scores import DEAD, KEY, QUERY, Scores
+from grape_compile.passes.scores import DEAD, KEY, QUERY, Scores, hides_and_adds
 
 NEVER = -1e9
 """A value this low removes an entry whatever the scores are; only such a mask may be replaced by `is_causal`."""
@@ -51,7 +51,11 @@ def detect_biases(program: Program) -> tuple[list[BiasPlan], list[tuple[fx.Node,
     replay = Replay(program)
     for layer in find_attention(program):
         try:
-            result = _plan(Scores(program, replay, layer))
+            result = (
+                _plan(Scores(program, replay, layer))
+                if require_fake(layer.softmax).dim() <= 4
+                else _wide(program, replay, layer)
+            )
         except Unreadable as reason:
             result = Miss("readable", f"what is added to the scores cannot be read: {reason}", 1)
         if isinstance(result, BiasPlan):
@@ -87,6 +91,13 @@ def _plan(scores: Scores) -> BiasPlan | Miss | None:
     if not causal and masks and not scores.is_static:
         causal = CausalMasks(scores, AddendReader(scores)).say_causal(masks, NEVER)
     return BiasPlan(layer, scores, tuple(masks), tuple(parts), causal, window)
+
+
+def _wide(program: Program, replay: Replay, layer: Attention) -> Miss | None:
+    """Layers of more axes than the operator's: a bias in one is told of."""
+    added = [term.node for term in layer.terms if term.dead is None]
+    told = (program.taints[node] is Taint.DATA or hides_and_adds(replay.tensor(node))[1] for node in added)
+    return _obstacle(layer) if any(told) else None
 
 
 def _obstacle(layer: Attention) -> Miss:

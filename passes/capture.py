@@ -59,7 +59,7 @@ def capture_dynamo(module: fx.GraphModule, examples: Sequence[Any]) -> Program:
         raise CaptureError(
             "retrace the Dynamo graph", "a graph with other inputs", "the original graph runs unchanged"
         )
-    if _holds_traced_values(traced):
+    if holds_traced_values(traced):
         raise CaptureError(
             "retrace the Dynamo graph",
             "a value that is neither an input nor computed from one, as inside of torch.func transforms",
@@ -123,7 +123,7 @@ def _tell_backends(traced: fx.GraphModule, module: fx.GraphModule) -> None:
         new._dynamo_source = getattr(old, "_dynamo_source", None)
 
 
-def _holds_traced_values(traced: fx.GraphModule) -> bool:
+def holds_traced_values(traced: fx.GraphModule) -> bool:
     """Whether tracing lost sight of a value and wrote it down as a constant, which it is not."""
     held = (_attribute(traced, str(node.target)) for node in traced.graph.find_nodes(op="get_attr"))
     return any(isinstance(value, FakeTensor) or _is_wrapped(value) for value in held)

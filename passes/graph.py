@@ -12,7 +12,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from sympy import Integer
 from torch import fx
 
 from grape_compile.passes.memory import is_pure as is_pure
@@ -262,7 +261,7 @@ class Sizes:
     """Turns symbolic sizes into integers: the hints of the captured example, or a chosen binding of symbols."""
 
     def __init__(self, binding: Mapping[Any, int] | None = None) -> None:
-        self.binding = {symbol: Integer(size) for symbol, size in (binding or {}).items()}
+        self.binding = dict(binding or {})
 
     def __call__(self, value: Any) -> int:
         if isinstance(value, fx.Node):
@@ -275,7 +274,7 @@ class Sizes:
 
     def _symbolic(self, value: torch.SymInt) -> int:
         expression = value.node.expr.xreplace(self.binding)
-        if expression.is_number:
+        if isinstance(expression, int) or expression.is_number:
             return int(expression)
         hint = value.node.hint
         if hint is None:

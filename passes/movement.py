@@ -90,7 +90,7 @@ def is_frozen(node: fx.Node, name: str) -> bool:
         return any(map(is_symbolic, moved))
     if name == "getitem":
         split = operand_of(node, 0)
-        if op_name(split) in UNCUT:
+        if op_name(split) not in SPLITS - UNCUT:
             return False
         dim = split_dim(split)
         return any(is_symbolic(part.shape[dim]) for part in split.meta["val"])

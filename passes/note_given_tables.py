@@ -1,6 +1,7 @@
 """Say where tables of cosines and sines come into a graph from outside.
 
-What: two inputs that hold the cosine and sine of one angle, or a complex one of modulus one, in this example. Nothing
+What: two inputs that hold the cosine and sine of one angle, one that holds both, or a complex one of modulus one, in
+    this example. Nothing
     proves that they will in the next call, and nothing pairs their columns, so that whatever is turned by them is left
     alone; the refusal says so once per pair.
 Leaves alone: the graph. Tables with a known origin (origins.py) are no such inputs.
@@ -42,24 +43,47 @@ def _given(program: Program) -> Iterator[tuple[fx.Node, ...]]:
     values: dict[fx.Node, Tensor] = {}
     for node in program.graph.find_nodes(op="placeholder"):
         value = fake(node)
-        if value is None or program.roles.get(node) is not Role.INPUT or node in known or not node.users:
+        if value is None or program.roles.get(node) is not Role.INPUT or not _is_used(node, program):
             continue
         if has_value(program, node) and 1 < program.values[node].numel() <= _LARGEST:
-            if value.is_complex() and _turns(program.values[node].abs(), program.values[node]):
+            held = program.values[node].detach()
+            if value.is_floating_point():
+                values[node] = held
+            if node not in known and any(_turns(*parts) for parts in _both_in(held)):
                 yield (node,)
-            elif value.is_floating_point():
-                values[node] = program.values[node].detach()
     for one, other in combinations(values, 2):
-        first, second = exact(values[one]), exact(values[other])
-        if first.shape == second.shape and _turns(torch.hypot(first, second), values[one], values[other]):
+        if known >= {one, other}:
+            continue
+        if values[one].shape == values[other].shape and _turns(values[one], values[other]):
             yield one, other
 
 
-def _turns(modulus: Tensor, *parts: Tensor) -> bool:
-    """A modulus that is the same everywhere to the rounding of the tables, of parts that are not."""
-    bound = 4 * max(torch.finfo(part.dtype).eps for part in parts) * float(modulus.max())
-    spread = float(modulus.max() - modulus.min())
-    return spread <= bound and all(bool((part != part.flatten()[0]).any()) for part in parts)
+def _is_used(node: fx.Node, program: Program) -> bool:
+    """Whether anything reads an input, or what stands for it."""
+    return bool(node.users) or node in program.stands.values()
+
+
+def _both_in(value: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """What may be cosines and sines in one tensor: real and imaginary parts, both ends of an axis of two, halves."""
+    if value.is_complex():
+        yield value.real, value.imag
+    elif value.is_floating_point():
+        for axis, size in enumerate(value.shape):
+            if size == 2:
+                yield value.select(axis, 0), value.select(axis, 1)
+        if value.dim() and value.shape[-1] % 2 == 0:
+            yield value.chunk(2, -1)  # type: ignore[misc]  # of two halves
+
+
+def _turns(one: Tensor, other: Tensor) -> bool:
+    """A modulus that is the same everywhere to the rounding of the tables, of parts that are not: more than marks."""
+    modulus = torch.hypot(exact(one), exact(other))
+    bound = 4 * max(torch.finfo(part.dtype).eps for part in (one, other)) * float(modulus.max())
+    if float(modulus.max() - modulus.min()) > bound:
+        return False
+    return all(
+        bool((part != part.flatten()[0]).any() and (part != part.round()).any()) for part in (one, other)
+    )
 
 
 def _refusal(tables: tuple[fx.Node, ...]) -> Refusal:

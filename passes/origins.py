@@ -46,13 +46,15 @@ class Leaf:
 class Origin:
     """What one table of a graph is made of: a graph that returns it alone, and where this graph begins.
 
-    Equal for the same operators on leaves of the same kinds, whatever the leaves hold. `symbols` are the open sizes: of
-    an argument, or (no axis) the argument itself. `needs_tables`: it is a table only where all open leaves are.
+    Equal for the same operators on leaves of the same kinds, whatever the leaves hold. `sizes` are the inputs of the
+    graph that stand for open sizes, made of `symbols`: sizes of an argument, or (no axis) the argument itself.
+    `needs_tables`: it is a table only where all open leaves are.
     """
 
     key: object
     graph: fx.Graph = field(compare=False)
     leaves: tuple[Leaf, ...] = field(compare=False)
+    sizes: Mapping[fx.Node, torch.SymInt] = field(compare=False)
     symbols: tuple[tuple[Any, int, int | None], ...] = field(compare=False)
     needs_tables: bool = field(compare=False)
 
@@ -67,7 +69,7 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Mark:
-    """On a tensor of one version: what it is made of, of which parts, with open sizes of which values, in which call."""
+    """On a tensor of one version: what it is made of, in which call, of which parts, and the values of open sizes."""
 
     origin: Origin
     parts: tuple[Mark | Part, ...]
@@ -130,13 +132,14 @@ def _is_open(program: Program, node: fx.Node) -> bool:
 
 
 class _Copy:
-    """The operators behind one result. `reading` is the program, or the program with its open inputs taken for tables."""
+    """The operators behind one result. `reading` is the program, or that with its open inputs taken for tables."""
 
     def __init__(self, program: Program, reading: Program) -> None:
         self.program, self.reading = program, reading
         self.inputs = program.graph.find_nodes(op="placeholder")
         self.graph, self.copies = fx.Graph(), dict[fx.Node, fx.Node]()
         self.leaves: list[Leaf] = []
+        self.sizes: dict[fx.Node, torch.SymInt] = {}
         self.symbols: set[Any] = set()
 
     def of(self, result: fx.Node) -> Origin:
@@ -157,10 +160,16 @@ class _Copy:
                 dtype = getattr(node.meta.get("val"), "dtype", None)
                 copied.meta = {name: node.meta[name] for name in _PROVENANCE if name in node.meta}
                 copied.meta["dtype"] = dtype
-                key.append((node.target, *(frozen(each, _named(numbers)) for each in (node.args, node.kwargs)), dtype))
+                key.append(
+                    (
+                        node.target,
+                        *(frozen(each, _named(numbers)) for each in (node.args, node.kwargs)),
+                        dtype,
+                    )
+                )
         self.graph.output(self.copies[result])
         needs = self.program.taints[result] >= Taint.PARAMETER
-        return Origin(tuple(key), self.graph, tuple(self.leaves), self._bindings(), needs)
+        return Origin(tuple(key), self.graph, tuple(self.leaves), self.sizes, self._bindings(), needs)
 
     def _is_leaf(self, node: fx.Node) -> bool:
         """Where the copy ends: at inputs, and at activations behind what angles are made with."""
@@ -196,9 +205,12 @@ class _Copy:
         if isinstance(item, fx.Node) and item in self.copies:
             return self.copies[item]
         value = item.meta.get("val") if isinstance(item, fx.Node) else item
-        if isinstance(value, torch.SymInt):
-            self._size(value)
-        return value
+        if not isinstance(value, torch.SymInt):
+            return value
+        self._size(value)
+        stand_in = self.graph.placeholder("size")
+        self.sizes[stand_in] = value
+        return stand_in
 
     def _size(self, value: Any) -> None:
         self.symbols |= free_symbols(value) if value is not None else set()

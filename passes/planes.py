@@ -129,7 +129,11 @@ class _Planes:
         if torch.allclose(a, d, atol=_NEAR) and torch.allclose(b, -c, atol=_NEAR):
             scaled = scaled_turns((a * a + c * c)[None].sqrt(), _NEAR)
             return scaled or Miss(
-                "operands", "the cosines and sines are products that no operator can be handed", 3
+                "operands",
+                "the coefficients turn in this example, but nothing shows that they do in every call: they are "
+                "products of several values, or one tensor holds the angles of all channels ready made",
+                3,
+                "a rotation by tables",
             )
         return Miss(
             "orthogonal",

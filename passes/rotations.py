@@ -340,7 +340,11 @@ class _Reading:
             self.lead,
             self.shape,
         )
-        return name_rotation(reading, mixed, through)
+        try:
+            return name_rotation(reading, mixed, through)
+        except Unreadable as reason:
+            told = f"channels are mixed two by two, but by what cannot be read: {reason}"
+            return Miss("readable", told, 1, "a rotation by tables")
 
 
 def _merge(column: list[Entry], entry: Entry) -> None:

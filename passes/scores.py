@@ -89,13 +89,7 @@ class Scores:
 
     def _parts(self, term: ScoreTerm) -> tuple[bool, bool]:
         """Whether a term hides keys, and whether it adds what differs among those it does not hide."""
-        value = self.value(term)
-        live = value[value > DEAD]
-        if live.numel() == 0 or bool((live == 0).all()):
-            return True, False
-        if bool((value <= DEAD).any()):
-            return True, True
-        return False, value.shape[-1] > 1 and bool((value != value[..., :1]).any())
+        return hides_and_adds(self.value(term))
 
     def once(self, fact: str, terms: Sequence[ScoreTerm], find: Callable[[], Found]) -> Found:
         """What `find` tells of the values of terms, found once for the layers that add the same."""
@@ -212,6 +206,16 @@ class Scores:
             if role not in kept:
                 value = value.unsqueeze(role)
         return value.double()
+
+
+def hides_and_adds(value: Tensor) -> tuple[bool, bool]:
+    """Whether what is added to scores hides keys, and whether it differs among those it does not hide."""
+    live = value[value > DEAD]
+    if live.numel() == 0 or bool((live == 0).all()):
+        return True, False
+    if bool((value <= DEAD).any()):
+        return True, True
+    return False, value.shape[-1] > 1 and bool((value != value[..., :1]).any())
 
 
 def last_row(view: Operand, queries: int) -> Operand:

@@ -30,6 +30,7 @@ def graft(program: Program, marks: Mapping[fx.Node, Mark]) -> Program:
         made, taken = end.meta["val"], given.meta["val"]
         if made.dtype == taken.dtype and list(made.shape) == [Sizes()(size) for size in taken.shape]:
             stands.setdefault(end, given)
+            end.meta["val"] = taken
             given.replace_all_uses_with(end, delete_user_cb=lambda user: user.op != "output")
     outside = frozenset(stock.nodes - stands.keys())
     return Program(program.module, stock.roles, stock.values, program.no_grad, outside=outside, stands=stands)
@@ -54,11 +55,13 @@ class _Stock:
         for step in origin.graph.nodes:
             if step.op == "output":
                 return copies[step.args[0]]
-            if step.op == "placeholder":
+            if step in origin.sizes:
+                copies[step] = self._size(origin.sizes[step], mark, sizes)
+            elif step.op == "placeholder":
                 leaf, part = next(begins)
                 copies[step] = self.table(part) if isinstance(part, Mark) else self._leaf(leaf, part, sizes)
             else:
-                copies[step] = self._step(step, copies, mark, sizes)
+                copies[step] = self._step(step, copies)
         raise Unreadable("a table without an end")
 
     def _leaf(self, leaf: Leaf, part: Part, sizes: Sizes) -> fx.Node:
@@ -72,18 +75,14 @@ class _Stock:
         self.values[node] = part.value()
         return node
 
-    def _step(self, step: fx.Node, copies: Mapping[fx.Node, fx.Node], mark: Mark, sizes: Sizes) -> fx.Node:
-        def put(item: Any) -> Any:
-            if isinstance(item, torch.SymInt):
-                return self._size(item, mark, sizes)
-            return copies[item] if isinstance(item, fx.Node) else item
-
-        args, kwargs = fx.node.map_aggregate((step.args, dict(step.kwargs)), put)
+    def _step(self, step: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> fx.Node:
+        args, kwargs = fx.node.map_arg((step.args, dict(step.kwargs)), copies.__getitem__)
         dtype = step.meta["dtype"]
-        key = (step.target, frozen(args, _itself), frozen(kwargs, _itself), dtype)
+        target: Any = step.target
+        key = (target, frozen(args, _itself), frozen(kwargs, _itself), dtype)
         if (held := self.made.get(key)) is not None:
             return held
-        node = self._new(key, lambda: self.graph.call_function(step.target, args, kwargs))
+        node = self._new(key, lambda: self.graph.call_function(target, args, kwargs))
         node.meta.update(step.meta)
         with self.mode:
             node.meta["val"] = fake_value(node)
@@ -130,7 +129,7 @@ def guarded(
     examples: Sequence[Any],
     missed: Callable[[], None],
 ) -> Callable[..., Any]:
-    """A compiled graph for inputs with the marks of its examples, and the original for any others, which `missed` tells."""
+    """A compiled graph for inputs marked as its examples are, and the original for any others, which `missed` tells."""
     marks = [(place, mark) for place, example in enumerate(examples) if (mark := mark_on(example))]
     expected = alike(marks)
 

@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from grape_compile.errors import CaptureError
-from grape_compile.passes.capture import program_of
+from grape_compile.passes.capture import holds_traced_values, program_of
 from grape_compile.passes.graph import Program, Role
 
 
@@ -60,6 +60,12 @@ def capture_run(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -
             f"{type(failure).__name__}: {lines[0] if lines else ''}",
             "arguments the model's forward accepts",
         ) from failure
+    if holds_traced_values(traced):
+        raise CaptureError(
+            f"trace a run of {type(model).__name__}",
+            "a value that is neither an input nor computed from one, as inside of torch.func transforms",
+            "arguments the model's forward accepts",
+        )
     _share_one_mode(traced)
     placeholders = traced.graph.find_nodes(op="placeholder")
     kinds = [Role.PARAMETER if name in parameters else Role.BUFFER for name in state]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -135,6 +137,133 @@ def test_tables_of_two_calls_are_not_tables_of_one() -> None:
     assert calls.rotated == 0
 
 
+class Moved(nn.Module):
+    """Tables that pass a graph of their own, one after the other, on their way: rows in the order of windows."""
+
+    inv_freq: Tensor
+
+    def __init__(self, orders: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.register_buffer("inv_freq", inverse_frequencies(8))
+        self.orders = torch.compiler.disable(orders)
+
+    def window(self, table: Tensor, order: Tensor) -> Tensor:
+        pause()
+        moved = table.reshape(table.shape[0] // 2, 2, -1)[order].reshape(table.shape)
+        pause()
+        return moved
+
+    def forward(self, x: Tensor, positions: Tensor, order: Tensor) -> Tensor:
+        angle = torch.outer(positions.to(x.dtype), self.inv_freq).repeat(1, 2)
+        first, second = self.orders(order)
+        cos, sin = self.window(angle.cos(), first), self.window(angle.sin(), second)
+        return turned(x, cos, sin)
+
+
+def test_tables_moved_by_one_graph_called_twice() -> None:
+    model, calls = Moved(lambda order: (order, order)), GrapeCalls()
+    grape_compile(model, backend=calls)
+    for length in (12, 12, 8, 10):
+        x, positions = X[:, :, :length], STEPS[:length] + length
+        order = torch.randperm(length // 2, generator=torch.Generator().manual_seed(length))
+        calls.reset()
+        found = model(x, positions, order)
+        torch.testing.assert_close(found, Moved(model.orders)(x, positions, order), rtol=1e-6, atol=1e-6)
+        assert calls.rotated == 1
+    assert report(model).refusals == ()
+
+
+def test_tables_moved_in_different_ways_are_no_tables_of_one_angle() -> None:
+    """First in the same way, so that the graph is read as a rotation; then not, which has to be seen, and is told."""
+    apart = [False]
+    model, calls = Moved(lambda order: (order, order.flip(0) if apart[0] else order)), GrapeCalls()
+    grape_compile(model, backend=calls)
+    for apart[0], rotated in ((False, 1), (True, 0), (False, 1)):
+        calls.reset()
+        found = model(X, STEPS, torch.arange(6))
+        torch.testing.assert_close(found, Moved(model.orders)(X, STEPS, torch.arange(6)))
+        assert calls.rotated == rotated
+    (refusal,) = report(model).refusals
+    assert refusal.rule == "outside"
+    assert "later call" in refusal.reason
+
+
+class Angles(nn.Module):
+    inv_freq: Tensor
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.register_buffer("inv_freq", inverse_frequencies(8) / scale)
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        pause()
+        angle = torch.outer(positions.float(), self.inv_freq).repeat(1, 2)
+        return angle.cos(), angle.sin()
+
+
+class Layer(nn.Module):
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        pause()
+        return turned(x, cos, sin)
+
+
+class Layers(nn.Module):
+    """Frequencies by layer, as local and global attention have them: the same operators on another buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.angles = nn.ModuleList([Angles(1.0), Angles(8.0)])
+        self.layers = nn.ModuleList([Layer(), Layer()])
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        for layer, tables in zip(self.layers, [each(positions) for each in self.angles], strict=True):
+            x = layer(x, *tables)
+        return x
+
+
+def test_one_graph_serves_layers_with_tables_of_their_own() -> None:
+    calls = GrapeCalls()
+    model = grape_compile(Layers(), backend=calls)
+    for positions in (STEPS, STEPS + 3):
+        calls.reset()
+        torch.testing.assert_close(model(X, positions), Layers()(X, positions), rtol=1e-5, atol=1e-5)
+        assert calls.rotated == 2
+    assert report(model).refusals == ()
+
+
+def test_tables_of_angles_that_are_given_are_refused() -> None:
+    """Cosine and sine of one tensor, which does not show that it repeats its columns."""
+
+    class Handed(nn.Module):
+        def forward(self, x: Tensor, angle: Tensor) -> Tensor:
+            cos, sin = angle.cos(), angle.sin()
+            pause()
+            return turned(x, cos, sin)
+
+    angle = torch.outer(STEPS.float(), inverse_frequencies(8)).repeat(1, 2)
+    model = grape_compile(Handed(), backend="eager")
+    torch.testing.assert_close(model(X, angle), Handed()(X, angle))
+    (refusal,) = report(model).refusals
+    assert "nothing shows" in refusal.reason
+
+
+def test_a_copy_of_a_table_has_no_origin() -> None:
+    """A mark belongs to the tensor: it goes into no copy and no file."""
+    kept: list[Tensor] = []
+
+    def copied(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        kept[:] = [copy.deepcopy(cos), sin]
+        torch.save(cos, io.BytesIO())
+        return kept[0], sin
+
+    between, calls = Spoils(copied), GrapeCalls()
+    between.is_on = True
+    model = grape_compile(Broken(between), backend=calls)
+    torch.testing.assert_close(model(X, STEPS), Broken(untouched)(X, STEPS))
+    assert calls.rotated == 0
+    assert [refusal.rule for refusal in report(model).refusals] == ["outside"]
+
+
 class Given(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return turned(x, cos, sin)
@@ -148,6 +277,32 @@ def test_tables_that_a_caller_gives_are_refused_with_a_reason() -> None:
         assert found.sites == ()
         assert [refusal.rule for refusal in found.refusals] == ["outside"]
         assert "graph break" in found.refusals[0].reason
+
+
+@pytest.mark.parametrize("join", [lambda c, s: torch.stack((c, s), -1), lambda c, s: torch.cat((c, s), -1)])
+def test_tables_given_in_one_tensor_are_refused_as_well(join: Callable[[Tensor, Tensor], Tensor]) -> None:
+    class Joined(nn.Module):
+        def forward(self, x: Tensor, both: Tensor) -> Tensor:
+            cos, sin = both.unbind(-1) if both.dim() == 3 else both.chunk(2, -1)
+            return turned(x, cos, sin)
+
+    angle = torch.outer(STEPS.float(), inverse_frequencies(8)).repeat(1, 2)
+    found = inspect(Joined(), (X, join(angle.cos(), angle.sin())))
+    assert [refusal.rule for refusal in found.refusals] == ["outside"]
+
+
+def test_a_bias_made_before_the_break_is_refused() -> None:
+    class Biased(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            steps, slopes = torch.arange(q.shape[2]), 0.5 ** torch.arange(1.0, 4.0)
+            bias = slopes[:, None, None] * (steps - steps[:, None])
+            pause()
+            return (q @ k.transpose(-1, -2) + bias).softmax(-1) @ v
+
+    model = grape_compile(Biased(), backend="eager")
+    torch.testing.assert_close(model(X, X, X), Biased()(X, X, X))
+    assert report(model).sites == ()
+    assert ["graph break" in refusal.reason for refusal in report(model).refusals] == [True]
 
 
 def test_a_gate_that_is_no_rotation_is_not_taken_for_one() -> None:
