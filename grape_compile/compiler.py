@@ -20,7 +20,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.nn.parallel import DistributedDataParallel
 
-from grape_compile.errors import CaptureError, GrapeError, ModelError, RefusalError
+from grape_compile.errors import CaptureError, GrapeError, ModelError, RefusalError, first_line
 from grape_compile.passes.capture import (
     capture_dynamo,
     capture_export,
@@ -32,7 +32,7 @@ from grape_compile.passes.fuse_norms import FuseNorms
 from grape_compile.passes.graph import Program
 from grape_compile.passes.lower import ShareAngles
 from grape_compile.passes.origins import Origin, marking, origins_of
-from grape_compile.passes.pipeline import first_line, rewrite_program
+from grape_compile.passes.pipeline import defect, rewrite_program
 from grape_compile.passes.regions import outline_regions
 from grape_compile.passes.site import Refusal
 from grape_compile.passes.stand_ins import guarded, settle
@@ -218,6 +218,8 @@ def _compile_graph(
         found = rewritten.report
     except CaptureError as failure:
         found = Report(refusals=(_capture_refusal(failure),))
+    except Exception as failure:
+        found = Report(refusals=(defect(failure),))
     record.seconds += time.perf_counter() - start
     record.reports.append(found)
     if strict and found.refusals:

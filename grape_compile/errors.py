@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
+_OBJECT = re.compile(r"\s*(?:\bat |\(<class '[^']*'>, )?(?:0x[0-9a-fA-F]{6,}|\d{12,})\)?")
+
 
 class GrapeError(Exception):
     """Base of all errors: what was `asked`, what was `found` (shape, dtype, node), and what `works` instead.
@@ -40,3 +44,13 @@ class RefusalError(GrapeError, RuntimeError):
 
 class ModelError(GrapeError, TypeError):
     """Something that is not a model was given where a model is wanted."""
+
+
+def first_line(failure: BaseException) -> str:
+    """What failed, in one line that names no object by its address.
+
+    >>> first_line(RuntimeError("x (<class 'int'>, 140306221156464) is not tracked by <T object at 0x7f9b966dfbd0>"))
+    'RuntimeError: x is not tracked by <T object>'
+    """
+    lines = str(failure).strip().splitlines()
+    return f"{type(failure).__name__}: {_OBJECT.sub('', lines[0]) if lines else ''}"

@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
-from grape_compile.errors import CaptureError
+from grape_compile.errors import CaptureError, first_line
 from grape_compile.passes.batches import flatten_batches, has_batches
 from grape_compile.passes.graph import Program, Role, op_name
 from grape_compile.passes.origins import mark_on
@@ -51,7 +51,7 @@ def capture_dynamo(module: fx.GraphModule, examples: Sequence[Any]) -> Program:
     except Exception as failure:
         raise CaptureError(
             "retrace the Dynamo graph into ATen operators",
-            f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure).strip() else ''}",
+            first_line(failure),
             "the original graph runs unchanged",
         ) from failure
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
@@ -212,7 +212,7 @@ def export_traced(module: fx.GraphModule, args: tuple[Any, ...]) -> ExportedProg
     except Exception as failure:
         raise CaptureError(
             f"run a GraphModule on {len(args)} example arguments",
-            f"{type(failure).__name__}: {failure}".splitlines()[0],
+            first_line(failure),
             "the tensors that its forward accepts, in their order, as `args`",
         ) from failure
 

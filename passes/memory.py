@@ -75,8 +75,15 @@ def written(write: fx.Node) -> list[fx.Node]:
     return found
 
 
+def is_data(node: fx.Node) -> bool:
+    """`x.data`: the memory of x, unknown to autograd; no operator of ATen."""
+    return node.op == "call_function" and node.target is torch._C._autograd._get_data_attr  # type: ignore[attr-defined]
+
+
 def viewed(node: fx.Node) -> fx.Node | None:
     """The operand whose memory the result of a pure node shares, or may share."""
+    if is_data(node):
+        return node.all_input_nodes[0]
     if node.op != "call_function" or not is_pure(node):
         return None
     if node.target is operator.getitem:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from grape_compile.errors import first_line
 from grape_compile.passes.assignments import FunctionalAssignments
 from grape_compile.passes.base import Outcome
 from grape_compile.passes.bodies import Body, bodies_of
@@ -32,9 +33,14 @@ def rewrite_program(program: Program) -> Outcome:
             found.sites += inside.sites
             found.refusals += inside.refusals
     except Exception as failure:
-        reason = f"a pass of grape_compile failed ({first_line(failure)}); the original runs unchanged: report this"
-        return Outcome(refusals=[Refusal("defect", reason, "", "", "")])
+        return Outcome(refusals=[defect(failure)])
     return found
+
+
+def defect(failure: Exception) -> Refusal:
+    """What is told of a failure that is ours."""
+    reason = f"a pass of grape_compile failed ({first_line(failure)}); the original runs unchanged: report this"
+    return Refusal("defect", reason, "", "", "")
 
 
 def _run(program: Program) -> Outcome:
@@ -57,9 +63,3 @@ def _rewrite_body(body: Body) -> Outcome:
     if found.sites:
         body.put_back()
     return found
-
-
-def first_line(failure: Exception) -> str:
-    """What failed, in one line."""
-    lines = str(failure).strip().splitlines()
-    return f"{type(failure).__name__}: {lines[0] if lines else ''}"

@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from grape_compile.passes.graph import Unreadable, frozen, layout
+from grape_compile.passes.memory import is_data
 from grape_compile.passes.regions import body_of, marked, operands_of
 
 
@@ -61,7 +62,8 @@ class Common:
 
 class Retrace(fx.Interpreter):
     """Interprets a Dynamo graph; a custom autograd function stays one call, with the backward its author wrote, and so
-    does what is asked of a tensor that wraps others (a quantised cache gives its keys back).
+    does what is asked of a tensor that wraps others (a quantised cache gives its keys back), and `.data`, whose memory
+    may be written without autograd being told.
     """
 
     def __init__(self, module: fx.GraphModule, common: Common) -> None:
@@ -256,7 +258,7 @@ def _is_repeatable(step: fx.Node, inside: set[fx.Node]) -> bool:
 
 
 def _stays_a_call(node: fx.Node) -> bool:
-    if node.op == "call_function" and getattr(node.target, "__name__", "") == "autograd_function_apply":
+    if getattr(node.target, "__name__", "") == "autograd_function_apply" or is_data(node):
         return True
     operands = (operand.meta.get("example_value") for operand in node.all_input_nodes)
     return node.op in ("call_function", "call_method") and any(map(is_traceable_wrapper_subclass, operands))

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from grape_compile.errors import CaptureError
+from grape_compile.errors import CaptureError, first_line
 from grape_compile.passes.capture import holds_traced_values, program_of
 from grape_compile.passes.graph import Program, Role
 
@@ -54,10 +54,9 @@ def capture_run(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -
                 _error_on_data_dependent_ops=False,
             )(state, inputs)
     except Exception as failure:
-        lines = str(failure).strip().splitlines()
         raise CaptureError(
             f"trace a run of {type(model).__name__}",
-            f"{type(failure).__name__}: {lines[0] if lines else ''}",
+            first_line(failure),
             "arguments the model's forward accepts",
         ) from failure
     if holds_traced_values(traced):

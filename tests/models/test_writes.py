@@ -9,7 +9,7 @@ import torch
 from attention_layers import HEAD_DIM, example, inverse_frequencies
 from torch import Tensor, nn
 
-from grape_compile import rewrite
+from grape_compile import grape_compile, report, rewrite
 
 HALF = HEAD_DIM // 2
 Write = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -83,3 +83,35 @@ def test_an_exported_program_returns_what_was_written(write: Write, sites: int |
     rewritten, found = rewrite(torch.export.export(layer, (x,), strict=False))
     assert sites is None or len(found.sites) == sites, str(found)
     torch.testing.assert_close(rewritten.module()(x), layer(x), rtol=1e-12, atol=1e-12)
+
+
+class Clipped(nn.Module):
+    """Writes into memory that autograd does not see, as Gemma 3n clips its weights in training."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+        self.weight = nn.Parameter(torch.eye(HEAD_DIM) * 3)
+        self.inv_freq = nn.Parameter(inverse_frequencies(HALF))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[..., :HEAD_DIM] * 1.0
+        angle = torch.outer(torch.arange(x.shape[1]).to(x.dtype), self.inv_freq)
+        cos, sin = angle.cos(), angle.sin()
+        {"weight": self.weight, "cosines": cos, "activations": x}[self.what].data.clamp_(-0.5, 0.5)
+        x = x @ self.weight
+        first, second = x.chunk(2, -1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+@pytest.mark.parametrize(("what", "sites"), [("weight", 1), ("cosines", 0), ("activations", 1)])
+def test_memory_behind_data(what: str, sites: int) -> None:
+    model, original, x = Clipped(what), Clipped(what), example()
+    grape_compile(model, backend="eager")
+    for _ in range(2):
+        found, wanted = model(x), original(x)
+        torch.testing.assert_close(found, wanted)
+        found.sin().sum().backward(), wanted.sin().sum().backward()
+        for one, other in zip(model.parameters(), original.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, other.grad)
+    assert len(report(model).sites) == sites, str(report(model))
