@@ -238,14 +238,14 @@ class _Namer:
         return Named(tuple(operands), None, Tables(), None, Tables(), 1.0, "tables")
 
     def _of_one_angle(self, cosines: list[tuple[int, int]], sines: list[tuple[int, int]]) -> bool:
-        """Cosine and sine of the same angle in every plane, times the same number: no values need be seen."""
+        """Cosine and sine of one angle in every plane, times one number, cos(-a) = cos(a): no values need be seen."""
         resolve, looked_up = self.coefficients.resolve, self.coefficients.looked_up
         ends = [(resolve(*one), resolve(*other)) for one, other in zip(cosines, sines, strict=True)]
         pairs = [looked_up(*pair) or pair for pair in ends]
         return all(
             (cos.kind, sin.kind) == ("cos", "sin")
             and abs(cos.number) == abs(sin.number) == abs(pairs[0][0].number)
-            and self.coefficients.same_angle(cos.leaf, sin.leaf)
+            and self.coefficients.same_angle(cos.leaf, sin.leaf, even=True)
             for cos, sin in pairs
         )
 

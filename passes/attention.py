@@ -169,6 +169,8 @@ class _Reader:
             return None
         if name in PASSED:
             return self._scores(data[0], factor)
+        if name == "aten::neg":
+            return self._scores(data[0], -factor)
         if name in _RESHAPED:
             return self._unfold(node, data[0], factor)
         if name in ("aten::mul", "aten::div") and len(operands) == 1 and isinstance(args[1], int | float):
@@ -211,17 +213,13 @@ class _Reader:
     ) -> tuple[fx.Node, fx.Node, bool, float] | None:
         other = node.args[1] if node.args[0] is data else node.args[0]
         alpha = float(node.kwargs.get("alpha", 1))  # type: ignore[arg-type] # a number by the operator's schema
-        sign = -1.0 if name == "aten::sub" else 1.0
-        if node.args[1] is data:
-            if sign * alpha != 1:
-                return None
-            sign = alpha = 1.0
-        if isinstance(other, int | float):
-            return self._scores(data, factor)
-        if not isinstance(other, fx.Node) or fake(other) is None:
+        second = -alpha if name == "aten::sub" else alpha
+        own, others = (second, 1.0) if node.args[1] is data else (1.0, second)
+        if isinstance(other, fx.Node) and fake(other) is not None:
+            self.terms += split_terms(self.program, other, factor * others, self.folded)
+        elif not isinstance(other, int | float):
             return None
-        self.terms += split_terms(self.program, other, factor * sign * alpha, self.folded)
-        return self._scores(data, factor)
+        return self._scores(data, factor * own)
 
     def _masked(
         self, node: fx.Node, name: str, data: fx.Node, factor: float
@@ -235,6 +233,8 @@ class _Reader:
             filled, dead = node.args[1], True
         value = constant(filled)
         if not isinstance(mask, fx.Node) or self.program.taints[mask] >= Taint.PARAMETER or value is None:
+            return None
+        if value * factor > 0:  # such entries are chosen, not hidden
             return None
         self.terms.append(ScoreTerm(mask, dead=dead, value=value * factor, folded=self.folded))
         return self._scores(data, factor)

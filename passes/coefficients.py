@@ -169,11 +169,14 @@ class Coefficients:
             torch.equal(a, b) for a, b in zip(one.index, other.index, strict=True)
         )
 
-    def same_angle(self, one: Factor | None, other: Factor | None) -> bool:
+    def same_angle(self, one: Factor | None, other: Factor | None, *, even: bool = False) -> bool:
+        """Whether two angles are equal; `even`: or opposite."""
         if one is not None and other is not None and self._same_place(one, other):
             return True
         first, second = self.angle(one), self.angle(other)
-        if first is None or second is None or first[0] != second[0] or len(first[1]) != len(second[1]):
+        if first is None or second is None or len(first[1]) != len(second[1]):
+            return False
+        if first[0] != second[0] and not (even and first[0] == -second[0]):
             return False
         return all(self.same_element(a, b) for a, b in zip(first[1], second[1], strict=True))
 

@@ -39,7 +39,9 @@ def rewrite_program(program: Program) -> Outcome:
 
 def defect(failure: Exception) -> Refusal:
     """What is told of a failure that is ours."""
-    reason = f"a pass of grape_compile failed ({first_line(failure)}); the original runs unchanged: report this"
+    reason = (
+        f"a pass of grape_compile failed ({first_line(failure)}); the original runs unchanged: report this"
+    )
     return Refusal("defect", reason, "", "", "")
 
 

@@ -74,11 +74,18 @@ def split_terms(program: Program, node: fx.Node, factor: float, folded: bool = F
             and isinstance(kept, fx.Node)
             and program.taints[mask] < Taint.PARAMETER
         ):
-            return [
-                ScoreTerm(mask, dead=dead, value=value_of * factor, folded=folded),
-                *split_terms(program, kept, factor, folded),
-            ]
+            hidden = ScoreTerm(mask, dead=dead, value=value_of * factor, folded=folded)
+            # Where everything but zero is hidden, nothing is left to add.
+            rest = [] if dead and _is_truth_of(mask, kept) else split_terms(program, kept, factor, folded)
+            return [hidden, *rest]
     return [ScoreTerm(node, factor, folded=folded)]
+
+
+def _is_truth_of(mask: fx.Node, value: fx.Node) -> bool:
+    """Whether a mask is true wherever a value is not zero."""
+    name = op_name(mask)
+    cast = name in ("aten::to", "aten::_to_copy") and require_fake(mask).dtype is torch.bool
+    return (cast or (name == "aten::ne" and mask.args[1] == 0)) and mask.args[0] is value
 
 
 def _passed(node: fx.Node) -> tuple[fx.Node, float] | None:

@@ -63,6 +63,23 @@ def distance_subtracted(query: Tensor, key: Tensor, value: Tensor, slopes: Tenso
     return fill_above_diagonal(scores).softmax(-1) @ value
 
 
+def bias_less_negated_scores(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    scores = by_distance(slopes, key.shape[-2]) - (-scores_of(query, key))
+    return fill_above_diagonal(scores).softmax(-1) @ value
+
+
+def negated_as_a_whole(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    against = -scores_of(query, key) - by_distance(slopes, key.shape[-2])
+    return (-against.masked_fill(~causal(key.shape[-2]), float("inf"))).softmax(-1) @ value
+
+
+def mask_that_hides_itself(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    """As BLT writes its masks: what is not zero is filled."""
+    hidden = 1.0 - causal(key.shape[-2]).float()
+    hidden = hidden.masked_fill(hidden.to(torch.bool), torch.finfo(torch.float32).min)
+    return (scores_of(query, key) + by_distance(slopes, key.shape[-2]) + hidden).softmax(-1) @ value
+
+
 def absolute_distance_below_the_diagonal(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
     steps = torch.arange(key.shape[-2])
     scores = scores_of(query, key) - slopes.view(-1, 1, 1) * (steps[:, None] - steps[None, :]).abs()
@@ -190,6 +207,9 @@ BIAS_SPELLINGS: tuple[BiasSpelling, ...] = (
     _row(key_position_only),
     _row(distance_to_the_last_key),
     _row(distance_subtracted),
+    _row(bias_less_negated_scores),
+    _row(negated_as_a_whole),
+    _row(mask_that_hides_itself),
     _row(absolute_distance_below_the_diagonal),
     _row(product_of_rows_and_columns),
     _row(slopes_from_a_list),

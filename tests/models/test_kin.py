@@ -67,3 +67,27 @@ def test_distances_of_given_places() -> None:
     torch.testing.assert_close(compiled(example().double(), places), plain(example().double(), places))
     (site,) = report(compiled).sites
     assert "euclidean" in str(site.encoding)
+
+
+class Phases(nn.Module):
+    """Turns by running sums of what a token says, the cosine of the angle or of its opposite; sines may be of another."""
+
+    def __init__(self, sign: float, other: float = 1.0) -> None:
+        super().__init__()
+        self.sign, self.other = sign, other
+        self.rates = nn.Linear(HIDDEN, HIDDEN // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        phase = self.rates(x).cumsum(1)
+        cos, sin = (self.sign * phase).cos(), (self.other * phase).sin()
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+@pytest.mark.parametrize(("sign", "other", "sites"), [(-1.0, 1.0, 1), (1.0, -1.0, 1), (-1.0, 2.0, 0)])
+def test_the_cosine_of_the_opposite_angle(sign: float, other: float, sites: int) -> None:
+    plain = sharpen(Phases(sign, other)).double()
+    compiled = grape_compile(copy.deepcopy(plain), backend="eager")
+    torch.testing.assert_close(compiled(example().double()), plain(example().double()))
+    found = report(compiled)
+    assert (len(found.sites), len(found.refusals)) == (sites, 1 - sites), str(found)
