@@ -85,7 +85,7 @@ def _is_truth_of(mask: fx.Node, value: fx.Node) -> bool:
     """Whether a mask is true wherever a value is not zero."""
     name = op_name(mask)
     cast = name in ("aten::to", "aten::_to_copy") and require_fake(mask).dtype is torch.bool
-    return (cast or (name == "aten::ne" and mask.args[1] == 0)) and mask.args[0] is value
+    return mask.args[0] is value and (cast or (name == "aten::ne" and constant(mask.args[1]) == 0))
 
 
 def _passed(node: fx.Node) -> tuple[fx.Node, float] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from benchmarks.coverage.arguments import Inputs
+from benchmarks.coverage.choices import held, noted
 from benchmarks.coverage.inputs import redrawn
 
 SEEDS = (0, 1, 2)
@@ -102,6 +104,8 @@ def measured(
 ) -> dict[str, Any]:
     """Error of ours and of the original over `SEEDS`, the oracle they were measured against, the bound, the verdict.
 
+    Below float32 every run makes the choices of the oracle (choices.py).
+
     `plain` is the model the oracle is made of: itself in float64, and where that does not run, as it is. The original
     `compiled` by torch alone is measured where ours is further off than the original as it is.
     """
@@ -110,29 +114,34 @@ def measured(
     references = []
     for seed in SEEDS:
         drawn = redrawn(inputs, seed)
-        runs = {
-            name: _seeded(run, model, plain, drawn)
-            for name, model in (("ours", ours), ("original", original))
-        }
-        reference = _in_double(run, wide, drawn) if wide is not None else None
+        with noted() as choices:
+            reference = _in_double(run, wide, drawn) if wide is not None else None
         if reference is None:
-            wide, reference = None, runs["original"]
-        references.append((drawn, reference))
-        for name, found in runs.items():
-            errors[name].add(found, reference)
+            wide = None
+            with noted() as choices:
+                reference = _seeded(run, original, plain, drawn)
+        references.append((drawn, reference, choices))
+        for name, model in (("ours", ours), ("original", original)):
+            with _choosing(choices, dtype):
+                errors[name].add(_seeded(run, model, plain, drawn), reference)
     error, other = errors["ours"].relative, errors["original"].relative
     verdict = {"error": error, "original": other, "oracle": "original" if wide is None else "fp64"}
     if wide is None:
         bound = AGAINST_ORIGINAL[dtype]
     elif error > MARGIN * other + FLOOR and compiled is not None:
         third, model = Deviation(), compiled()
-        for drawn, reference in references:
-            third.add(_seeded(run, model, plain, drawn), reference)
+        for drawn, reference, choices in references:
+            with _choosing(choices, dtype):
+                third.add(_seeded(run, model, plain, drawn), reference)
         verdict["compiled"] = third.relative
         bound = MARGIN * max(other, third.relative) + FLOOR
     else:
         bound = MARGIN * other + FLOOR
     return verdict | {"bound": bound, "holds": error <= bound}
+
+
+def _choosing(choices: list[Tensor], dtype: torch.dtype) -> AbstractContextManager[None]:
+    return nullcontext() if dtype is torch.float32 else held(choices)
 
 
 def _seeded(run: Run, model: nn.Module, plain: nn.Module, inputs: Inputs) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from benchmarks.coverage import records
 from benchmarks.coverage.__main__ import sampled
 from benchmarks.coverage.architectures import Architecture, architectures
 from benchmarks.coverage.arguments import completed
+from benchmarks.coverage.choices import held, noted
 from benchmarks.coverage.doors import DOORS
 from benchmarks.coverage.inputs import Random, lengthened, redrawn
 from benchmarks.coverage.oracle import Deviation, InDouble
@@ -34,6 +35,30 @@ def test_the_truth_is_counted_as_by_hand(name: str) -> None:
         with torch.no_grad(), counting(model) as truth:
             model(**row.inputs())
         assert (truth.rotations, truth.biases) == (row.rotations, row.biases)
+
+
+def test_choices_of_the_oracle_are_held() -> None:
+    """Through autograd and torch.compile alike; another number of choices is an error, and nothing stays patched."""
+
+    def gated(x: torch.Tensor) -> torch.Tensor:
+        values, places = torch.topk(x, 2, dim=1)
+        return values.softmax(1) * places
+
+    scores = torch.tensor([[0.3, 0.2, 0.1], [0.1, 0.3, 0.2]], requires_grad=True)
+    with noted() as choices:
+        gated(scores.flip(1))
+    for run in (gated, torch.compile(gated, backend="eager"), torch.compile(gated, backend="aot_eager")):
+        with held(choices):
+            found = run(scores)
+        wanted = scores.gather(1, choices[0]).softmax(1) * choices[0]
+        torch.testing.assert_close(found, wanted)
+        for one, other in zip(
+            *(torch.autograd.grad(each.sum(), scores) for each in (found, wanted)), strict=True
+        ):
+            torch.testing.assert_close(one, other)
+        assert not torch.equal(gated(scores), found)
+    with held(choices), pytest.raises(ValueError, match="does not make"):
+        gated(gated(scores))
 
 
 def test_architectures_are_chosen_by_folder_and_by_name() -> None:

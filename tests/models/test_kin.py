@@ -70,7 +70,7 @@ def test_distances_of_given_places() -> None:
 
 
 class Phases(nn.Module):
-    """Turns by running sums of what a token says, the cosine of the angle or of its opposite; sines may be of another."""
+    """Turns by running sums of what a token says; the cosine may be of the opposite angle, the sine of another."""
 
     def __init__(self, sign: float, other: float = 1.0) -> None:
         super().__init__()
