@@ -26,6 +26,7 @@ from grape_compile.passes.capture import (
     capture_export,
     export_traced,
     has_unknown_sizes,
+    parameter_paths,
     release_export,
 )
 from grape_compile.passes.fuse_norms import FuseNorms
@@ -37,7 +38,7 @@ from grape_compile.passes.regions import outline_regions
 from grape_compile.passes.site import Refusal
 from grape_compile.passes.stand_ins import guarded, settle
 from grape_compile.passes.trace_run import capture_run, untouched
-from grape_compile.reporting import Report, merged
+from grape_compile.reporting import GraphReport, Report, over_graphs
 
 Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 Model = TypeVar("Model", bound=nn.Module)
@@ -45,12 +46,12 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @dataclass
 class _Compiled:
-    """What is known of one compiled model: a report per graph, and the seconds spent before the inner backend.
+    """What is known of one compiled model: what each graph holds, and the seconds spent before the inner backend.
 
     `in_buckets`: its graphs come whole although DistributedDataParallel wants one per bucket of gradients.
     """
 
-    reports: list[Report] = field(default_factory=list)
+    graphs: list[GraphReport] = field(default_factory=list)
     seconds: float = 0.0
     in_buckets: bool = False
 
@@ -108,7 +109,7 @@ def restore(model: Model) -> Model:
 
 
 def report(model: nn.Module) -> Report:
-    """What `grape_compile` did to a model, over every graph compiled so far; each place of the code counts once.
+    """What `grape_compile` did to a model, over every graph compiled so far; each place in each module counts once.
 
     Raises ModelError for a model that `grape_compile` did not compile.
     """
@@ -120,7 +121,7 @@ def report(model: nn.Module) -> Report:
             f"a {type(model).__name__} that grape_compile did not compile",
             "grape_compile(model) first, or inspect(model, args) to look without compiling",
         )
-    return merged(record.reports)
+    return over_graphs(record.graphs, model)
 
 
 def rewrite_seconds(model: nn.Module) -> float:
@@ -221,7 +222,8 @@ def _compile_graph(
     except Exception as failure:
         found = Report(refusals=(defect(failure),))
     record.seconds += time.perf_counter() - start
-    record.reports.append(found)
+    graph = GraphReport(found, parameter_paths(module))
+    record.graphs.append(graph)
     if strict and found.refusals:
         first = found.refusals[0]
         raise RefusalError(
@@ -231,11 +233,12 @@ def _compile_graph(
         )
     inner = _by_bucket(inner) if record.in_buckets else inner
     if rewritten is None:
-        return inner(module, examples)
+        return graph.watched(inner(module, examples))
     compiled = inner(rewritten.module if found.sites else module, examples)
     if rewritten.is_given_tables and found.sites:
         missed = functools.partial(_note_other_tables, record, found)
         compiled = guarded(compiled, inner(module, examples), examples, missed)
+    compiled = graph.watched(compiled)
     return marking(compiled, rewritten.tables) if rewritten.tables else compiled
 
 
@@ -268,8 +271,8 @@ def _note_other_tables(record: _Compiled, found: Report) -> None:
         Refusal("outside", _OTHER_TABLES, "", site.module, site.source, str(site.encoding))
         for site in found.sites
     ]
-    if not any(refusal in report.refusals for refusal in told for report in record.reports):
-        record.reports.append(Report(refusals=tuple(told)))
+    if not any(refusal in graph.report.refusals for refusal in told for graph in record.graphs):
+        record.graphs.append(GraphReport(Report(refusals=tuple(told))))
 
 
 def _capture_refusal(failure: CaptureError) -> Refusal:
@@ -310,16 +313,16 @@ def _inspect_by_compiling(
     model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], failure: Exception
 ) -> Report:
     """The third door: run the model once under `torch.compile` and look at every graph it makes."""
-    reports: list[Report] = []
+    graphs: list[GraphReport] = []
 
     def look(module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         try:
             rewritten = _rewritten(module, examples)
         except CaptureError as reason:
-            reports.append(Report(refusals=(_capture_refusal(reason),)))
+            graphs.append(GraphReport(Report(refusals=(_capture_refusal(reason),))))
             return module.forward
-        reports.append(rewritten.report)
-        return marking(module.forward, rewritten.tables)
+        graphs.append(GraphReport(rewritten.report, parameter_paths(module)))
+        return marking(graphs[-1].watched(module.forward), rewritten.tables)
 
     try:
         with torch.no_grad():
@@ -330,7 +333,7 @@ def _inspect_by_compiling(
             f"torch.export: {first_line(failure)}; torch.compile: {first_line(second)}",
             "arguments the model's forward accepts",
         ) from second
-    return merged(reports)
+    return over_graphs(graphs, model)
 
 
 # -- helpers of the face ----------------------------------------------------------------------------------

@@ -7,10 +7,12 @@ import math
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from itertools import zip_longest
 from typing import Any, Generic, TypeVar
+
+from torch import nn
 
 from grape_compile.encoding import parse
 from grape_compile.errors import GrapeError
@@ -225,6 +227,69 @@ def _plain(found: Site | Refusal) -> dict[str, Any]:
 
 def _site(*, encoding: str, error: float | str | None, **rest: str) -> Site:
     return Site(encoding=parse(encoding), error=None if error is None else float(error), **rest)
+
+
+_MOST_SERVED = 1 << 12
+
+
+@dataclass
+class GraphReport:
+    """What was found in one graph of `torch.compile`, and the parameters it ran with: one graph may serve many layers.
+
+    `paths` are those of its parameters, by their place among its arguments, in the module whose code the graph is.
+    """
+
+    report: Report
+    paths: Mapping[int, str] = field(default_factory=dict)
+    served: set[tuple[int, ...]] = field(default_factory=set)
+
+    def watched(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        """The compiled graph; each call tells which parameters it was given."""
+        if not self.paths or not (self.report.sites or self.report.refusals):
+            return compiled
+
+        def call(*args: Any) -> Any:
+            if len(self.served) < _MOST_SERVED:
+                self.served.add(tuple(id(args[place]) for place in self.paths))
+            return compiled(*args)
+
+        return call
+
+    def within(self, names: Mapping[int, str]) -> Report:
+        """The report once for every module the graph ran for; `names` are those of the model's parameters by id."""
+        found = [
+            [names[each] for each in given] for given in self.served if all(each in names for each in given)
+        ]
+        bases = sorted({self._base(full) for full in found}) or [""]
+        return Report(
+            tuple(
+                replace(site, module=_joined(base, site.module))
+                for base in bases
+                for site in self.report.sites
+            ),
+            tuple(
+                replace(each, module=_joined(base, each.module))
+                for base in bases
+                for each in self.report.refusals
+            ),
+        )
+
+    def _base(self, full: Sequence[str]) -> str:
+        """The module whose code the graph is, from the names of its parameters in the model."""
+        for name, path in zip(full, self.paths.values(), strict=True):
+            if name.endswith(path):
+                return name.removesuffix(path).rstrip(".")
+        return full[0].rpartition(".")[0] if len(self.served) > 1 else ""
+
+
+def _joined(base: str, module: str) -> str:
+    return ".".join(part for part in (base, module) if part)
+
+
+def over_graphs(graphs: Iterable[GraphReport], model: nn.Module) -> Report:
+    """What runs in a compiled model: every place of every module once."""
+    names = {id(parameter): name for name, parameter in model.named_parameters(remove_duplicate=False)}
+    return merged([graph.within(names) for graph in graphs])
 
 
 def merged(reports: Sequence[Report]) -> Report:

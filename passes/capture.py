@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from grape_compile.errors import CaptureError, first_line
 from grape_compile.passes.batches import flatten_batches, has_batches
-from grape_compile.passes.graph import Program, Role, op_name
+from grape_compile.passes.graph import Program, Role, clean_path, op_name
 from grape_compile.passes.origins import mark_on
 from grape_compile.passes.regions import inline_regions, outline_regions, without_gradient
 from grape_compile.passes.retrace import Common, Retrace
@@ -147,6 +147,16 @@ def _dynamo_role(node: fx.Node, example: Any) -> Role:
         if path.startswith("L['self']") or "._modules[" in path or "._buffers[" in path
         else Role.INPUT
     )
+
+
+def parameter_paths(module: fx.GraphModule) -> dict[int, str]:
+    """The parameters among the inputs of a Dynamo graph: by place, the path from the module whose code it is."""
+    paths: dict[int, str] = {}
+    for place, node in enumerate(module.graph.find_nodes(op="placeholder")):
+        path = str(getattr(getattr(node, "_dynamo_source", None), "name", ""))
+        if "._parameters[" in path:
+            paths[place] = clean_path(path)
+    return paths
 
 
 def capture_export(

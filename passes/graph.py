@@ -244,7 +244,9 @@ def clean_path(path: str) -> str:
     """A dotted module path, spelled by Dynamo ("L['self'].model.layers[0]") or by export ("model.layers.0")."""
     for old, new in (("L['self']", ""), ("['", "."), ("']", ""), ("[", "."), ("]", "")):
         path = path.replace(old, new)
-    return ".".join(part for part in path.split(".") if part not in ("", "__dict__", "_modules"))
+    return ".".join(
+        part for part in path.split(".") if part not in ("", "__dict__", "_modules", "_parameters")
+    )
 
 
 def source_line(node: fx.Node) -> str:

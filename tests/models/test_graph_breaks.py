@@ -333,3 +333,7 @@ def test_a_model_broken_in_every_layer() -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
         assert calls.rotated == row.rotations
     assert report(model).refusals == ()
+    # One graph for all layers; the report says for which.
+    told = [site.module for site in report(model).sites]
+    assert sorted(set(told)) == [f"model.layers.{number}.self_attn" for number in range(2)]
+    assert len(told) == row.rotations
