@@ -2,7 +2,7 @@
 
 What: movement that ends where it began (an axis added and dropped, axes exchanged twice, a flip or a roll undone, one
     of several equal parts joined), products with one, sums with zero, a sign turned twice, casts to the own type, a
-    dropout that is off. Those who read the result read the operand instead.
+    dropout that is off, what is copied over another value. Those who read the result read the operand instead.
 Why: detection reads layers by their form around the softmax; a detour would hide it.
 Leaves alone: results of the graph; what stands for an input, and its operands outside of the graph; copies where the
     graph writes into values; what stands under `no_grad` and reads from outside of it, since it stops the gradient.
@@ -85,6 +85,8 @@ def _unchanged(node: fx.Node) -> fx.Node | None:
     """The operand of arithmetic that leaves every number, and of a cast that keeps the type."""
     name, args = op_name(node), node.args
     operands = [arg for arg in args[:2] if isinstance(arg, fx.Node)]
+    if name == "aten::copy" and _same(node, operands[1]):  # into memory that nothing else is left of
+        return operands[1] if _same_device(node, operands[1]) else None
     if not operands or not _same(node, operands[0]) or (node.kwargs and name not in _CASTS):
         return None
     if name == "aten::dropout":

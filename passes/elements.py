@@ -32,6 +32,7 @@ from grape_compile.passes.movement import (
     keeps_numbers,
     move,
     operand_of,
+    places,
 )
 from grape_compile.passes.replay import Replay
 from grape_compile.passes.terms import Factor, Index, Term, broadcast, multiply, parts, reciprocal, unit
@@ -56,6 +57,14 @@ PADS = {"aten::pad", "aten::constant_pad_nd"}
 _MASKED = {"aten::masked_fill", "aten::where"}
 _DETACHES = {"aten::detach", "aten::detach_"}
 SUM_LIMIT = 8
+
+
+def _filled(node: fx.Node, name: str) -> float | None:
+    """The number a tensor is made of alone."""
+    if name in ("aten::ones_like", "aten::ones", "aten::new_ones"):
+        return 1.0
+    number = node.args[-1] if name in ("aten::full", "aten::full_like", "aten::new_full") else None
+    return float(number) if isinstance(number, int | float) and number else None
 
 
 class Reader:
@@ -90,8 +99,9 @@ class Reader:
             radius = self.position(operand_of(node, 0), index, rows)
             angle = Factor(operand_of(node, 1), index, "polar")
             return [replace(term, factors=(*term.factors, angle)) for term in radius]
-        if name in ("aten::ones_like", "aten::ones", "aten::new_ones"):
-            return [unit(rows)]
+        number = _filled(node, name)
+        if number is not None:
+            return [unit(rows).scaled(number)]
         if not self._goes_on(node, name):
             return [self._leaf(node, index, rows)]
         return self.pull(node, index, rows, self.position)
@@ -142,6 +152,8 @@ class Reader:
             return self.alive or not is_frozen(node, name)
         if name in SCATTERS:
             return not any(map(is_symbolic, node.args[2:]))
+        if name in PICKS:
+            return self._picks_channels(node)
         if name in COMPLEX:
             return True
         value = fake(node)
@@ -213,20 +225,22 @@ class Reader:
     def _picked(self, node: fx.Node, index: Index) -> Index:
         """`index_select`, or `index` along one axis, by a constant list of places (a buffer may change)."""
         axes = list(index)
-        if op_name(node) == "aten::index_select":
-            dim, places = ints(node.args[1])[0], operand_of(node, 2)
-        else:
-            given = node.args[1]
-            assert isinstance(given, list | tuple)
-            picked = [(dim, each) for dim, each in enumerate(given) if isinstance(each, fx.Node)]
-            raise_if(len(picked) != 1 or require_fake(picked[0][1]).dim() != 1, "elements picked one by one")
-            ((dim, places),) = picked
-        raise_if(not self.program.is_constant(places), "elements picked by an index that may change")
-        held = self.replay.tensor(places)
+        dim, chosen = places(node)
+        raise_if(not self.program.is_constant(chosen), "elements picked by an index that may change")
+        held = self.replay.tensor(chosen)
         raise_if(held.dtype.is_floating_point or held.dtype is torch.bool, "elements picked by a mask")
-        dim %= len(axes)
         axes[dim] = held[axes[dim]].to(torch.int64) % self.shape(operand_of(node, 0))[dim]
         return tuple(axes)
+
+    def _picks_channels(self, node: fx.Node) -> bool:
+        """Whether a constant list picks along the last axis; rows of a table are looked up, and reading stops there."""
+        try:
+            dim, chosen = places(node)
+        except Unreadable:
+            return False
+        held = require_fake(chosen)
+        whole = not held.is_floating_point() and held.dtype is not torch.bool
+        return whole and dim == require_fake(node).dim() - 1 and self.program.is_constant(chosen)
 
     def _padded(self, node: fx.Node, name: str, index: Index, rows: Tensor, back: Back) -> list[Term]:
         """Elements inside come from the operand, the others are zero: no term at all."""

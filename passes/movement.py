@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from grape_compile.passes.graph import Sizes, Unreadable, fake, op_name
+from grape_compile.passes.graph import Sizes, Unreadable, fake, op_name, require_fake
 from grape_compile.passes.terms import Index, broadcast, ravel, unravel
 
 RESHAPES = {
@@ -266,3 +266,15 @@ def permutation(node: fx.Node, name: str, rank: int) -> list[int]:
     if rank >= 2:
         order[first], order[second] = order[second], order[first]
     return order
+
+
+def places(node: fx.Node) -> tuple[int, fx.Node]:
+    """The axis that `index_select`, or `index` with one list, picks along, and the list."""
+    if op_name(node) == "aten::index_select":
+        return ints(node.args[1])[0] % require_fake(node).dim(), operand_of(node, 2)
+    given = node.args[1]
+    assert isinstance(given, list | tuple)
+    picked = [(dim, each) for dim, each in enumerate(given) if isinstance(each, fx.Node)]
+    if len(picked) != 1 or require_fake(picked[0][1]).dim() != 1:
+        raise Unreadable("elements picked one by one")
+    return picked[0]

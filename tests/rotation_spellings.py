@@ -299,6 +299,27 @@ class FirstTokenLearned(nn.Module):
         return x * cos + rotate_half(x) * sin
 
 
+def filled_radius(x: Tensor, angle: Tensor) -> Tensor:
+    """What decomposing leaves of `ones_like`."""
+    numbers = torch.polar(torch.full_like(angle, 1), angle)
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = numbers.real, numbers.imag
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def copied_over(x: Tensor, angle: Tensor) -> Tensor:
+    """What functionalising leaves of an assignment."""
+    copied: Tensor = torch.ops.aten.copy(torch.empty_like(x), plain(x, angle))
+    return copied
+
+
+def picked_sines(x: Tensor, angle: Tensor) -> Tensor:
+    """Sines of each half picked by a list, one half with its sign turned."""
+    cos, sin = wide(angle)
+    first = [*range(HALF)]
+    return x * cos + x.roll(HALF, -1) * torch.cat((-sin[..., first], sin[..., HALF:]), dim=-1)
+
+
 def axis_after_axis(x: Tensor, angle: Tensor) -> Tensor:
     """Two axes in tables one behind the other, cut apart to turn each part of the channels for itself."""
     axes = angle[:, : HALF // 2], angle.flip(0)[:, HALF // 2 :]
@@ -375,6 +396,9 @@ METAMORPHIC = tuple(
         views_between,
         copies_between,
         transposed_and_back,
+        filled_radius,
+        copied_over,
+        picked_sines,
     )
 )
 ROTATION_SPELLINGS = HALF_SPELLINGS + NEIGHBOUR_SPELLINGS + OTHER_PLANES + ANGLES + METAMORPHIC
