@@ -73,7 +73,6 @@ PROVIDERS: tuple[Provider, ...] = (
 
 
 TURN_PROVIDERS: tuple[Provider, ...] = (
-    Provider("triton", "grape_compile.kernels.attention", priority=20, devices=("cuda",)),
     Provider("triton", "grape_compile.kernels.turning", priority=10, devices=("cuda",)),
     Provider("torch", "grape_compile.operators.plain_turn", priority=0),
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
@@ -114,6 +115,13 @@ def test_the_report_says_why_a_kernel_does_not_apply() -> None:
     call = TurnCall((torch.zeros(2, 4, 8, dtype=torch.float64, device=DEVICE),), rope(8), {})
     with kernels_first():
         assert turn_lowering(call) == "grape::rotate by torch (triton: float64 tensors turn in float64)"
+
+
+def test_the_kernels_of_the_table_are_those_of_rotations() -> None:
+    """By a tensor that only stands for one of a GPU: no test here puts its own row into the table."""
+    with FakeTensorMode():
+        call = TurnCall((torch.empty(2, 4, 8, dtype=torch.float16, device="cuda"),), rope(8), {})
+        assert turn_lowering(call) == "grape::rotate by triton"
 
 
 def test_without_triton_everything_imports_and_runs() -> None:
