@@ -156,22 +156,58 @@ def path_bias(bias: PathBias, slots: Slots) -> Tensor:
     return total
 
 
-def walks_its_paths(function: Attend, sample: Sample) -> None:
-    """softmax of the logits with every edge added by hand, causal; rotations and other biases beside it."""
-    query, key, value = operands()
-    slots = sample.slots()
-    logits: Tensor | None = None
+def written_logits(sample: Sample, slots: Slots, cap: float | None = None) -> Tensor:
+    """Causal logits with everything added by hand, rotations first, a cap on the product alone."""
+    query, key, _ = operands()
     for part in _leaves(sample.encoding):
         if isinstance(part, Rotation):
             query, key = reference_rotate([query, key], part, slots)
     logits = HEAD_DIM**-0.5 * query @ key.mT
+    if cap is not None:
+        grown = (2 * logits / cap).exp()
+        logits = cap * (grown - 1) / (grown + 1)
     for part in _leaves(sample.encoding):
         if isinstance(part, PathBias):
             logits = logits + path_bias(part, slots)
         elif isinstance(part, Bias):
             logits = logits + lifted_logits(torch.zeros_like(query), key, part, slots, 1.0)
+    return logits.masked_fill(future(), -torch.inf)
+
+
+def walks_its_paths(function: Attend, sample: Sample) -> None:
+    """softmax of the logits with every edge added by hand, causal; rotations and other biases beside it."""
+    slots = sample.slots()
     found = function(*operands(), sample.encoding, slots, is_causal=True)
-    same(found, logits.masked_fill(future(), -torch.inf).softmax(-1) @ value)
+    same(found, written_logits(sample, slots).softmax(-1) @ operands()[2])
+
+
+def caps_products_alone(function: Attend, sample: Sample) -> None:
+    """A soft cap stands below biases and mask."""
+    slots = sample.slots()
+    found = function(*operands(), sample.encoding, slots, is_causal=True, cap=0.75)
+    same(found, written_logits(sample, slots, 0.75).softmax(-1) @ operands()[2])
+
+
+def sinks_have_no_value(function: Attend, sample: Sample) -> None:
+    """A sink is in the denominator of its head, and in nothing else."""
+    slots, sinks = sample.slots(), tensor(HEADS, seed=21)
+    for given in (sinks, sinks + tensor(BATCH, HEADS, seed=22)):
+        grown = written_logits(sample, slots).exp()
+        weights = grown / (grown.sum(-1, keepdim=True) + given.exp()[..., None, None])
+        same(
+            function(*operands(), sample.encoding, slots, is_causal=True, sinks=given),
+            weights @ operands()[2],
+        )
+
+
+def segments_do_not_see_each_other(function: Attend, sample: Sample) -> None:
+    """Keys of another segment are as if they were not there, wherever they stand; the queries are the last keys."""
+    slots = sample.slots()
+    for segments in (torch.arange(LENGTH) // 4, torch.arange(BATCH)[:, None] + torch.arange(LENGTH) % 2):
+        apart = segments[..., :, None] != segments[..., None, :]
+        logits = written_logits(sample, slots).masked_fill(apart.reshape(-1, 1, LENGTH, LENGTH), -torch.inf)
+        found = function(*operands(), sample.encoding, slots, is_causal=True, segments=segments)
+        same(found, logits.softmax(-1) @ operands()[2])
 
 
 def falls_with_the_distance(function: Attend, sample: Sample) -> None:
@@ -275,6 +311,13 @@ ATTEND_LAWS: tuple[Callable[[Attend, Sample], None], ...] = (
     ignores_the_future,
     streams_keys,
     has_no_first_key,
+)
+
+#: Of what stands beside any encoding.
+OPTION_LAWS: tuple[Callable[[Attend, Sample], None], ...] = (
+    caps_products_alone,
+    sinks_have_no_value,
+    segments_do_not_see_each_other,
 )
 
 PATH_LAWS: tuple[Callable[[Attend, Sample], None], ...] = (walks_its_paths, ignores_the_future, streams_keys)

@@ -14,23 +14,32 @@ from grape_compile.encoding import Bias, Compose, Encoding, Nope, PathBias
 from grape_compile.errors import OperandError
 from grape_compile.operators.batching import attend_vmap, backward_vmap
 from grape_compile.operators.bias import pull
-from grape_compile.operators.call import AttendCall, check_tensors, checked_mask
+from grape_compile.operators.call import (
+    AttendCall,
+    check_tensors,
+    checked_mask,
+    checked_segments,
+    checked_sinks,
+)
 from grape_compile.operators.chunked import empty_result
 from grape_compile.operators.operands import compute_dtype, parse_encoding, slot_list, slot_mapping
 from grape_compile.operators.prepare import biases, floating, parts, turned
 from grape_compile.operators.providers import choose
-from grape_compile.operators.reference import reference_logits, weighted
+from grape_compile.operators.reference import beside_sinks, reference_logits, weighted
 from grape_compile.operators.traced import define_for_transforms
 
 SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, Tensor[] slots, str encoding, Tensor? mask=None, "
-    "bool is_causal=False, float? scale=None, int? window=None) -> (Tensor output, Tensor logsumexp)"
+    "bool is_causal=False, float? scale=None, int? window=None, float? cap=None, Tensor? sinks=None, "
+    "Tensor? segments=None) -> (Tensor output, Tensor logsumexp)"
 )
 BACKWARD_SCHEMA = (
     "(Tensor gradient, Tensor query, Tensor key, Tensor value, Tensor output, Tensor logsumexp, "
-    "Tensor[] slots, str encoding, Tensor? mask, bool is_causal, float? scale, int? window, "
-    "bool slot_gradients, bool mask_gradient) -> Tensor[]"
+    "Tensor[] slots, str encoding, Tensor? mask, bool is_causal, float? scale, int? window, float? cap, "
+    "Tensor? sinks, Tensor? segments, bool slot_gradients, bool mask_gradient) -> Tensor[]"
 )
+#: What stands behind the encoding in both schemas.
+OPTIONS: Final = ("mask", "is_causal", "scale", "window", "cap", "sinks", "segments")
 
 #: Up to here a compiler is given the definition on a CPU: dense logits.
 FEW_QUERIES: Final = 4
@@ -47,6 +56,9 @@ def attend(
     is_causal: bool = False,
     scale: float | None = None,
     window: int | None = None,
+    cap: float | None = None,
+    sinks: Tensor | None = None,
+    segments: Tensor | None = None,
 ) -> Tensor:
     """Return softmax(scale q k^T + bias + mask) v with the biases of `encoding` (GRAPE 4, 5), in blocks.
 
@@ -56,13 +68,16 @@ def attend(
     clocks are [T_k], [B, T_k] or [B, H, T_k], gates broadcast to [B, H, T_q] and [B, H, T_k], path operands to
     [B, H, T_q, dim] and [B, H, T_k, dim]. `mask` broadcasts to [B, H, T_q, T_k]: bool, True where a key may be
     seen, or a float that is added. `is_causal` hides the future, `window` all but the last `window` keys.
-    `scale` is 1/sqrt(D) by default. Logits and softmax are float32 (float64 for float64); running sums of
-    clocks are float64. A row without any key gives zero. Differentiable once, in the tensors, a float mask and
-    every floating slot. Raises OperandError for operands that do not fit.
+    `scale` is 1/sqrt(D) by default. A soft `cap` bends the scaled products before anything is added,
+    cap tanh(scale q k^T / cap) (Gemma 2, 2.2). `sinks`, logits that broadcast to [B, H], are in the denominator
+    of every row of their head and have no value (gpt-oss). `segments`, whole numbers [T_k] or [B, T_k], hide all keys
+    but those of the query's own number: several sequences in one. Logits and softmax are float32 (float64 for
+    float64); running sums of clocks are float64. A row without any key gives zero. Differentiable once, in the
+    tensors, a float mask, the sinks and every floating slot. Raises OperandError for operands that do not fit.
     """
     operands = slot_list(encoding, {} if slots is None else slots)
     output, _ = torch.ops.grape.attend(
-        query, key, value, operands, str(encoding), mask, is_causal, scale, window
+        query, key, value, operands, str(encoding), mask, is_causal, scale, window, cap, sinks, segments
     )
     return cast(Tensor, output)
 
@@ -73,10 +88,13 @@ def attend_call(
     value: Tensor,
     slots: list[Tensor],
     encoding: str,
-    mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    window: int | None,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    window: int | None = None,
+    cap: float | None = None,
+    sinks: Tensor | None = None,
+    segments: Tensor | None = None,
 ) -> AttendCall:
     """Check the operands of a call against each other, turn queries and keys, or raise OperandError."""
     check_tensors(query, key, value)
@@ -84,55 +102,48 @@ def attend_call(
         mask = checked_mask(mask, query, key)
     if window is not None and window < 1:
         raise OperandError("a window of keys", f"window = {window}", "a window of at least 1, or None")
+    if cap is not None and not 0 < cap < math.inf:
+        raise OperandError("a soft cap", f"cap = {cap}", "a positive number, or None")
     whole = parse_encoding(encoding)
     named = slot_mapping(whole, slots)
     query, key = turned(query, key, whole, named)
-    found = biases(whole, named, query, key, is_causal, mask is not None)
-    factor = 1.0 / math.sqrt(max(query.shape[3], 1)) if scale is None else scale
-    return AttendCall(query, key, value, found, mask, is_causal, factor, window)
+    return AttendCall(
+        query,
+        key,
+        value,
+        biases(whole, named, query, key, is_causal, mask is not None),
+        mask,
+        is_causal,
+        1.0 / math.sqrt(max(query.shape[3], 1)) if scale is None else scale,
+        window,
+        cap,
+        None if sinks is None else checked_sinks(sinks, query),
+        None if segments is None else checked_segments(segments, query, key),
+    )
 
 
 def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    slots: list[Tensor],
-    encoding: str,
-    mask: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-    window: int | None = None,
+    query: Tensor, key: Tensor, value: Tensor, slots: list[Tensor], encoding: str, *options: Any
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(query.device.type, enabled=False):
-        call = attend_call(query, key, value, slots, encoding, mask, is_causal, scale, window)
+        call = attend_call(query, key, value, slots, encoding, *options)
         return choose(call).kernel().forward(call)
 
 
 def _attend_defined(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    slots: list[Tensor],
-    encoding: str,
-    mask: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-    window: int | None = None,
+    query: Tensor, key: Tensor, value: Tensor, slots: list[Tensor], encoding: str, *options: Any
 ) -> tuple[Tensor, Tensor]:
     """Output and logsumexp by the definition: all logits in memory, in the compute dtype."""
     check_tensors(query, key, value)
     whole, dtype = parse_encoding(encoding), compute_dtype(query)
+    given = dict(zip(OPTIONS, options, strict=False))
+    sinks = given.pop("sinks", None)
+    if given.get("mask") is not None:
+        given["mask"] = checked_mask(given["mask"], query, key)
     with torch.autocast(query.device.type, enabled=False):
-        logits = reference_logits(
-            query.to(dtype),
-            key.to(dtype),
-            whole,
-            slot_mapping(whole, slots),
-            mask=None if mask is None else checked_mask(mask, query, key),
-            is_causal=is_causal,
-            scale=scale,
-            window=window,
-        )
+        logits = reference_logits(query.to(dtype), key.to(dtype), whole, slot_mapping(whole, slots), **given)
+        if sinks is not None:
+            logits = beside_sinks(logits, sinks)
         return weighted(logits, value.to(dtype)).to(query.dtype), logits.logsumexp(-1).detach()
 
 
@@ -143,17 +154,9 @@ def _decodes(query: Tensor, *_: Any) -> bool:
 
 
 def _attend_fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    slots: list[Tensor],
-    encoding: str,
-    mask: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-    window: int | None = None,
+    query: Tensor, key: Tensor, value: Tensor, slots: list[Tensor], encoding: str, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    return empty_result(attend_call(query, key, value, slots, encoding, mask, is_causal, scale, window))
+    return empty_result(attend_call(query, key, value, slots, encoding, *options))
 
 
 def _attend_backward(
@@ -165,16 +168,12 @@ def _attend_backward(
     logsumexp: Tensor,
     slots: list[Tensor],
     encoding: str,
-    mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    window: int | None,
-    slot_gradients: bool,
-    mask_gradient: bool,
+    *options: Any,
 ) -> list[Tensor]:
     """Return gradients of query, key and value, of the floating slots, of the mask (four axes); no rotations."""
+    *given, slot_gradients, mask_gradient = options
     with torch.autocast(query.device.type, enabled=False):
-        call = attend_call(query, key, value, slots, encoding, mask, is_causal, scale, window)
+        call = attend_call(query, key, value, slots, encoding, *given)
         call = replace(call, wants_bias_gradients=slot_gradients, wants_mask_gradient=mask_gradient)
         found = choose(call).kernel().backward(call, gradient, output, logsumexp)
     results = [found.query, found.key, found.value]
@@ -210,13 +209,9 @@ def _attend_backward_fake(
     logsumexp: Tensor,
     slots: list[Tensor],
     encoding: str,
-    mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    window: int | None,
-    slot_gradients: bool,
-    mask_gradient: bool,
+    *options: Any,
 ) -> list[Tensor]:
+    mask, *_, slot_gradients, mask_gradient = options
     results = [query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)]
     if slot_gradients:
         results += [slots[place].new_empty(slots[place].shape) for place in floating(slots)]
@@ -227,15 +222,13 @@ def _attend_backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, slots, ctx.encoding, mask, ctx.is_causal, ctx.scale, ctx.window = inputs
+    query, key, value, slots, ctx.encoding, mask, *ctx.numbers, sinks, segments = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.slot_count, ctx.has_mask = len(slots), mask is not None
-    ctx.save_for_backward(query, key, value, *output, *slots, *(() if mask is None else (mask,)))
+    ctx.save_for_backward(query, key, value, *output, mask, sinks, segments, *slots)
 
 
 def _backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Any, ...]:
-    query, key, value, output, logsumexp, *rest = ctx.saved_tensors
-    slots, mask = list(rest[: ctx.slot_count]), rest[-1] if ctx.has_mask else None
+    query, key, value, output, logsumexp, mask, sinks, segments, *slots = ctx.saved_tensors
     # The dispatcher drops arguments that have their default; a gradient is due for those that are left.
     needs = ctx.needs_input_grad
     slot_needs, mask_needs = needs[3], mask is not None and needs[5]
@@ -249,11 +242,8 @@ def _backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Any, ...]:
         *(turn.query, turn.key, value, output, logsumexp),
         [named[name] for name in only.slots],
         str(only),
-        mask,
-        ctx.is_causal,
         # A rotation keeps the head size, so the default scale is the same.
-        ctx.scale,
-        ctx.window,
+        *(mask, *ctx.numbers, sinks, segments),
         any(slot_needs[place] for place in at),
         mask_needs,
     )
@@ -262,8 +252,20 @@ def _backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Any, ...]:
         places = [place for place in at if slots[place].is_floating_point()]
         for place, part in zip(places, found[3:], strict=False):
             slot_gradients[place] = part if slot_needs[place] else None
-    mask_gradient = found[-1].reshape(mask.shape).to(mask.dtype) if mask_needs and mask is not None else None
-    return (by_query, by_key, found[2], slot_gradients, None, mask_gradient, None, None, None)[: len(needs)]
+    results: dict[str, Tensor | None] = dict.fromkeys(OPTIONS)
+    if mask_needs:
+        results["mask"] = found[-1].reshape(mask.shape).to(mask.dtype)
+    if sinks is not None and needs[5 + OPTIONS.index("sinks")]:
+        results["sinks"] = _sink_gradient(sinks, gradient, output, logsumexp)
+    return (by_query, by_key, found[2], slot_gradients, None, *results.values())[: len(needs)]
+
+
+def _sink_gradient(sinks: Tensor, gradient: Tensor, output: Tensor, logsumexp: Tensor) -> Tensor:
+    """Return what a larger sink takes from all rows of its head: its weight times the sum of output and gradient."""
+    wide = logsumexp.dtype
+    taken = (gradient.to(wide) * output.to(wide)).sum(-1)
+    weights = (sinks.to(wide)[..., None] - logsumexp).exp().nan_to_num(0.0)
+    return -(weights * taken).sum(-1).sum_to_size(sinks.shape).to(sinks.dtype)
 
 
 class _Turn:

@@ -18,7 +18,7 @@ def attend_vmap(
     operator = torch.ops.grape.attend
     (query, key, value, slots, text, *rest), dims = _filled(operands, in_dims)
     mask, *rest = rest
-    if not _shared(slots, dims[3]):
+    if not (_shared(slots, dims[3]) and _shared_options(rest, dims[6:])):
         outputs, sums = zip(*_walked(operator, info.batch_size, operands, in_dims), strict=True)
         return (torch.stack(outputs), torch.stack(sums)), (0, 0)
     fold = _Fold(info.batch_size, _batch(query, dims[0]))
@@ -31,8 +31,9 @@ def attend_vmap(
 def backward_vmap(info: Any, in_dims: tuple[Any, ...], *operands: Any) -> tuple[list[Tensor], list[int]]:
     """Fold the mapped axis of all operands of the backward call into the batch; slot gradients stay apart."""
     operator = torch.ops.grape.attend_backward
-    *tensors, slots, text, mask, is_causal, scale, window, slot_gradients, mask_gradient = operands
-    if slot_gradients or mask_gradient or not _shared(slots, in_dims[6]):
+    tensors, (slots, text, mask, *rest, slot_gradients, mask_gradient) = operands[:6], operands[6:]
+    shared = _shared(slots, in_dims[6]) and _shared_options(rest, in_dims[9:])
+    if slot_gradients or mask_gradient or not shared:
         rows = _walked(operator, info.batch_size, operands, in_dims)
         results = [torch.stack(parts) for parts in zip(*rows, strict=True)]
         return results, [0] * len(results)
@@ -40,7 +41,7 @@ def backward_vmap(info: Any, in_dims: tuple[Any, ...], *operands: Any) -> tuple[
     fold = _Fold(info.batch_size, _batch(tensors[0], dims[0]))
     parts = [fold.tensor(part, dim) for part, dim in zip(tensors, dims, strict=True)]
     folded = None if mask is None else fold.mask(mask, in_dims[8])
-    found = operator(*parts, slots, text, folded, is_causal, scale, window, False, False)
+    found = operator(*parts, slots, text, folded, *rest, False, False)
     return [fold.back(part) for part in found], [0] * len(found)
 
 
@@ -50,6 +51,13 @@ def _shared(slots: Sequence[Tensor], dims: Sequence[Dim]) -> bool:
         dim is None and all(size == 1 for size in slot.shape[:-1])
         for slot, dim in zip(slots, dims, strict=True)
     )
+
+
+def _shared_options(options: Sequence[Any], dims: Sequence[Dim]) -> bool:
+    """Return whether all of a mapped axis, and of the batch, see the same sinks and segments."""
+    pairs = zip(options, dims, strict=False)
+    tensors = [(option, dim) for option, dim in pairs if isinstance(option, Tensor)]
+    return all(dim is None and (option.dim() < 2 or option.shape[0] == 1) for option, dim in tensors)
 
 
 def _walked(operator: Any, size: int, operands: Sequence[Any], dims: Sequence[Any]) -> list[Any]:
@@ -68,8 +76,8 @@ def _walked(operator: Any, size: int, operands: Sequence[Any], dims: Sequence[An
 
 def _filled(operands: tuple[Any, ...], dims: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Add the arguments of `grape::attend` that were left at their defaults."""
-    defaults = (None, False, None, None)
-    missing = 9 - len(operands)
+    defaults = (None, False, None, None, None, None, None)
+    missing = 5 + len(defaults) - len(operands)
     added = defaults[len(defaults) - missing :] if missing else ()
     return (*operands, *added), (*dims, *(None for _ in added))
 

@@ -56,7 +56,8 @@ class Block:
 
 def blocks(call: AttendCall) -> Iterator[Block]:
     """Cut a call into query blocks and each block into parts."""
-    if call.mask is not None or call.window is not None or not call.is_signed:
+    hides = call.mask is not None or call.window is not None or call.segments is not None
+    if hides or not call.is_signed:
         return _masked_blocks(call)
     if call.is_causal and call.query.shape[2] > 1:
         return _causal_blocks(call)

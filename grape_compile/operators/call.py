@@ -26,8 +26,10 @@ AnyBias = Additive | Path
 class AttendCall:
     """Queries [B, H, T_q, D], keys [B, H_kv, T_k, D], values [B, H_kv, T_k, D_v], biases, mask of one call.
 
-    Query t stands at key number t + `offset`. `mask` has four axes that broadcast to [B, H, T_q, T_k]. A
-    backward call says whether the gradients of the biases or of the mask are wanted.
+    Query t stands at key number t + `offset`. `mask` has four axes that broadcast to [B, H, T_q, T_k]. `cap` bends the
+    scaled products, `sinks` [1 or B, 1 or H] (compute dtype) are logits in the denominators, `segments` [1 or B, T_k]
+    hide keys whose number is not the query's. A backward call says whether the gradients of the biases or of the mask
+    are wanted.
     """
 
     query: Tensor
@@ -38,6 +40,9 @@ class AttendCall:
     is_causal: bool
     scale: float
     window: int | None
+    cap: float | None = None
+    sinks: Tensor | None = None
+    segments: Tensor | None = None
     wants_bias_gradients: bool = False
     wants_mask_gradient: bool = False
 
@@ -71,6 +76,18 @@ class AttendCall:
         """Values with one head for each query head."""
         return repeat_heads(self.value, self.groups)
 
+    def capped(self, products: Tensor) -> Tensor:
+        """Return cap * tanh(products / cap) of scaled products, in place; themselves without a cap."""
+        return products if self.cap is None else products.div_(self.cap).tanh_().mul_(self.cap)
+
+    def with_sinks(self, output: Tensor, logsumexp: Tensor) -> tuple[Tensor, Tensor]:
+        """Return output [B, H, rows, D_v] and logsumexp [B, H, rows] with the sinks in the denominators."""
+        if self.sinks is None:
+            return output, logsumexp
+        both = torch.logaddexp(logsumexp, self.sinks[..., None])
+        share = (logsumexp - both).exp_().nan_to_num_(0.0)  # -inf of -inf: neither keys nor a sink
+        return (output * share[..., None]).to(output.dtype), both
+
     def key_range(self, rows: slice) -> slice:
         """Return the keys that some query of `rows` may see by `is_causal` and `window`."""
         length = self.key.shape[2]
@@ -79,14 +96,22 @@ class AttendCall:
         return slice(start, stop)
 
     def hidden(self, rows: slice, keys: slice) -> Tensor | None:
-        """Return True where `is_causal` or `window` hide key j from query t, [rows, keys], or None."""
-        if not self.is_causal and self.window is None:
+        """Return True where `is_causal`, `window` or `segments` hide key j from query t, or None.
+
+        [rows, keys], or [1 or B, 1, rows, keys] by segments.
+        """
+        if not self.is_causal and self.window is None and self.segments is None:
             return None
         device = self.query.device
         at = torch.arange(rows.start, rows.stop, device=device) + self.offset
         behind = at[:, None] - torch.arange(keys.start, keys.stop, device=device)
         hidden = behind < 0 if self.is_causal else torch.zeros_like(behind, dtype=torch.bool)
-        return hidden if self.window is None else hidden | (behind >= self.window)
+        if self.window is not None:
+            hidden = hidden | (behind >= self.window)
+        if self.segments is not None:
+            own = self.segments[:, None, rows.start + self.offset : rows.stop + self.offset, None]
+            hidden = hidden | (own != self.segments[:, None, None, keys])
+        return hidden
 
     def mask_block(self, rows: slice, keys: slice) -> Tensor | None:
         """Return the mask of a block as numbers to add, -inf for hidden keys."""
@@ -170,6 +195,32 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise OperandError(
             "grouped heads", shapes, "a number of query heads that is a multiple of the key heads"
         )
+
+
+def checked_sinks(sinks: Tensor, query: Tensor) -> Tensor:
+    """Return sinks as [1 or B, 1 or H] in the compute dtype; OperandError for some that do not fit."""
+    check_floating("sinks", sinks)
+    check_device("sinks", sinks, query)
+    check_broadcast("sinks", sinks.shape, query.shape[:2], "[batch, heads]")
+    return sinks.to(compute_dtype(query)).reshape((1,) * (2 - sinks.dim()) + tuple(sinks.shape))
+
+
+def checked_segments(segments: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Return segments as [1 or B, T_k]; OperandError for some that do not fit."""
+    if segments.dtype == torch.bool or segments.is_floating_point() or segments.is_complex():
+        raise OperandError(
+            "segments as whole numbers", f"segments are {segments.dtype}", "the number of each key's segment"
+        )
+    check_device("segments", segments, query)
+    check_broadcast("segments", segments.shape, (key.shape[0], key.shape[2]), "[batch, keys]")
+    if query.shape[2] > key.shape[2]:
+        raise OperandError(
+            "segments of queries and keys",
+            f"{query.shape[2]} queries over {key.shape[2]} keys",
+            "queries that are the last of the keys",
+        )
+    two = segments.reshape((1,) * (2 - segments.dim()) + tuple(segments.shape))
+    return two.expand(two.shape[0], key.shape[2])
 
 
 def checked_mask(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:

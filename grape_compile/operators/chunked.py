@@ -110,7 +110,8 @@ class Weights:
             call.keys[:, :, self.keys].to(dtype),
             call.values[:, :, self.keys].to(dtype),
         )
-        logits = (self.operands.query @ self.operands.key.mT).mul_(call.scale)
+        logits = call.capped((self.operands.query @ self.operands.key.mT).mul_(call.scale))
+        self.steep = None if call.cap is None else 1.0 - (logits / call.cap).square_()
         added = call.logit_block(rows, self.keys)
         if added is not None:
             logits += added
@@ -121,8 +122,13 @@ class Weights:
             if logits.shape[-1]
             else logits.new_full((*logits.shape[:-1], 1), lowest)
         )
+        sinks = None if call.sinks is None else call.sinks[..., None, None]
+        if sinks is not None:
+            largest = torch.maximum(largest, sinks)
         weights = logits.sub_(largest).exp_()
         total = weights.sum(-1, keepdim=True)
+        if sinks is not None:
+            total += (sinks - largest).exp_()
         self.logsumexp = (largest + total.log()).squeeze(-1)
         self.weights = weights.div_(torch.where(total == 0, 1.0, total))
 
@@ -137,8 +143,9 @@ class Weights:
         logits = wide @ self.operands.value.mT
         logits -= (logits * self.weights).sum(-1, keepdim=True)
         logits *= self.weights
-        sums.query[:, :, self.rows] += (logits @ self.operands.key).mul_(call.scale)
-        sums.key[:, :, self.keys] += (logits.mT @ self.operands.query).mul_(call.scale)
+        products = logits if self.steep is None else logits * self.steep
+        sums.query[:, :, self.rows] += (products @ self.operands.key).mul_(call.scale)
+        sums.key[:, :, self.keys] += (products.mT @ self.operands.query).mul_(call.scale)
         if sums.mask is not None:
             part = cut(cut(sums.mask, 2, self.rows), 3, self.keys)
             part += logits.sum_to_size(part.shape)

@@ -11,9 +11,10 @@ The softmax of a query block is the merger of two softmaxes, through their logsu
 * its *diagonal*, the keys of the block itself, under the causal mask, with one small matrix where no factor needs
   coordinates.
 
-Keys whose weights underflow are skipped head by head. With a mask operand, a window, or a distance that is not signed,
-each block gets a matrix of its own. The backward pass walks the same parts with the logsumexp of the whole row, as ring
-attention does; the kernel returns the gradients of the coordinates, and those are the gradients of the factors.
+Keys whose weights underflow are skipped head by head. With a mask operand, a window, segments, or a distance that is
+not signed, each block gets a matrix of its own. Sinks join the logsumexp of a finished row. The backward pass walks the
+same parts with the logsumexp of the whole row, as ring attention does; the kernel returns the gradients of the
+coordinates, and those are the gradients of the factors.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ def supports(call: AttendCall) -> Literal[True] | str:
     """Calls on the CPU whose gradients do not need the matrix of logit gradients."""
     if not all(isinstance(bias, Additive) for bias in call.biases):
         return "a path bias is no sum of factors"
+    if call.cap is not None:
+        return "a soft cap bends products, which the fused attention of the CPU does not"
     if call.wants_mask_gradient:
         return "the gradient of a mask needs every logit's gradient"
     if call.wants_bias_gradients and not call.is_signed:
@@ -58,7 +61,7 @@ def forward(call: AttendCall) -> tuple[Tensor, Tensor]:
             weights = chunked.Weights(call, block.rows)
             output[:, :, block.rows], logsumexp[:, :, block.rows] = weights.output(), weights.logsumexp
             continue
-        merged, total = _merged(operands, block)
+        merged, total = call.with_sinks(*_merged(operands, block))
         output[:, :, block.rows] = merged[..., : output.shape[-1]]
         logsumexp[:, :, block.rows] = total
     return output, logsumexp

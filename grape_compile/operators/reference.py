@@ -237,20 +237,38 @@ def reference_attend(
     is_causal: bool = False,
     scale: float | None = None,
     window: int | None = None,
+    cap: float | None = None,
+    sinks: Tensor | None = None,
+    segments: Tensor | None = None,
 ) -> Tensor:
     """Return softmax(q k^T scale + bias + mask) v with all logits in memory (GRAPE 4.2); see `attend`."""
     logits = reference_logits(
-        query, key, encoding, slots, mask=mask, is_causal=is_causal, scale=scale, window=window
+        query,
+        key,
+        encoding,
+        slots,
+        mask=mask,
+        is_causal=is_causal,
+        scale=scale,
+        window=window,
+        cap=cap,
+        segments=segments,
     )
-    return weighted(logits, value)
+    return weighted(logits if sinks is None else beside_sinks(logits, sinks), value)
+
+
+def beside_sinks(logits: Tensor, sinks: Tensor) -> Tensor:
+    """Return [B, H, T_q, T_k + 1]: behind the keys' logits that of a key without a value, one for each head."""
+    column = sinks.to(logits.dtype)[..., None, None].expand(*logits.shape[:-1], 1)
+    return torch.cat([logits, column], -1)
 
 
 def weighted(logits: Tensor, value: Tensor) -> Tensor:
-    """Return softmax(logits) v, zero in a row that sees no key."""
+    """Return softmax(logits) v, zero in a row that sees no key; logits behind the last key have no value."""
     # Such a row would be nan.
     weights = torch.where(logits.isneginf().all(-1, keepdim=True), 0.0, logits).softmax(-1)
     values = value.repeat_interleave(logits.shape[1] // value.shape[1], 1)
-    return weights.masked_fill(logits.isneginf(), 0.0) @ values
+    return weights.masked_fill(logits.isneginf(), 0.0)[..., : value.shape[2]] @ values
 
 
 def reference_logits(
@@ -263,14 +281,25 @@ def reference_logits(
     is_causal: bool = False,
     scale: float | None = None,
     window: int | None = None,
+    cap: float | None = None,
+    segments: Tensor | None = None,
 ) -> Tensor:
-    """Return q k^T scale + bias + mask, [B, H, T_q, T_k], minus infinity where a key may not be seen (GRAPE 4.2)."""
+    """Return q k^T scale + bias + mask, [B, H, T_q, T_k], minus infinity where a key may not be seen (GRAPE 4.2).
+
+    A soft cap stands below bias and mask: cap tanh(q k^T scale / cap) in place of q k^T scale (Gemma 2, 2.2).
+    """
     given = {} if slots is None else slots
     keys = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
     query, keys = _turned_pair(query, keys, encoding, given)
     factor = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
-    logits = (query @ keys.mT) * factor + reference_bias(encoding, given, query.shape[2], keys)
+    logits = (query @ keys.mT) * factor
+    if cap is not None:
+        logits = cap * (logits / cap).tanh()
+    logits = logits + reference_bias(encoding, given, query.shape[2], keys)
     hidden = _hidden(query.shape[2], key.shape[2], is_causal, window, query.device)
+    if segments is not None:
+        own = segments[..., key.shape[2] - query.shape[2] :]
+        hidden = hidden | (own[..., :, None] != segments[..., None, :]).unsqueeze(-3)
     if mask is not None and mask.dtype == torch.bool:
         hidden = hidden | ~mask
     elif mask is not None:

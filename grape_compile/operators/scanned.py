@@ -38,6 +38,8 @@ def supports(call: AttendCall) -> Literal[True] | str:
     """Calls with one path bias whose mask has no gradient."""
     if sum(isinstance(bias, Path) for bias in call.biases) != 1:
         return "needs exactly one path bias"
+    if call.cap is not None:
+        return "a soft cap under a path bias"
     if call.wants_mask_gradient:
         return "the gradient of a mask needs every logit's gradient"
     if 0 in call.query.shape or 0 in call.value.shape or 0 in call.key.shape:
@@ -55,6 +57,9 @@ def forward(call: AttendCall) -> tuple[Tensor, Tensor]:
         # The largest of no logits is the lowest finite number, so that differences of it are numbers.
         largest = call.query.new_full(shape, torch.finfo(call.dtype).min, dtype=call.dtype)
         total = torch.zeros_like(largest)
+        if call.sinks is not None:
+            largest = torch.maximum(largest, call.sinks[..., None, None])
+            total += (call.sinks[..., None, None] - largest).exp_()
         sums = call.query.new_zeros((*shape[:3], call.value.shape[3]), dtype=call.dtype)
         for step in walk:
             heads = step.heads
@@ -86,6 +91,9 @@ def backward(call: AttendCall, gradient: Tensor, output: Tensor, logsumexp: Tens
         level = torch.where(level == -math.inf, math.inf, level)
         walk = _Walk(back, rows, level)
         behind = torch.zeros_like(level)
+        if call.sinks is not None:
+            # The logit gradients of a row with a sink sum to what the sink's own has left.
+            behind -= delta * (call.sinks[..., None, None] - level).exp_()
         for step in walk:
             heads, keys = step.heads, step.keys
             weights = step.logits.sub_(level[:, heads]).exp_()

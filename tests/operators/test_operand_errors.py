@@ -47,7 +47,8 @@ def turn(tensor: Tensor, encoding: Any = None, **slots: Tensor) -> Any:
 def see(
     query: Tensor = HEADS, key: Tensor = HEADS, value: Tensor = HEADS, encoding: Any = None, **options: Any
 ) -> Tensor:
-    tensors = [name for name, value in options.items() if isinstance(value, Tensor) and name != "mask"]
+    beside = {"mask", "sinks", "segments"}
+    tensors = [name for name, value in options.items() if isinstance(value, Tensor) and name not in beside]
     slots = {name: options.pop(name) for name in tensors}
     options.setdefault("is_causal", True)
     return attend(query, key, value, alibi(4) if encoding is None else encoding, slots, **options)
@@ -108,6 +109,15 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "mask_integer": (lambda: see(mask=torch.zeros(9, 9).long()), "torch.int64"),
     "mask_larger": (lambda: see(mask=torch.zeros(1, 2, 4, 9, 9)), "(1, 2, 4, 9, 9)"),
     "window": (lambda: see(window=0), "window = 0"),
+    "cap": (lambda: see(cap=0.0), "cap = 0.0"),
+    "sinks_shape": (lambda: see(sinks=torch.zeros(3)), "(3,)"),
+    "sinks_integer": (lambda: see(sinks=N[:4]), "torch.int64"),
+    "segments_shape": (lambda: see(segments=N[:5]), "(5,)"),
+    "segments_real": (lambda: see(segments=N.float()), "torch.float32"),
+    "segments_of_queries": (
+        lambda: see(key=HEADS[:, :, :5], value=HEADS[:, :, :5], segments=N[:5]),
+        "9 queries over 5 keys",
+    ),
     "path_not_causal": (lambda: see(encoding=grape_ap(4), is_causal=False, **EDGES), "is_causal=False"),
     "path_shape": (
         lambda: see(encoding=grape_ap(4), path_query=HEADS, path_key=HEADS[:, :, :5]),

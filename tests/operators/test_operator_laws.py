@@ -11,6 +11,7 @@ from operator_laws import (
     ATTEND,
     ATTEND_LAWS,
     FALLING,
+    OPTION_LAWS,
     PATH_LAWS,
     ROTATE,
     Attend,
@@ -83,6 +84,13 @@ def test_bias_law(provider: str, sample: Sample, law: Callable[[Attend, Sample],
 @pytest.mark.parametrize("sample", PATHS, ids=names)
 @pytest.mark.parametrize("provider", ATTEND)
 def test_path_law(provider: str, sample: Sample, law: Callable[[Attend, Sample], None]) -> None:
+    law(ATTEND[provider], sample)
+
+
+@pytest.mark.parametrize("law", OPTION_LAWS, ids=names)
+@pytest.mark.parametrize("sample", [*BIASES, *PATHS, *COMPOSITIONS], ids=names)
+@pytest.mark.parametrize("provider", ATTEND)
+def test_option_law(provider: str, sample: Sample, law: Callable[[Attend, Sample], None]) -> None:
     law(ATTEND[provider], sample)
 
 

@@ -79,6 +79,51 @@ def test_opcheck_of_attend(sample: Sample, masked: bool) -> None:
     )
 
 
+WITH_OPTIONS = [
+    *named(BIASES, "nope", "learned_clock", "fox", "gated_both"),
+    *named(PATHS, "path_learned"),
+    *named(COMPOSITIONS, "contextual_fox"),
+]
+
+
+@pytest.mark.parametrize("cap", [None, 0.75], ids=["", "capped"])
+@pytest.mark.parametrize("sample", WITH_OPTIONS, ids=lambda sample: sample.name)
+def test_sinks_segments_and_cap(sample: Sample, cap: float | None) -> None:
+    """opcheck and gradcheck, the sinks' gradient with all others."""
+    slots = sample.slots()
+    segments = torch.arange(LENGTH) // 5
+    parts = inputs(*heads(HEADS), tensor(HEADS, seed=21), *slots.values())
+    options: dict[str, Any] = {"is_causal": True, "cap": cap, "segments": segments}
+
+    def function(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, *filled: Tensor) -> Tensor:
+        named_slots = dict(zip(slots, filled, strict=True))
+        return attend(query, key, value, sample.encoding, named_slots, sinks=sinks, **options)
+
+    assert torch.autograd.gradcheck(function, parts, fast_mode=True)
+    query, key, value, sinks, *filled = inputs(*parts)
+    torch.library.opcheck(
+        torch.ops.grape.attend.default,
+        (query, key, value, filled, str(sample.encoding)),
+        {**options, "sinks": sinks},
+    )
+
+
+@pytest.mark.parametrize("dim", [None, 0], ids=["shared", "mapped"])
+def test_vmap_of_sinks_and_segments(dim: int | None) -> None:
+    parts = [*heads(HEADS), tensor(HEADS, seed=21), torch.arange(LENGTH) // 4]
+    dims = (0, 0, 0, dim, dim)
+    mapped = [
+        part if each is None else torch.stack([part, part + 1, part])
+        for part, each in zip(parts, dims, strict=True)
+    ]
+
+    def function(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, segments: Tensor) -> Tensor:
+        return attend(query, key, value, alibi(HEADS), sinks=sinks, segments=segments, cap=2.0)
+
+    found = torch.vmap(function, in_dims=dims)(*mapped)
+    torch.testing.assert_close(found, loop(function, dims, *mapped), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("sample", [*ROTATIONS, *GENERATORS], ids=lambda sample: sample.name)
 def test_gradcheck_of_rotate(sample: Sample) -> None:
     slots = sample.slots()
@@ -201,7 +246,7 @@ def test_vmap_of_attend_and_its_gradients(case: str, mask: tuple[int, ...] | Non
     def gradient(*operands: Tensor) -> tuple[Tensor, ...]:
         """Gradients of query, key, value, floating slots and mask, as the operator returns them."""
         query, key, value, *filled = operands
-        options = (added, True, None, None)
+        options = (added, True, None, None, None, None, None)
         text = str(sample.encoding)
         output, logsumexp = torch.ops.grape.attend(query, key, value, filled, text, *options)
         parts = (cotangent, query, key, value, output, logsumexp)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from operator_laws import ATTEND_LAWS, PATH_LAWS, Attend, Rotate, Slots
+from operator_laws import ATTEND_LAWS, OPTION_LAWS, PATH_LAWS, Attend, Rotate, Slots
 from rotation_laws import ROTATE_LAWS
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from grape_compile.encoding import (
     Constant,
     Gate,
     Learned,
+    Nope,
     Pairs,
     PathBias,
     Positions,
@@ -29,6 +30,7 @@ from grape_compile.encoding import (
     Uniform,
 )
 from grape_compile.operators import reference_attend, reference_rotate
+from grape_compile.operators.reference import reference_logits, weighted
 from grape_compile.operators.samples import BIASES, PATHS, ROTATIONS, Sample
 
 Tensors = Sequence[Tensor]
@@ -277,3 +279,62 @@ def test_path_mutant_breaks_a_law(sample: Sample, mutant: str) -> None:
     if mutant == "size" and bias.normalised == "both":
         return
     assert "walks_its_paths" in broken(PATH_LAWS, PATH_MUTANTS[mutant], sample)
+
+
+def cap_over_the_bias(
+    query: Tensor, key: Tensor, value: Tensor, encoding: Any, slots: Slots, **options: Any
+) -> Tensor:
+    """The cap bends the bias as well."""
+    cap = options.pop("cap", None)
+    if cap is None:
+        return reference_attend(query, key, value, encoding, slots, **options)
+    logits = reference_logits(query, key, encoding, slots, **options)
+    return weighted(torch.where(logits.isneginf(), logits, cap * (logits / cap).tanh()), value)
+
+
+def cap_of_plain_products(*operands: Any, cap: float | None = None, **options: Any) -> Tensor:
+    """The cap is counted in products that are not scaled."""
+    return reference_attend(*operands, cap=None if cap is None else cap * 2, **options)
+
+
+def sink_with_a_value(
+    query: Tensor, key: Tensor, value: Tensor, encoding: Any, slots: Slots, **options: Any
+) -> Tensor:
+    """The weight of the sink goes to the mean of the values."""
+    found = reference_attend(query, key, value, encoding, slots, **options)
+    if "sinks" not in options:
+        return found
+    ones = reference_attend(query, key, torch.ones_like(value), encoding, slots, **options)
+    return found + (1 - ones) * value.mean(2, keepdim=True)
+
+
+def scaled_sink(*operands: Any, sinks: Tensor | None = None, **options: Any) -> Tensor:
+    """The sink is scaled as if it were a product."""
+    return reference_attend(*operands, sinks=None if sinks is None else sinks * 0.5, **options)
+
+
+def sink_of_the_next_head(*operands: Any, sinks: Tensor | None = None, **options: Any) -> Tensor:
+    return reference_attend(*operands, sinks=None if sinks is None else sinks.roll(1, -1), **options)
+
+
+def segment_of_the_next_key(*operands: Any, segments: Tensor | None = None, **options: Any) -> Tensor:
+    moved = None if segments is None else segments.roll(1, -1)
+    return reference_attend(*operands, segments=moved, **options)
+
+
+OPTION_MUTANTS = [
+    cap_over_the_bias,
+    cap_of_plain_products,
+    sink_with_a_value,
+    scaled_sink,
+    sink_of_the_next_head,
+    segment_of_the_next_key,
+]
+
+
+@pytest.mark.parametrize("mutant", OPTION_MUTANTS, ids=lambda mutant: mutant.__name__)
+@pytest.mark.parametrize("sample", [*BIASES, *PATHS], ids=lambda sample: sample.name)
+def test_option_mutant_breaks_a_law(sample: Sample, mutant: Attend) -> None:
+    if mutant is cap_over_the_bias and isinstance(sample.encoding, Nope):
+        return
+    assert broken(OPTION_LAWS, mutant, sample)
