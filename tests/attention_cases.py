@@ -75,6 +75,8 @@ class Case:
     dtype: torch.dtype = torch.float32
     mask: str = ""
     batch: int = 1
+    sinks: bool = False
+    segments: bool = False
 
 
 OPEN: dict[str, Any] = {}
@@ -99,6 +101,13 @@ CASES = {
         Compose((Bias(Uniform(0.25), Positions("times")), Bias(Uniform(0.5), Accumulated("rates", True)))),
         {"is_causal": True},
     ),
+    "capped": Case(SLOPES, {"is_causal": True, "cap": 0.75}),
+    "capped_open": Case(nope(), {"cap": 0.75}, dtype=torch.float16),
+    "sinks": Case(PHASE, sinks=True, key_heads=2),
+    "sinks_for_no_key": Case(GATED, sinks=True, queries=33, keys=17),
+    "segments": Case(fox(), segments=True, batch=2),
+    "segments_open": Case(nope(), OPEN, segments=True, sinks=True),
+    "together": Case(CLOCKED, {"is_causal": True, "cap": 0.75}, mask="keys", batch=2, sinks=True, segments=True),
     "mask_of_keys": Case(SLOPES, mask="keys", batch=2, queries=17, keys=17),
     "mask_of_numbers": Case(fox(), OPEN, mask="numbers", queries=17, keys=17),
     "lowest_numbers": Case(gated_alibi(HEADS, key=None), mask="lowest", queries=17, keys=17),
@@ -118,6 +127,17 @@ def slots_of(case: Case, seed: int = 0) -> dict[str, Tensor]:
     found = {name: tensor(*shapes[name], seed=seed + 20).abs() for name in case.encoding.slots}
     found |= {name: -slot for name, slot in found.items() if name == "log_forget"}
     return {name: slot.float().to(DEVICE) for name, slot in found.items()}
+
+
+def beside(case: Case) -> dict[str, Tensor]:
+    """Sinks and segments of a case; the last two of its three segments in turns."""
+    found = {}
+    if case.sinks:
+        found["sinks"] = tensor(HEADS, seed=31).float().to(DEVICE)
+    if case.segments:
+        places = torch.arange(case.keys).expand(case.batch, -1)
+        found["segments"] = torch.where(places < 12, 7, places % 2).to(DEVICE)
+    return found
 
 
 def mask_of(case: Case) -> Tensor | None:
@@ -143,17 +163,21 @@ def compare(case: Case) -> None:
         (case.batch, case.key_heads, case.keys, case.values),
     ]
     heads = [tensor(*shape, seed=seed, dtype=case.dtype).to(DEVICE) for seed, shape in enumerate(shapes)]
-    slots, mask = slots_of(case), mask_of(case)
+    slots, mask, extra = slots_of(case), mask_of(case), beside(case)
+    segments = extra.pop("segments", None)
+    learned = slots | extra
     results: list[list[Tensor]] = []
     cotangent = tensor(case.batch, HEADS, case.queries, case.values, seed=9, dtype=case.dtype).to(DEVICE)
     functions: tuple[tuple[Callable[..., Tensor], bool], ...] = ((attend, False), (reference_attend, True))
     for function, wide in functions:
         parts = leaves(*(part.double() if wide else part for part in heads))
         filled = dict(
-            zip(slots, leaves(*(slot.double() if wide else slot for slot in slots.values())), strict=True)
+            zip(learned, leaves(*(slot.double() if wide else slot for slot in learned.values())), strict=True)
         )
+        named = {name: filled[name] for name in slots}
+        options = case.options | {name: filled[name] for name in extra}
         with kernels_only():
-            output = function(*parts, case.encoding, filled, mask=mask, **case.options)
+            output = function(*parts, case.encoding, named, mask=mask, segments=segments, **options)
             assert output.dtype == parts[0].dtype
             found = torch.autograd.grad(output, [*parts, *filled.values()], cotangent.to(output.dtype))
         results.append([output, *found])

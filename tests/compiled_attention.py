@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from attention_cases import CASES, Case, mask_of, slots_of
+from attention_cases import CASES, Case, beside, mask_of, slots_of
 
 from grape_compile.kernels.ahead import usage
 from grape_compile.kernels.attention_configurations import KERNELS, configuration
@@ -46,6 +46,8 @@ def compiled(case: Case) -> Iterator[tuple[str, int]]:
         bool(case.options.get("is_causal", False)),
         case.options.get("scale"),
         case.options.get("window"),
+        case.options.get("cap"),
+        **{name: part.to("meta") for name, part in beside(case).items()},
     )
     call = replace(call, wants_bias_gradients=bool(slots))
     tiles = {kernel: configuration(kernel, call, CAPABILITY) for kernel in KERNELS}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from grape_compile.kernels.attention_configurations import Configuration, Kernel, configuration
-from grape_compile.kernels.attention_reach import Reach, prunes
+from grape_compile.kernels.attention_reach import Reach, leaves_out
 from grape_compile.kernels.attention_terms import NONE, Terms, unfit
 from grape_compile.kernels.launch import Launch, missing_triton
 from grape_compile.operators import chunked
@@ -106,10 +106,13 @@ class Operands:
             **_strides("value", self.value),
             **_broadcast("columns", columns, ("batch", "head", "row")),
             **_broadcast("gates", terms.gates, ("batch", "head")),
+            "SEGMENTS": self.nothing if call.segments is None else call.segments,
+            **_broadcast("segments", call.segments, ("batch",)),
             "queries": call.query.shape[2],
             "keys": call.key.shape[2],
             "window": call.window or 0,
             "scale": call.scale,
+            "cap": call.cap or 1.0,
             "GROUPS": call.groups,
             "HEAD": call.query.shape[3],
             "HEAD_BLOCK": _block(call.query.shape[3]),
@@ -124,17 +127,31 @@ class Operands:
             "ABSOLUTE": other is not None and other.is_absolute,
             "GATE_QUERY": other is not None and other.gate_query is not None,
             "GATE_KEY": other is not None and other.gate_key is not None,
-            "PRUNED": prunes(call),
+            "SEGMENTED": call.segments is not None,
+            "CAPPED": call.cap is not None,
+            "SPANNED": leaves_out(call),
             "PRECISION": "tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee",
         }
 
-    def first(self, tiles: Configuration) -> Tensor:
-        """Return the first tile of keys for each tile of queries."""
-        return self._reach(tiles).first() if prunes(self.call) else self.nothing
+    def by_query(self, tiles: Configuration) -> dict[str, Any]:
+        """Return the arguments of the kernels whose programs have a tile of queries each."""
+        sinks = self.call.sinks
+        return {
+            **self.arguments(tiles),
+            "SPANS": self._reach(tiles).keys() if leaves_out(self.call) else self.nothing,
+            "SINKS": self.nothing if sinks is None else sinks,
+            "SINK": sinks is not None,
+            **_broadcast("sinks", sinks, ("batch", "head")),
+            "heads": self.call.query.shape[1],
+        }
 
-    def last(self, tiles: Configuration) -> Tensor:
-        """Return the number behind the last tile of queries for each tile of keys."""
-        return self._reach(tiles).last() if prunes(self.call) else self.nothing
+    def by_key(self, tiles: Configuration) -> dict[str, Any]:
+        """Return the arguments of the kernel whose programs have a tile of keys each."""
+        return {
+            **self.arguments(tiles),
+            "SPANS": self._reach(tiles).queries() if leaves_out(self.call) else self.nothing,
+            "key_heads": self.call.key.shape[1],
+        }
 
     def _reach(self, tiles: Configuration) -> Reach:
         return Reach(self.call, self.terms, tiles.query_block, tiles.key_block)
@@ -162,8 +179,8 @@ def forward_launch(
     operands, tiles = Operands(call), tiles or configuration("forward", call)
     batch, heads, queries, _ = call.query.shape
     arguments = {
-        **operands.arguments(tiles),
-        **{"OUTPUT": output, "LOGSUMEXP": logsumexp, "FIRST": operands.first(tiles), "heads": heads},
+        **operands.by_query(tiles),
+        **{"OUTPUT": output, "LOGSUMEXP": logsumexp},
         **_strides("output", output),
     }
     grid = (-(-queries // tiles.query_block) * batch * heads,)
@@ -206,7 +223,7 @@ class Found:
         tiles = self.by_query
         batch, heads, queries, _ = self.call.query.shape
         arguments = {
-            **self.operands.arguments(tiles),
+            **self.operands.by_query(tiles),
             **{"OUTPUT": self.output, "GRADIENT": self.gradient, "LOGSUMEXP": self.logsumexp},
             **{
                 "LEVELS": self.levels,
@@ -215,7 +232,6 @@ class Found:
                 "ROWS": self.by_row,
             },
             "LEVEL_BLOCK": self.by_key.query_block,
-            **{"FIRST": self.operands.first(tiles), "heads": heads},
             **_strides("output", self.output),
             **_strides("gradient", self.gradient),
             **_strides("by_query", self.query),
@@ -232,10 +248,9 @@ class Found:
         tiles = self.by_key
         batch, heads, keys, _ = self.call.key.shape
         arguments = {
-            **self.operands.arguments(tiles),
+            **self.operands.by_key(tiles),
             **{"GRADIENT": self.gradient, "LEVELS": self.levels, "levels_row": self.levels.shape[3]},
             **{"BY_KEY": self.key, "BY_VALUE": self.value, "SUMS": self.by_column},
-            **{"LAST": self.operands.last(tiles), "key_heads": heads},
             **_strides("gradient", self.gradient),
             **_strides("by_key", self.key),
             **_strides("by_value", self.value),
@@ -248,8 +263,19 @@ class Found:
         """Return what the kernels found."""
         rows = [self.by_row[:, :, at] if wanted else None for at, wanted in enumerate(self.rows)]
         columns = [self.by_column[:, :, at] if wanted else None for at, wanted in enumerate(self.columns)]
-        biases = self.operands.terms.gradients(rows, columns) if self.call.wants_bias_gradients else ()
+        biases = (
+            self.operands.terms.gradients(rows, columns, self._left()) if self.call.wants_bias_gradients else ()
+        )
         return Gradients(self.query, self.key, self.value, biases)
+
+
+    def _left(self) -> Tensor | None:
+        """Return the sum of each query's logit gradients, [B, H, T_q]: what the sink's own leaves, or None for zero."""
+        sinks = self.call.sinks
+        if sinks is None or not self.operands.terms.wants_level:
+            return None
+        delta = (self.gradient.float() * self.output.float()).sum(-1)
+        return delta * (sinks[..., None] - self.logsumexp).exp().nan_to_num(0.0)
 
 
 def _levels(logsumexp: Tensor, written: int, read: int) -> Tensor:

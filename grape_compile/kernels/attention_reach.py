@@ -1,6 +1,7 @@
-"""Which tiles of keys matter to which tiles of queries: distance pruning with a proven bound.
+"""Which tiles of keys matter to which tiles of queries: segments, padding, and distance with a proven bound.
 
-A logit of a tile is at most scale * |q| |k| plus the largest bias there, by the largest norms of its queries and keys
+Tiles of other segments, and tiles whose keys a mask hides from all queries, have no weight. Where no mask is in the way,
+distance is pruned as well: a logit of a tile is at most scale * |q| |k| plus the largest bias there, by the largest norms of its queries and keys
 and the intervals of its clocks and gates. The best logit of a query is at least that of its own key, -scale * |q| |k|
 plus a bias of zero. Tiles whose logits are all so far below it that the keys left out together weigh less than half a
 unit in the last place of float32 beside it are visited neither forward nor backward.
@@ -49,7 +50,7 @@ class _Interval:
 
 
 class Reach:
-    """The tiles of a causal call that may matter, [B, H, tiles of queries, tiles of keys]."""
+    """The tiles that may matter, [1 or B, 1 or H, tiles of queries, tiles of keys]."""
 
     def __init__(self, call: AttendCall, terms: Terms, query_block: int, key_block: int) -> None:
         self.call = call
@@ -59,6 +60,19 @@ class Reach:
         self.times = tuple(-(-count // MOST) for count in self.counts)
         query_block, key_block = query_block * self.times[0], key_block * self.times[1]
         self.query_block, self.key_block = query_block, key_block
+        counts = [-(-count // times) for count, times in zip(self.counts, self.times, strict=True)]
+        self.matters = torch.ones((1, 1, *counts), dtype=torch.bool, device=call.query.device)
+        if _forgets(call):
+            self.matters = self.matters & self._near(terms)
+        if call.segments is not None:
+            self.matters = self.matters & self._of_one_segment(call.segments)
+        if call.mask is not None and _hides_keys(call):
+            seen = call.mask.to(torch.int32).expand(*call.mask.shape[:3], call.key.shape[2])
+            self.matters = self.matters & (self._tiles(seen, key_block).high > 0)
+
+    def _near(self, terms: Terms) -> Tensor:
+        """Return the tiles whose best logit is not too far below that of the queries' own keys."""
+        call, query_block, key_block = self.call, self.query_block, self.key_block
         query, key = (
             torch.linalg.vector_norm(part, dim=-1, dtype=torch.float32) for part in (call.query, call.key)
         )
@@ -72,22 +86,32 @@ class Reach:
             if term is not None:
                 highest = highest + self._bias(term).high
         least = math.log(call.key.shape[2]) + ROUNDED_AWAY
-        self.matters = highest >= lowest - least
+        return highest >= lowest - least
 
-    def first(self) -> Tensor:
-        """Return for each tile of queries the first tile of keys that matters, [B, H, tiles], int32."""
-        found = self.matters.to(torch.int32).argmax(-1) * self.times[1]
-        return self._spread(found, 0)
+    def _of_one_segment(self, segments: Tensor) -> Tensor:
+        """Return the tiles that may have a segment in common: all of them where segments stand in any order."""
+        by_key = _keys(self._tiles(segments[:, None], self.key_block))
+        by_query = _queries(self._tiles(segments[:, None, self.call.offset :], self.query_block))
+        return (by_key.low <= by_query.high) & (by_query.low <= by_key.high)
 
-    def last(self) -> Tensor:
-        """Return for each tile of keys the number behind the last tile of queries it matters to, like `first`."""
-        behind = self.matters.shape[2] - self.matters.to(torch.int32).flip(2).argmax(2)
-        return self._spread(torch.where(self.matters.any(2), behind, 0) * self.times[0], 1)
+    def keys(self) -> Tensor:
+        """Return for each tile of queries the first tile of keys that matters, and the number behind the last.
 
-    def _spread(self, found: Tensor, axis: int) -> Tensor:
-        """Return what was found for several tiles for each of them."""
-        each = found.repeat_interleave(self.times[axis], -1)[..., : self.counts[axis]]
-        return each.to(torch.int32).contiguous()
+        [2, B, H, tiles], int32; both zero where none matters.
+        """
+        return self._ends(self.matters, 0)
+
+    def queries(self) -> Tensor:
+        """Return for each tile of keys the first tile of queries it matters to, and the number behind the last."""
+        return self._ends(self.matters.mT, 1)
+
+    def _ends(self, matters: Tensor, axis: int) -> Tensor:
+        """Return the ends of each row, for each of the tiles that were looked at as one."""
+        numbers = matters.to(torch.int32)
+        behind = matters.shape[-1] - numbers.flip(-1).argmax(-1)
+        ends = torch.stack([numbers.argmax(-1), torch.where(matters.any(-1), behind, 0)]) * self.times[1 - axis]
+        each = ends.repeat_interleave(self.times[axis], -1)[..., : self.counts[axis]]
+        return each.expand(2, *self.call.query.shape[:2], -1).to(torch.int32).contiguous()
 
     def _bias(self, term: Term) -> _Interval:
         """Return the values of a term over tiles."""
@@ -138,7 +162,18 @@ def _keys(tiles: _Interval) -> _Interval:
     return _Interval(tiles.low[..., None, :], tiles.high[..., None, :])
 
 
-def prunes(call: AttendCall) -> bool:
-    """Whether a call is worth it, and each of its queries sees its own key, where the bias is zero."""
-    plain = call.is_causal and call.mask is None and call.offset >= 0
-    return plain and bool(call.biases) and call.key.shape[2] >= SHORTEST
+def leaves_out(call: AttendCall) -> bool:
+    """Whether there are tiles to leave out, in a call that is long enough to look for them."""
+    some = _forgets(call) or call.segments is not None or _hides_keys(call)
+    return some and call.key.shape[2] >= SHORTEST
+
+
+def _forgets(call: AttendCall) -> bool:
+    """Whether each query sees its own key, where the bias is zero, and others may be far below."""
+    return call.is_causal and call.mask is None and call.offset >= 0 and bool(call.biases)
+
+
+def _hides_keys(call: AttendCall) -> bool:
+    """Whether the mask hides keys from all queries of all heads."""
+    mask = call.mask
+    return mask is not None and mask.dtype == torch.bool and mask.shape[1] == mask.shape[2] == 1

@@ -157,23 +157,24 @@ class Terms:
         return self.other is not None and "clock" in self.other.tensors()
 
     def gradients(
-        self, rows: Sequence[Tensor | None], columns: Sequence[Tensor | None]
+        self, rows: Sequence[Tensor | None], columns: Sequence[Tensor | None], left: Tensor | None = None
     ) -> tuple[tuple[Tensor, ...], ...]:
         """Return the gradients of the biases' tensors from sums over rows [B, H, T_q] and columns [B, H, T_k].
 
         `rows`: logit gradients times the differences of the level; times the spread of the term; times the
         derivative of the term by its differences. `columns`: logit gradients; those times the spread of the term; times
-        the derivative of the term by its differences.
+        the derivative of the term by its differences. `left` [B, H, T_q] is the sum of a query's logit gradients, None
+        where it is zero.
         """
         return tuple(
-            self._level_gradients(bias, rows[0], columns[0])
+            self._level_gradients(bias, rows[0], columns[0], left)
             if bias is not self.other
             else self._term_gradients(bias, rows[1:], columns[1:])
             for bias in self.biases
         )
 
     def _level_gradients(
-        self, bias: Additive, apart: Tensor | None, sums: Tensor | None
+        self, bias: Additive, apart: Tensor | None, sums: Tensor | None, left: Tensor | None
     ) -> tuple[Tensor, ...]:
         found = {}
         for name, tensor in bias.tensors().items():
@@ -181,9 +182,13 @@ class Terms:
                 assert apart is not None, "asked for"
                 found[name] = apart.sum(-1).sum_to_size(tensor.shape)
             else:
-                # The logit gradients of a query sum to zero: the clocks of queries have no part.
+                # Where the logit gradients of a query sum to zero the clocks of queries have no part.
                 assert sums is not None, "asked for"
-                found[name] = _as_clock(sums * bias.slopes[..., None], tensor)
+                whole = sums
+                if left is not None:
+                    whole = sums.clone()
+                    whole[..., self.call.offset :] -= left
+                found[name] = _as_clock(whole * bias.slopes[..., None], tensor)
         return tuple(found.values())
 
     def _term_gradients(

@@ -63,7 +63,7 @@ def test_keys_left_out_weigh_less_than_a_rounding(name: str, size: float) -> Non
         wide = {slot: numbers.double() for slot, numbers in slots.items()}
         weights = reference_attend(query.double(), key.double(), value, encoding, wide, is_causal=True)
         first, last = (
-            found.repeat_interleave(16, -1)[..., :LENGTH] for found in (reach.first(), reach.last())
+            found.repeat_interleave(16, -1)[..., :LENGTH] for found in (reach.keys()[0], reach.queries()[1])
         )
         tiles = torch.arange(LENGTH) // 16
         before = tiles[None, None, None, :] < first[..., :, None]
@@ -101,8 +101,8 @@ def test_tiles_are_looked_at_in_larger_ones(monkeypatch: pytest.MonkeyPatch) -> 
     fine = Reach(call, Terms(call), 4, 8)
     monkeypatch.setattr("grape_compile.kernels.attention_reach.MOST", 5)
     coarse = Reach(call, Terms(call), 4, 8)
-    assert fine.first().shape == coarse.first().shape == (1, HEADS, 25)
-    assert fine.last().shape == coarse.last().shape == (1, HEADS, 13)
-    assert bool((coarse.first() <= fine.first()).all())
-    assert bool((coarse.last() >= fine.last()).all())
-    assert bool(coarse.first().any())
+    assert fine.keys().shape == coarse.keys().shape == (2, 1, HEADS, 25)
+    assert fine.queries().shape == coarse.queries().shape == (2, 1, HEADS, 13)
+    for outer, inner in ((coarse.keys(), fine.keys()), (coarse.queries(), fine.queries())):
+        assert bool((outer[0] <= inner[0]).all() and (outer[1] >= inner[1]).all())
+    assert bool(coarse.keys()[0].any())

@@ -1,0 +1,180 @@
+"""What the kernels of biased attention read: where a program stands, tiles of heads, a head's bias, what hides keys."""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+#: What a term counts: nothing, key numbers, or the numbers of a clock.
+NONE = tl.constexpr(0)
+STEPS = tl.constexpr(1)
+CLOCK = tl.constexpr(2)
+#: What hides keys: nothing, a byte that is zero, or numbers that are added.
+BYTES = tl.constexpr(1)
+NUMBERS = tl.constexpr(2)
+
+#: A clock as three vectors: its rounding, what the rounding left out, its distance to the origin of the key's tile.
+LOW = tl.constexpr(1)
+LOCAL = tl.constexpr(2)
+CLOCK_SIZE = tl.constexpr(3)
+
+
+class Bias(NamedTuple):
+    """The bias of one head: what its two terms are, their slopes as powers of two, and vectors over `keys` keys.
+
+    `columns` and `term_columns` point at the clocks, `gate_columns` at slopes times gates of keys, `keyed` at what is
+    added to all logits of a key in the past; vectors are `stride` numbers apart.
+    """
+
+    LEVEL: Any
+    TERM: Any
+    ABSOLUTE: Any
+    GATE_QUERY: Any
+    GATE_KEY: Any
+    level_slope: Any
+    term_slope: Any
+    columns: Any
+    term_columns: Any
+    gate_columns: Any
+    keyed: Any
+    stride: Any
+    keys: Any
+
+
+class Sight(NamedTuple):
+    """What hides keys from the queries of one head: the future, a window, a mask, other segments."""
+
+    CAUSAL: Any
+    WINDOW: Any
+    MASKED: Any
+    SEGMENTED: Any
+    window: Any
+    mask: Any
+    mask_query: Any
+    mask_key: Any
+    segments: Any
+
+
+class Rows(NamedTuple):
+    """Queries of a tile: their key numbers, clocks in two parts, slope times gate, and segments."""
+
+    at: Any
+    level_high: Any
+    level_low: Any
+    term_high: Any
+    term_low: Any
+    gate: Any
+    segment: Any
+
+
+@triton.jit
+def place_of(tiles, heads):
+    """Return the tile of a program, the number of its head in the whole batch, and its batch and head."""
+    number = tl.program_id(0) // tiles
+    return tl.program_id(0) % tiles, number, (number // heads).to(tl.int64), (number % heads).to(tl.int64)
+
+
+@triton.jit
+def inside(index, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Return which of BLOCK coordinates a head of SIZE has."""
+    return index < SIZE if SIZE < BLOCK else index >= 0
+
+
+@triton.jit
+def tile_of(start, first, stride, index, there, width, known):
+    """Load rows `first + index` of a head that begins at `start`, zeros where they are not."""
+    place = start + first.to(tl.int64) * stride
+    return tl.load(
+        place + index[:, None] * stride + width[None, :], mask=there[:, None] & known[None, :], other=0.0
+    )
+
+
+@triton.jit
+def store_tile(start, first, stride, index, there, width, known, tile):
+    """Store rows `first + index` of a head that begins at `start`, rounded to its dtype."""
+    place = start + first.to(tl.int64) * stride
+    tl.store(
+        place + index[:, None] * stride + width[None, :],
+        tile.to(start.dtype.element_ty),
+        mask=there[:, None] & known[None, :],
+    )
+
+
+@triton.jit
+def bias_of(
+    SLOPES, COLUMNS, number, batch, head, columns_batch, columns_head, columns_row, keys, LEVEL: tl.constexpr,
+    TERM: tl.constexpr, ABSOLUTE: tl.constexpr, GATE_QUERY: tl.constexpr, GATE_KEY: tl.constexpr,
+):  # fmt: skip
+    """Return the bias of one head."""
+    columns = COLUMNS + batch * columns_batch + head * columns_head
+    term_columns = columns + (CLOCK_SIZE * columns_row if LEVEL == CLOCK else 0)
+    gate_columns = term_columns + (CLOCK_SIZE * columns_row if TERM == CLOCK else 0)
+    keyed = gate_columns + (columns_row if GATE_KEY else 0)
+    level_slope = tl.load(SLOPES + number * 2) * LOG2E if LEVEL != NONE else 0.0
+    term_slope = tl.load(SLOPES + number * 2 + 1) * LOG2E if TERM != NONE else 0.0
+    return Bias(
+        LEVEL, TERM, ABSOLUTE, GATE_QUERY, GATE_KEY, level_slope, term_slope, columns, term_columns, gate_columns,
+        keyed, columns_row, keys,
+    )  # fmt: skip
+
+
+@triton.jit
+def sight_of(
+    MASK, SEGMENTS, batch, head, mask_batch, mask_head, mask_query, mask_key, segments_batch, window,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr, SEGMENTED: tl.constexpr,
+):  # fmt: skip
+    """Return what hides keys from the queries of one head."""
+    mask = MASK + batch * mask_batch + head * mask_head
+    segments = SEGMENTS + batch * segments_batch
+    return Sight(CAUSAL, WINDOW, MASKED, SEGMENTED, window, mask, mask_query, mask_key, segments)
+
+
+@triton.jit
+def rows_of(bias, sight, gates, row, there, at):
+    """Return what a tile of queries, numbers `row`, brings to the biases and the sight of its head."""
+    level_high, level_low = clock_at(bias.columns, at, bias.keys, bias.stride, bias.LEVEL)
+    term_high, term_low = clock_at(bias.term_columns, at, bias.keys, bias.stride, bias.TERM)
+    gate = 0.0
+    if bias.GATE_QUERY:
+        gate = tl.load(gates + row, mask=there, other=0.0) * bias.term_slope
+    segment = 0
+    if sight.SEGMENTED:
+        segment = tl.load(sight.segments + at, mask=there, other=0)
+    return Rows(at, level_high, level_low, term_high, term_low, gate, segment)
+
+
+@triton.jit
+def clock_at(COLUMNS, place, keys, stride, KIND: tl.constexpr):
+    """Return the clock at key numbers in two parts; of steps, the key number."""
+    if KIND == CLOCK:
+        place = tl.minimum(tl.maximum(place, 0), keys - 1)
+        high = tl.load(COLUMNS + place)
+        low = tl.load(COLUMNS + LOW * stride + place)
+    else:
+        high = place
+        low = place
+    return high, low
+
+
+@triton.jit
+def key_range(first_at, bias, sight, QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr):
+    """Return start and stop of the keys that queries from key number `first_at` on may see, and of the past: the tiles
+    that all of them see and whose bias is multiplied out."""
+    start = 0
+    stop = bias.keys
+    past_start = 0
+    past_stop = bias.keys // KEY_BLOCK * KEY_BLOCK
+    if sight.CAUSAL:
+        stop = tl.minimum(bias.keys, tl.maximum(first_at + QUERY_BLOCK, 0))
+    if sight.CAUSAL or bias.LEVEL != NONE or bias.TERM != NONE:
+        past_stop = tl.minimum(tl.maximum(first_at, 0) // KEY_BLOCK * KEY_BLOCK, past_stop)
+    if bias.ABSOLUTE and bias.TERM == CLOCK:
+        # Nobody knows on which side of a query such a key lies.
+        past_stop = 0
+    if sight.WINDOW:
+        start = tl.maximum(first_at - sight.window + 1, 0) // KEY_BLOCK * KEY_BLOCK
+        past_start = tl.maximum(first_at + QUERY_BLOCK - sight.window, 0)
+    return start, stop, past_start, past_stop
