@@ -107,7 +107,9 @@ CASES = {
     "sinks_for_no_key": Case(GATED, sinks=True, queries=33, keys=17),
     "segments": Case(fox(), segments=True, batch=2),
     "segments_open": Case(nope(), OPEN, segments=True, sinks=True),
-    "together": Case(CLOCKED, {"is_causal": True, "cap": 0.75}, mask="keys", batch=2, sinks=True, segments=True),
+    "together": Case(
+        CLOCKED, {"is_causal": True, "cap": 0.75}, mask="keys", batch=2, sinks=True, segments=True
+    ),
     "mask_of_keys": Case(SLOPES, mask="keys", batch=2, queries=17, keys=17),
     "mask_of_numbers": Case(fox(), OPEN, mask="numbers", queries=17, keys=17),
     "lowest_numbers": Case(gated_alibi(HEADS, key=None), mask="lowest", queries=17, keys=17),

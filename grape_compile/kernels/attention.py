@@ -13,7 +13,7 @@ from torch import Tensor
 
 from grape_compile.kernels.attention_configurations import Configuration, Kernel, configuration
 from grape_compile.kernels.attention_reach import Reach, leaves_out
-from grape_compile.kernels.attention_terms import NONE, Terms, unfit
+from grape_compile.kernels.attention_terms import BYTES, NONE, NUMBERS, SightKind, Terms, unfit
 from grape_compile.kernels.launch import Launch, missing_triton
 from grape_compile.operators import chunked
 from grape_compile.operators.call import AttendCall, Gradients
@@ -91,8 +91,7 @@ class Operands:
     def arguments(self, tiles: Configuration) -> dict[str, Any]:
         """Return operands, sizes and constants for tiles of a size."""
         call, terms = self.call, self.terms
-        columns = terms.columns(tiles.key_block)
-        other = terms.term
+        columns, mask = terms.columns(tiles.key_block), self._mask()
         return {
             "QUERY": self.query,
             "KEY": self.key,
@@ -100,7 +99,8 @@ class Operands:
             "SLOPES": terms.slopes if call.biases else self.nothing,
             "COLUMNS": self.nothing if columns is None else columns,
             "GATES": self.nothing if terms.gates is None else terms.gates,
-            **self._mask(),
+            "MASK": self.nothing if mask is None else mask,
+            **_broadcast("mask", mask, ("batch", "head", "query", "key")),
             **_strides("query", self.query),
             **_strides("key", self.key),
             **_strides("value", self.value),
@@ -120,14 +120,8 @@ class Operands:
             "VALUE_BLOCK": _block(call.value.shape[3]),
             "QUERY_BLOCK": tiles.query_block,
             "KEY_BLOCK": tiles.key_block,
-            "CAUSAL": call.is_causal,
-            "WINDOW": call.window is not None,
-            "LEVEL": NONE if terms.level is None else terms.level.kind,
-            "TERM": NONE if other is None else other.kind,
-            "ABSOLUTE": other is not None and other.is_absolute,
-            "GATE_QUERY": other is not None and other.gate_query is not None,
-            "GATE_KEY": other is not None and other.gate_key is not None,
-            "SEGMENTED": call.segments is not None,
+            "BIAS": terms.kind,
+            "SIGHT": self._sight(),
             "CAPPED": call.cap is not None,
             "SPANNED": leaves_out(call),
             "PRECISION": "tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee",
@@ -156,18 +150,16 @@ class Operands:
     def _reach(self, tiles: Configuration) -> Reach:
         return Reach(self.call, self.terms, tiles.query_block, tiles.key_block)
 
-    def _mask(self) -> dict[str, Any]:
+    def _mask(self) -> Tensor | None:
+        """Return the mask as a kernel reads it."""
         mask = self.call.mask
-        if mask is None:
-            return {"MASK": self.nothing, "MASKED": NONE, **_broadcast("mask", None, MASK_AXES)}
-        kind = BYTES if mask.dtype == torch.bool else NUMBERS
-        numbers = mask.view(torch.uint8) if kind == BYTES else mask
-        return {"MASK": numbers, "MASKED": kind, **_broadcast("mask", numbers, MASK_AXES)}
+        return mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask
 
-
-BYTES: Final = 1
-NUMBERS: Final = 2
-MASK_AXES: Final = ("batch", "head", "query", "key")
+    def _sight(self) -> SightKind:
+        call, masked = self.call, NONE
+        if call.mask is not None:
+            masked = BYTES if call.mask.dtype == torch.bool else NUMBERS
+        return SightKind(call.is_causal, call.window is not None, masked, call.segments is not None)
 
 
 def forward_launch(
@@ -264,10 +256,11 @@ class Found:
         rows = [self.by_row[:, :, at] if wanted else None for at, wanted in enumerate(self.rows)]
         columns = [self.by_column[:, :, at] if wanted else None for at, wanted in enumerate(self.columns)]
         biases = (
-            self.operands.terms.gradients(rows, columns, self._left()) if self.call.wants_bias_gradients else ()
+            self.operands.terms.gradients(rows, columns, self._left())
+            if self.call.wants_bias_gradients
+            else ()
         )
         return Gradients(self.query, self.key, self.value, biases)
-
 
     def _left(self) -> Tensor | None:
         """Return the sum of each query's logit gradients, [B, H, T_q]: what the sink's own leaves, or None for zero."""

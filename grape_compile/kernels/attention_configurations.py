@@ -59,13 +59,18 @@ _TILES: Final[Mapping[tuple[int, int], tuple[Configuration, Configuration, Confi
     (100, 128): (Configuration(128, 64, 8, 3), Configuration(128, 64, 8, 2), Configuration(64, 64, 8, 1)),
     (100, 256): (Configuration(64, 64, 8, 2), Configuration(64, 32, 8, 1), Configuration(32, 32, 8, 1)),
 }
-#: Clocks and gates of keys are more numbers to hold: tiles by query and by key of the backward pass.
+#: Clocks, gates of keys, a cap and segments are more numbers to hold: tiles by query and by key of the backward pass.
 _HEAVY: Final[Mapping[tuple[int, int], tuple[Configuration, Configuration]]] = {
     (80, 128): (Configuration(64, 64, 8, 2), Configuration(32, 64, 8, 1)),
     (90, 64): (Configuration(128, 64, 8, 2), Configuration(32, 128, 8, 2)),
     (90, 128): (Configuration(128, 32, 8, 2), Configuration(32, 64, 8, 1)),
     (100, 64): (Configuration(128, 32, 8, 2), Configuration(64, 64, 8, 1)),
     (100, 128): (Configuration(128, 32, 8, 2), Configuration(32, 64, 8, 1)),
+}
+#: A cap and segments are more to hold in the forward pass too.
+_BESIDE: Final[Mapping[tuple[int, int], Configuration]] = {
+    (80, 128): Configuration(128, 32, 8, 2),
+    (100, 128): Configuration(128, 32, 8, 3),
 }
 #: Products of float32 run on the ordinary units, whose operands are in registers.
 _WIDE: Final = Configuration(32, 32, 4, 1)
@@ -86,9 +91,13 @@ def case_of(kernel: Kernel, call: AttendCall) -> str:
         )
         for bias in biases
     )
-    flags = [
-        name for name, there in (("causal", call.is_causal), ("window", call.window is not None)) if there
-    ]
+    beside = {
+        "causal": call.is_causal,
+        "window": call.window is not None,
+        "cap": call.cap is not None,
+        "segments": call.segments is not None,
+    }
+    flags = [name for name, there in beside.items() if there]
     length = 1 << max(call.key.shape[2] - 1, 0).bit_length()
     sizes = f"{call.query.shape[3]} {call.value.shape[3]} x{call.groups} {length}"
     dtype = str(call.query.dtype).removeprefix("torch.")
@@ -115,11 +124,14 @@ def configuration(kernel: Kernel, call: AttendCall, capability: int | None = Non
     )
     if size > 128:
         place = place[0], 256
-    heavy = any(
+    beside = call.cap is not None or call.segments is not None
+    if kernel == "forward":
+        return _BESIDE[place] if beside and place in _BESIDE else _TILES[place][0]
+    heavy = beside or any(
         bias.clock is not None or bias.gate_key is not None
         for bias in call.biases
         if isinstance(bias, Additive)
     )
-    if heavy and kernel != "forward" and place in _HEAVY:
+    if heavy and place in _HEAVY:
         return _HEAVY[place][kernel == "by_key"]
     return _TILES[place][KERNELS.index(kernel)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -23,12 +23,23 @@ ENCODINGS: Final[dict[str, Encoding]] = {
     "slopes": Bias(Learned("slopes"), Steps()),
     "fox": fox(),
     "gated": gated_alibi(_SHAPE.heads),
+    "capped": alibi(_SHAPE.heads),
+    "packed": alibi(_SHAPE.heads),
 }
+
+
+def _options(name: str) -> dict[str, Any]:
+    """Return what stands beside an encoding: a soft cap, or sinks and the segments of packed sequences."""
+    if name == "packed":
+        segments = torch.empty(_SHAPE.batch, _SHAPE.tokens, dtype=torch.int32, device="meta")
+        return {"sinks": torch.empty(_SHAPE.heads, device="meta"), "segments": segments}
+    return {"cap": 50.0} if name == "capped" else {}
 
 
 def _launch(kernel: Kernel, name: str, head_dim: int) -> Callable[[int], Launch]:
     def build(capability: int) -> Launch:
-        call = call_of(replace(_SHAPE, head_dim=head_dim), ENCODINGS[name], torch.device("meta"))
+        shape = replace(_SHAPE, head_dim=head_dim)
+        call = call_of(shape, ENCODINGS[name], torch.device("meta"), **_options(name))
         tiles = {each: configuration(each, call, capability) for each in KERNELS}
         return launch_of(kernel, call, tiles)
 
@@ -42,5 +53,6 @@ GATES: Final = tuple(
         *((name, 128) for name in ENCODINGS if name != "slopes" or kernel == "by_query"),
         ("none", 64),
         ("gated", 64),
+        ("capped", 64),
     )
 )

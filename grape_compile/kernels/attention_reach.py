@@ -97,7 +97,7 @@ class Reach:
     def keys(self) -> Tensor:
         """Return for each tile of queries the first tile of keys that matters, and the number behind the last.
 
-        [2, B, H, tiles], int32; both zero where none matters.
+        [B, H, tiles, 2], int32; both zero where none matters.
         """
         return self._ends(self.matters, 0)
 
@@ -109,9 +109,11 @@ class Reach:
         """Return the ends of each row, for each of the tiles that were looked at as one."""
         numbers = matters.to(torch.int32)
         behind = matters.shape[-1] - numbers.flip(-1).argmax(-1)
-        ends = torch.stack([numbers.argmax(-1), torch.where(matters.any(-1), behind, 0)]) * self.times[1 - axis]
+        ends = (
+            torch.stack([numbers.argmax(-1), torch.where(matters.any(-1), behind, 0)]) * self.times[1 - axis]
+        )
         each = ends.repeat_interleave(self.times[axis], -1)[..., : self.counts[axis]]
-        return each.expand(2, *self.call.query.shape[:2], -1).to(torch.int32).contiguous()
+        return each.expand(2, *self.call.query.shape[:2], -1).movedim(0, -1).to(torch.int32).contiguous()
 
     def _bias(self, term: Term) -> _Interval:
         """Return the values of a term over tiles."""

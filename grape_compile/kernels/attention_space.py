@@ -51,7 +51,7 @@ def space(kernel: Kernel) -> list[Configuration]:
     return [each for each in found if each.query_block >= wide and each.query_block * each.key_block >= 2048]
 
 
-def call_of(shape: Shape, encoding: Encoding, device: torch.device) -> AttendCall:
+def call_of(shape: Shape, encoding: Encoding, device: torch.device, **options: Any) -> AttendCall:
     """Return a causal backward call of this shape: what projections leave, slots filled with anything."""
 
     def heads(count: int) -> Tensor:
@@ -68,10 +68,8 @@ def call_of(shape: Shape, encoding: Encoding, device: torch.device) -> AttendCal
         heads(shape.key_heads),
         slots,
         str(only),
-        None,
-        True,
-        None,
-        None,
+        is_causal=True,
+        **options,
     )
     return replace(call, wants_bias_gradients=bool(slots))
 

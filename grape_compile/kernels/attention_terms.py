@@ -22,7 +22,30 @@ from grape_compile.operators.call import AttendCall
 NONE: Final = 0
 STEPS: Final = 1
 CLOCK: Final = 2
+BYTES: Final = 1
+NUMBERS: Final = 2
 LOG2E: Final = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class BiasKind:
+    """What the terms of a call are, a constant for the kernels: what level and term count, the term's gates and sign."""
+
+    level: int = NONE
+    term: int = NONE
+    gate_query: bool = False
+    gate_key: bool = False
+    absolute: bool = False
+
+
+@dataclass(frozen=True)
+class SightKind:
+    """What hides keys in a call, a constant for the kernels; `masked` is NONE, BYTES or NUMBERS."""
+
+    causal: bool = False
+    window: bool = False
+    masked: int = NONE
+    segmented: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +99,18 @@ class Terms:
         self.level = None if not self.levels else _level(self.levels, call.key.shape[2])
         self.term = None if not others else _term(others[0])
         self.other = others[0] if others else None
+
+    @property
+    def kind(self) -> BiasKind:
+        """What the kernels are told of the terms."""
+        level, term = self.level, self.term
+        return BiasKind(
+            NONE if level is None else level.kind,
+            NONE if term is None else term.kind,
+            term is not None and term.gate_query is not None,
+            term is not None and term.gate_key is not None,
+            term is not None and term.is_absolute,
+        )
 
     @cached_property
     def slopes(self) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from attention_cases import ABSOLUTE, GATED, HEAD, HEADS, SLOPES, kernels_only
@@ -11,7 +13,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from grape_compile.encoding import Bias, Encoding, Learned, Positions, fox
+from grape_compile.encoding import Bias, Encoding, Learned, Positions, fox, nope
 from grape_compile.kernels.attention_reach import Reach
 from grape_compile.kernels.attention_terms import Terms
 from grape_compile.operators import attend, reference_attend
@@ -63,7 +65,8 @@ def test_keys_left_out_weigh_less_than_a_rounding(name: str, size: float) -> Non
         wide = {slot: numbers.double() for slot, numbers in slots.items()}
         weights = reference_attend(query.double(), key.double(), value, encoding, wide, is_causal=True)
         first, last = (
-            found.repeat_interleave(16, -1)[..., :LENGTH] for found in (reach.keys()[0], reach.queries()[1])
+            found.repeat_interleave(16, -1)[..., :LENGTH]
+            for found in (reach.keys()[..., 0], reach.queries()[..., 1])
         )
         tiles = torch.arange(LENGTH) // 16
         before = tiles[None, None, None, :] < first[..., :, None]
@@ -101,8 +104,46 @@ def test_tiles_are_looked_at_in_larger_ones(monkeypatch: pytest.MonkeyPatch) -> 
     fine = Reach(call, Terms(call), 4, 8)
     monkeypatch.setattr("grape_compile.kernels.attention_reach.MOST", 5)
     coarse = Reach(call, Terms(call), 4, 8)
-    assert fine.keys().shape == coarse.keys().shape == (2, 1, HEADS, 25)
-    assert fine.queries().shape == coarse.queries().shape == (2, 1, HEADS, 13)
+    assert fine.keys().shape == coarse.keys().shape == (1, HEADS, 25, 2)
+    assert fine.queries().shape == coarse.queries().shape == (1, HEADS, 13, 2)
     for outer, inner in ((coarse.keys(), fine.keys()), (coarse.queries(), fine.queries())):
-        assert bool((outer[0] <= inner[0]).all() and (outer[1] >= inner[1]).all())
-    assert bool(coarse.keys()[0].any())
+        assert bool((outer[..., 0] <= inner[..., 0]).all() and (outer[..., 1] >= inner[..., 1]).all())
+    assert bool(coarse.keys()[..., 0].any())
+
+
+HIDING: dict[str, dict[str, Any]] = {
+    "segments": {"is_causal": True, "segments": torch.arange(LENGTH) // 30},
+    "segments_open": {"segments": torch.arange(LENGTH) // 30},
+    "segments_in_turns": {"segments": torch.arange(LENGTH) % 3 * (torch.arange(LENGTH) > 40)},
+    "padding": {"mask": (torch.arange(LENGTH) > 37)[None, None, None]},
+}
+
+
+@pytest.mark.parametrize("name", HIDING)
+def test_tiles_of_other_segments_and_of_padding_are_left_out(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None that a query sees, some that none sees where they lie at an end; the result is the same bit by bit."""
+    query, key, value = (tensor(1, HEADS, LENGTH, HEAD, seed=seed, dtype=torch.float32) for seed in range(3))
+    options = HIDING[name]
+    call = attend_call(query, key, value, [], str(nope()), **options)
+    tiles = torch.arange(LENGTH) // 16
+    first, behind = Reach(call, Terms(call), 16, 16).keys()[..., None].unbind(-2)
+    left_out = (tiles < first) | (tiles >= behind)
+    left_out = left_out.repeat_interleave(16, 2)[:, :, :LENGTH]
+    eye = torch.eye(LENGTH, dtype=torch.float64).expand(1, HEADS, LENGTH, LENGTH)
+    weights = reference_attend(query.double(), key.double(), eye, nope(), **options)
+    assert bool(left_out.any())
+    assert not bool((weights * left_out).any())
+    results = []
+    for shortest in (0, 10**9):
+        monkeypatch.setattr("grape_compile.kernels.attention_reach.SHORTEST", shortest)
+        parts = leaves(*(head.to(DEVICE) for head in (query, key, value)))
+        given = {
+            each: option.to(DEVICE) if isinstance(option, Tensor) else option
+            for each, option in options.items()
+        }
+        with kernels_only():
+            output = attend(parts[0], parts[1], parts[2], nope(), **given)
+            results.append([output, *torch.autograd.grad(output.square().sum(), parts)])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))

@@ -11,11 +11,11 @@ from grape_compile.kernels.bodies.attention_operands import (
     LN2,
     LOG2E,
     NONE,
+    Sight,
     bias_of,
     clock_at,
     inside,
     place_of,
-    sight_of,
     store_tile,
     tile_of,
 )
@@ -40,12 +40,10 @@ def attention_by_key(
     query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head, value_token,
     gradient_batch, gradient_head, gradient_token, by_key_batch, by_key_head, by_key_token, by_value_batch,
     by_value_head, by_value_token, columns_batch, columns_head, columns_row, gates_batch, gates_head,
-    mask_batch, mask_head, mask_query, mask_key, segments_batch,
-    key_heads, queries, levels_row, keys, window, scale, cap,
-    GROUPS: tl.constexpr, HEAD: tl.constexpr, HEAD_BLOCK: tl.constexpr, VALUES: tl.constexpr,
-    VALUE_BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, LEVEL: tl.constexpr, TERM: tl.constexpr, ABSOLUTE: tl.constexpr, GATE_QUERY: tl.constexpr,
-    GATE_KEY: tl.constexpr, MASKED: tl.constexpr, SEGMENTED: tl.constexpr, CAPPED: tl.constexpr,
+    mask_batch, mask_head, mask_query, mask_key,
+    key_heads, queries, levels_row, keys, window, scale, cap, segments_batch,
+    GROUPS: tl.constexpr, HEAD: tl.constexpr, HEAD_BLOCK: tl.constexpr, VALUES: tl.constexpr, VALUE_BLOCK: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, BIAS: tl.constexpr, SIGHT: tl.constexpr, CAPPED: tl.constexpr,
     SPANNED: tl.constexpr, PRECISION: tl.constexpr, WANTS_SUM: tl.constexpr, WANTS_SPREAD: tl.constexpr,
     WANTS_CLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -72,16 +70,16 @@ def attention_by_key(
     offset = keys - queries
     start = 0
     past_start = 0
-    if CAUSAL:
+    if SIGHT.causal:
         start = tl.maximum(first - offset, 0) // QUERY_BLOCK * QUERY_BLOCK
-    if CAUSAL or LEVEL != NONE or TERM != NONE:
+    if SIGHT.causal or BIAS.level != NONE or BIAS.term != NONE:
         past_start = tl.maximum(first + KEY_BLOCK - offset, 0)
     stop = queries
     past_stop = queries + QUERY_BLOCK
-    if WINDOW:
+    if SIGHT.window:
         stop = tl.minimum(stop, tl.maximum(first + KEY_BLOCK - 1 + window - offset, 0))
         past_stop = first + window - offset
-    if ABSOLUTE and TERM == CLOCK:
+    if BIAS.absolute and BIAS.term == CLOCK:
         past_stop = 0
 
     factor = (cap if CAPPED else scale) * LOG2E
@@ -96,78 +94,81 @@ def attention_by_key(
         gates = GATES + batch * gates_batch + head * gates_head
         levels = LEVELS + number * levels_row
         bias = bias_of(
-            SLOPES, COLUMNS, number, batch, head, columns_batch, columns_head, columns_row, keys, LEVEL, TERM,
-            ABSOLUTE, GATE_QUERY, GATE_KEY,
+            SLOPES, COLUMNS, number, batch, head, columns_batch, columns_head, columns_row, keys, BIAS
         )  # fmt: skip
-        sight = sight_of(
-            MASK, SEGMENTS, batch, head, mask_batch, mask_head, mask_query, mask_key, segments_batch, window, CAUSAL,
-            WINDOW, MASKED, SEGMENTED,
+        sight = Sight(
+            window, MASK + batch * mask_batch + head * mask_head, mask_query, mask_key, SEGMENTS + batch * segments_batch
         )  # fmt: skip
-        level_key = key_distance(bias.columns, first, bias, LEVEL, KEY_BLOCK)
-        term_key = key_distance(bias.term_columns, first, bias, TERM, KEY_BLOCK)
-        by_keys = part_of_keys(bias, first, KEY_BLOCK)
-        level_high, level_low = clock_at(bias.columns, first + KEY_BLOCK, keys, columns_row, LEVEL)
-        term_high, term_low = clock_at(bias.term_columns, first + KEY_BLOCK, keys, columns_row, TERM)
+        level_key = key_distance(bias.columns.level, first, bias, BIAS.level, KEY_BLOCK)
+        term_key = key_distance(bias.columns.term, first, bias, BIAS.term, KEY_BLOCK)
+        by_keys = part_of_keys(bias, first, BIAS, KEY_BLOCK)
+        level_high, level_low = clock_at(bias.columns.level, first + KEY_BLOCK, bias, BIAS.level)
+        term_high, term_low = clock_at(bias.columns.term, first + KEY_BLOCK, bias, BIAS.term)
         gate_key = 0.0
-        if GATE_KEY:
-            gate_key = tl.load(bias.gate_columns + first + column)[:, None]
+        if BIAS.gate_key:
+            gate_key = tl.load(bias.columns.gate + first + column)[:, None]
         segment = 0
-        if SEGMENTED:
+        if SIGHT.segmented:
             segment = tl.load(sight.segments + first + column, mask=there, other=0)
         head_start = start
         head_stop = stop
         if SPANNED:
-            spans = SPANS + number * tiles + tile
-            head_start = tl.maximum(start, tl.load(spans) * QUERY_BLOCK)
-            head_stop = tl.minimum(stop, tl.load(spans + tl.num_programs(0) * GROUPS) * QUERY_BLOCK)
+            spans = SPANS + (number * tiles + tile) * 2
+            if not SIGHT.causal:
+                head_start = tl.maximum(start, tl.load(spans) * QUERY_BLOCK)
+            head_stop = tl.minimum(stop, tl.load(spans + 1) * QUERY_BLOCK)
         sums = tl.zeros([KEY_BLOCK], tl.float32)
         by_spread = tl.zeros([KEY_BLOCK], tl.float32)
         by_clock = tl.zeros([KEY_BLOCK], tl.float32)
         for begin in tl.range(head_start, head_stop, QUERY_BLOCK):
             begin = tl.multiple_of(begin, QUERY_BLOCK)
             known = begin + row < queries
-            at = begin + offset + row
             query = tile_of(query_start, begin, query_token, row, known, inner, inner_known)
             gradient = tile_of(gradient_start, begin, gradient_token, row, known, outer, outer_known)
             past_level = tl.load(levels + part + begin + row)
             products = tl.dot(key, tl.trans(query), input_precision=PRECISION)
             products = capped(products, scale / cap, CAPPED)
             # From the origin of the keys to the first of the queries, and on to each of them.
-            level_apart = -apart(bias.columns, begin + offset, level_high, level_low, bias, LEVEL)
-            term_apart = -apart(bias.term_columns, begin + offset, term_high, term_low, bias, TERM)
-            if TERM == CLOCK:
+            level_apart = -apart(bias.columns.level, begin + offset, level_high, level_low, bias, BIAS.level)
+            term_apart = -apart(bias.columns.term, begin + offset, term_high, term_low, bias, BIAS.term)
+            if BIAS.term == CLOCK:
                 # As the other kernel takes it, so that both see the same zero where times meet.
-                time_high, time_low = clock_at(bias.term_columns, at, keys, columns_row, TERM)
-                term_query = apart(bias.term_columns, first + KEY_BLOCK, time_high, time_low, bias, TERM)
+                time_high, time_low = clock_at(bias.columns.term, begin + offset + row, bias, BIAS.term)
+                term_query = apart(bias.columns.term, first + KEY_BLOCK, time_high, time_low, bias, BIAS.term)
             else:
                 term_query = term_apart - row.to(tl.float32)
             gate_query = 0.0
-            if GATE_QUERY:
+            if BIAS.gate_query:
                 gate_query = (tl.load(gates + begin + row, mask=known, other=0.0) * bias.term_slope)[None, :]
             if (begin >= past_start) & (begin + QUERY_BLOCK <= past_stop):
-                base = part_of_queries(bias, level_apart, term_apart, 0.0, False, GATE_QUERY or GATE_KEY)
+                base = part_of_queries(
+                    bias, level_apart, term_apart, 0.0, False, BIAS.gate_query or BIAS.gate_key, BIAS
+                )
                 logits = past_logits(
-                    products, factor, bias, (by_keys + base)[:, None], (term_key + term_apart)[:, None],
-                    term_query[None, :], gate_query, gate_key,
+                    products, factor, (by_keys + base)[:, None], (term_key + term_apart)[:, None],
+                    term_query[None, :], gate_query, gate_key, BIAS,
                 )  # fmt: skip
                 logits -= past_level[None, :]
             else:
                 level = tl.load(levels + begin + row)
-                if LEVEL == CLOCK:
+                at = begin + offset + row
+                if BIAS.level == CLOCK:
                     level_query = level_apart + tl.load(levels + 3 * part + begin + row)
                 else:
-                    level_query = apart(bias.columns, first + KEY_BLOCK, at, at, bias, LEVEL)
+                    level_query = apart(bias.columns.level, first + KEY_BLOCK, at, at, bias, BIAS.level)
                 logits = near_logits(
                     products, factor, bias, level_key[:, None], level_query[None, :], term_key[:, None],
-                    term_query[None, :], gate_query, gate_key,
+                    term_query[None, :], gate_query, gate_key, BIAS,
                 )  # fmt: skip
-                seen = visible(sight, at[None, :], (first + column)[:, None], keys)
+                seen = visible(at[None, :], (first + column)[:, None], keys, window, SIGHT)
                 logits = tl.where(seen, logits - level[None, :], -float("inf"))
-            if MASKED != NONE:
-                offsets = (begin.to(tl.int64) + row)[None, :] * mask_query + (first + column)[:, None] * mask_key
-                logits = masked(logits, sight, offsets, known[None, :] & there[:, None])
-            if SEGMENTED:
-                own = tl.load(sight.segments + at, mask=known, other=0)
+            if SIGHT.masked != NONE:
+                offsets = (begin.to(tl.int64) + row)[None, :] * mask_query + (first + column)[
+                    :, None
+                ] * mask_key
+                logits = masked(logits, sight.mask, offsets, known[None, :] & there[:, None], SIGHT.masked)
+            if SIGHT.segmented:
+                own = tl.load(sight.segments + begin + offset + row, mask=known, other=0)
                 logits = tl.where(own[None, :] == segment[:, None], logits, -float("inf"))
             weights = tl.exp2(logits)
             by_value = tl.dot(weights.to(gradient.dtype), gradient, by_value, input_precision=PRECISION)
@@ -180,7 +181,7 @@ def attention_by_key(
                 sums += tl.sum(changes, 1)
             if WANTS_SPREAD or WANTS_CLOCK:
                 more_spread, more_clock = term_sums(
-                    changes, bias, term_key[:, None] + term_query[None, :], gate_query, gate_key, 1, WANTS_SPREAD,
+                    changes, bias, term_key[:, None] + term_query[None, :], gate_query, gate_key, BIAS, WANTS_SPREAD,
                     WANTS_CLOCK,
                 )  # fmt: skip
                 by_spread += more_spread

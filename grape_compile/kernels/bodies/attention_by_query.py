@@ -7,12 +7,12 @@ from grape_compile.kernels.bodies.attention_operands import (
     CLOCK,
     LN2,
     LOG2E,
+    Sight,
     bias_of,
     inside,
     key_range,
     place_of,
     rows_of,
-    sight_of,
     store_tile,
     tile_of,
 )
@@ -34,13 +34,11 @@ def attention_by_query(
     query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head, value_token,
     output_batch, output_head, output_token, gradient_batch, gradient_head, gradient_token, by_query_batch,
     by_query_head, by_query_token, columns_batch, columns_head, columns_row, gates_batch, gates_head,
-    mask_batch, mask_head, mask_query, mask_key, segments_batch, sinks_batch, sinks_head,
-    heads, queries, levels_row, keys, window, scale, cap,
-    GROUPS: tl.constexpr, HEAD: tl.constexpr, HEAD_BLOCK: tl.constexpr, VALUES: tl.constexpr,
-    VALUE_BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, LEVEL_BLOCK: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, LEVEL: tl.constexpr, TERM: tl.constexpr, ABSOLUTE: tl.constexpr,
-    GATE_QUERY: tl.constexpr, GATE_KEY: tl.constexpr, MASKED: tl.constexpr, SEGMENTED: tl.constexpr,
-    SINK: tl.constexpr, CAPPED: tl.constexpr, SPANNED: tl.constexpr, PRECISION: tl.constexpr,
+    mask_batch, mask_head, mask_query, mask_key,
+    heads, queries, levels_row, keys, window, scale, cap, segments_batch, sinks_batch, sinks_head,
+    GROUPS: tl.constexpr, HEAD: tl.constexpr, HEAD_BLOCK: tl.constexpr, VALUES: tl.constexpr, VALUE_BLOCK: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, LEVEL_BLOCK: tl.constexpr, BIAS: tl.constexpr,
+    SIGHT: tl.constexpr, SINK: tl.constexpr, CAPPED: tl.constexpr, SPANNED: tl.constexpr, PRECISION: tl.constexpr,
     WANTS_DELTA: tl.constexpr, WANTS_APART: tl.constexpr, WANTS_SPREAD: tl.constexpr, WANTS_CLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of QUERY_BLOCK queries of one head, their `LEVELS`, and sums over keys.
@@ -80,32 +78,34 @@ def attention_by_query(
     key_start = KEY + batch * key_batch + head // GROUPS * key_head
     value_start = VALUE + batch * value_batch + head // GROUPS * value_head
     bias = bias_of(
-        SLOPES, COLUMNS, number, batch, head, columns_batch, columns_head, columns_row, keys, LEVEL, TERM, ABSOLUTE,
-        GATE_QUERY, GATE_KEY,
+        SLOPES, COLUMNS, number, batch, head, columns_batch, columns_head, columns_row, keys, BIAS
     )  # fmt: skip
-    sight = sight_of(
-        MASK, SEGMENTS, batch, head, mask_batch, mask_head, mask_query, mask_key, segments_batch, window, CAUSAL,
-        WINDOW, MASKED, SEGMENTED,
+    sight = Sight(
+        window, MASK + batch * mask_batch + head * mask_head, mask_query, mask_key, SEGMENTS + batch * segments_batch
     )  # fmt: skip
     gates = GATES + batch * gates_batch + head * gates_head
-    rows = rows_of(bias, sight, gates, begin + row, there_row, first_at + row)
+    rows = rows_of(bias, sight, gates, begin + row, there_row, first_at + row, BIAS, SIGHT)
     mask_offsets = (begin.to(tl.int64) + row) * mask_query
 
     origin = (begin + row) // LEVEL_BLOCK * LEVEL_BLOCK + keys - queries
-    level_query = apart(bias.columns, origin, rows.level_high, rows.level_low, bias, LEVEL)
-    term_query = apart(bias.term_columns, origin, rows.term_high, rows.term_low, bias, TERM)
-    base = part_of_queries(bias, level_query, term_query, rows.gate, GATE_QUERY, GATE_KEY)
+    level_query = apart(bias.columns.level, origin, rows.level_high, rows.level_low, bias, BIAS.level)
+    term_query = apart(bias.columns.term, origin, rows.term_high, rows.term_low, bias, BIAS.term)
+    base = part_of_queries(bias, level_query, term_query, rows.gate, BIAS.gate_query, BIAS.gate_key, BIAS)
     levels = LEVELS + wide_number * levels_row + begin + row
     part = (tl.num_programs(0) // tiles).to(tl.int64) * levels_row
     tl.store(levels, level)
     tl.store(levels + part, level - base)
-    if LEVEL == CLOCK:
+    if BIAS.level == CLOCK:
         tl.store(levels + 3 * part, level_query)
 
-    start, stop, past_start, past_stop = key_range(first_at, bias, sight, QUERY_BLOCK, KEY_BLOCK)
+    start, stop, past_start, past_stop = key_range(
+        first_at, keys, window, BIAS, SIGHT, QUERY_BLOCK, KEY_BLOCK
+    )
     if SPANNED:
-        start = tl.maximum(start, tl.load(SPANS + number * tiles + tile) * KEY_BLOCK)
-        stop = tl.minimum(stop, tl.load(SPANS + tl.num_programs(0) + number * tiles + tile) * KEY_BLOCK)
+        spans = SPANS + (number * tiles + tile) * 2
+        start = tl.maximum(start, tl.load(spans) * KEY_BLOCK)
+        if not SIGHT.causal:
+            stop = tl.minimum(stop, tl.load(spans + 1) * KEY_BLOCK)
     factor = (cap if CAPPED else scale) * LOG2E
     by_query = tl.zeros([QUERY_BLOCK, HEAD_BLOCK], tl.float32)
     rest = tl.zeros([QUERY_BLOCK], tl.float32)
@@ -121,7 +121,7 @@ def attention_by_query(
         products = capped(products, scale / cap, CAPPED)
         past = (first >= past_start) & (first + KEY_BLOCK <= past_stop)
         logits, base, level_query, term_query, gate_key = tile_logits(
-            products, factor, bias, sight, rows, first, past, mask_offsets, there_row, QUERY_BLOCK, KEY_BLOCK
+            products, factor, bias, sight, rows, first, past, mask_offsets, there_row, BIAS, SIGHT, KEY_BLOCK
         )
         weights = tl.exp2(logits - (level - base)[:, None])
         changes = tl.dot(gradient, tl.trans(value), input_precision=PRECISION)
@@ -131,13 +131,13 @@ def attention_by_query(
         if WANTS_DELTA:
             rest += tl.sum(changes, 1)
         if WANTS_APART:
-            level_key = key_distance(bias.columns, first, bias, LEVEL, KEY_BLOCK)
+            level_key = key_distance(bias.columns.level, first, bias, BIAS.level, KEY_BLOCK)
             by_apart += tl.sum(changes * (level_key[None, :] + level_query[:, None]), 1)
         if WANTS_SPREAD or WANTS_CLOCK:
-            term_key = key_distance(bias.term_columns, first, bias, TERM, KEY_BLOCK)
+            term_key = key_distance(bias.columns.term, first, bias, BIAS.term, KEY_BLOCK)
             more_spread, more_clock = term_sums(
-                changes, bias, term_key[None, :] + term_query[:, None], rows.gate[:, None] if GATE_QUERY else 0.0,
-                gate_key, 1, WANTS_SPREAD, WANTS_CLOCK,
+                changes, bias, term_key[None, :] + term_query[:, None], rows.gate[:, None] if BIAS.gate_query else 0.0,
+                gate_key, BIAS, WANTS_SPREAD, WANTS_CLOCK,
             )  # fmt: skip
             by_spread += more_spread
             by_clock += more_clock

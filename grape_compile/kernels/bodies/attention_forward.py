@@ -7,12 +7,12 @@ from grape_compile.kernels.bodies.attention_operands import (
     LN2,
     LOG2E,
     NONE,
+    Sight,
     bias_of,
     inside,
     key_range,
     place_of,
     rows_of,
-    sight_of,
     store_tile,
     tile_of,
 )
@@ -24,13 +24,11 @@ def attention_forward(
     QUERY, KEY, VALUE, OUTPUT, LOGSUMEXP, SLOPES, COLUMNS, GATES, MASK, SEGMENTS, SINKS, SPANS,
     query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head, value_token,
     output_batch, output_head, output_token, columns_batch, columns_head, columns_row, gates_batch, gates_head,
-    mask_batch, mask_head, mask_query, mask_key, segments_batch, sinks_batch, sinks_head,
-    heads, queries, keys, window, scale, cap,
-    GROUPS: tl.constexpr, HEAD: tl.constexpr, HEAD_BLOCK: tl.constexpr, VALUES: tl.constexpr,
-    VALUE_BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, LEVEL: tl.constexpr, TERM: tl.constexpr, ABSOLUTE: tl.constexpr, GATE_QUERY: tl.constexpr,
-    GATE_KEY: tl.constexpr, MASKED: tl.constexpr, SEGMENTED: tl.constexpr, SINK: tl.constexpr, CAPPED: tl.constexpr,
-    SPANNED: tl.constexpr, PRECISION: tl.constexpr,
+    mask_batch, mask_head, mask_query, mask_key,
+    heads, queries, keys, window, scale, cap, segments_batch, sinks_batch, sinks_head,
+    GROUPS: tl.constexpr, HEAD: tl.constexpr, HEAD_BLOCK: tl.constexpr, VALUES: tl.constexpr, VALUE_BLOCK: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, BIAS: tl.constexpr, SIGHT: tl.constexpr, SINK: tl.constexpr,
+    CAPPED: tl.constexpr, SPANNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output and logsumexp of QUERY_BLOCK queries of one head; the longest walks start first."""
     tiles = tl.cdiv(queries, QUERY_BLOCK)
@@ -51,23 +49,25 @@ def attention_forward(
     key_start = KEY + batch * key_batch + head // GROUPS * key_head
     value_start = VALUE + batch * value_batch + head // GROUPS * value_head
     bias = bias_of(
-        SLOPES, COLUMNS, number, batch, head, columns_batch, columns_head, columns_row, keys, LEVEL, TERM, ABSOLUTE,
-        GATE_QUERY, GATE_KEY,
+        SLOPES, COLUMNS, number, batch, head, columns_batch, columns_head, columns_row, keys, BIAS
     )  # fmt: skip
-    sight = sight_of(
-        MASK, SEGMENTS, batch, head, mask_batch, mask_head, mask_query, mask_key, segments_batch, window, CAUSAL,
-        WINDOW, MASKED, SEGMENTED,
+    sight = Sight(
+        window, MASK + batch * mask_batch + head * mask_head, mask_query, mask_key, SEGMENTS + batch * segments_batch
     )  # fmt: skip
     gates = GATES + batch * gates_batch + head * gates_head
-    rows = rows_of(bias, sight, gates, begin + row, there_row, first_at + row)
+    rows = rows_of(bias, sight, gates, begin + row, there_row, first_at + row, BIAS, SIGHT)
     mask_offsets = (begin.to(tl.int64) + row) * mask_query
-    start, stop, past_start, past_stop = key_range(first_at, bias, sight, QUERY_BLOCK, KEY_BLOCK)
+    start, stop, past_start, past_stop = key_range(
+        first_at, keys, window, BIAS, SIGHT, QUERY_BLOCK, KEY_BLOCK
+    )
     if SPANNED:
-        start = tl.maximum(start, tl.load(SPANS + number * tiles + tile) * KEY_BLOCK)
-        stop = tl.minimum(stop, tl.load(SPANS + tl.num_programs(0) + number * tiles + tile) * KEY_BLOCK)
+        spans = SPANS + (number * tiles + tile) * 2
+        start = tl.maximum(start, tl.load(spans) * KEY_BLOCK)
+        if not SIGHT.causal:
+            stop = tl.minimum(stop, tl.load(spans + 1) * KEY_BLOCK)
 
     scaled = (cap if CAPPED else scale) * LOG2E
-    bare = LEVEL == NONE and TERM == NONE and MASKED == NONE
+    bare: tl.constexpr = BIAS.level == NONE and BIAS.term == NONE and SIGHT.masked == NONE
     factor = 1.0 if bare else scaled
     best = tl.full([QUERY_BLOCK], LOWEST, tl.float32)
     total = tl.zeros([QUERY_BLOCK], tl.float32)
@@ -84,7 +84,7 @@ def attention_forward(
         products = capped(products, scale / cap, CAPPED)
         past = (first >= past_start) & (first + KEY_BLOCK <= past_stop)
         logits, base, _, _, _ = tile_logits(
-            products, factor, bias, sight, rows, first, past, mask_offsets, there_row, QUERY_BLOCK, KEY_BLOCK
+            products, factor, bias, sight, rows, first, past, mask_offsets, there_row, BIAS, SIGHT, KEY_BLOCK
         )
         if bare:
             # The scale is positive: one multiply-add an element instead of a product and a difference.

@@ -22,35 +22,34 @@ LOCAL = tl.constexpr(2)
 CLOCK_SIZE = tl.constexpr(3)
 
 
-class Bias(NamedTuple):
-    """The bias of one head: what its two terms are, their slopes as powers of two, and vectors over `keys` keys.
+class Columns(NamedTuple):
+    """Where the vectors over the keys of one head are, `stride` numbers apart.
 
-    `columns` and `term_columns` point at the clocks, `gate_columns` at slopes times gates of keys, `keyed` at what is
-    added to all logits of a key in the past; vectors are `stride` numbers apart.
+    The clocks of level and term, slopes times gates of keys, and what is added to all logits of a key in the past.
     """
 
-    LEVEL: Any
-    TERM: Any
-    ABSOLUTE: Any
-    GATE_QUERY: Any
-    GATE_KEY: Any
+    level: Any
+    term: Any
+    gate: Any
+    keyed: Any
+    stride: Any
+
+
+class Bias(NamedTuple):
+    """The bias of one head over `keys` keys: the slopes of its two terms as powers of two, and their vectors.
+
+    What the terms are is a constant beside it, a `BiasKind`.
+    """
+
+    keys: Any
     level_slope: Any
     term_slope: Any
     columns: Any
-    term_columns: Any
-    gate_columns: Any
-    keyed: Any
-    stride: Any
-    keys: Any
 
 
 class Sight(NamedTuple):
-    """What hides keys from the queries of one head: the future, a window, a mask, other segments."""
+    """What hides keys from the queries of one head, each where the constant beside it, a `SightKind`, says so."""
 
-    CAUSAL: Any
-    WINDOW: Any
-    MASKED: Any
-    SEGMENTED: Any
     window: Any
     mask: Any
     mask_query: Any
@@ -105,54 +104,39 @@ def store_tile(start, first, stride, index, there, width, known, tile):
 
 @triton.jit
 def bias_of(
-    SLOPES, COLUMNS, number, batch, head, columns_batch, columns_head, columns_row, keys, LEVEL: tl.constexpr,
-    TERM: tl.constexpr, ABSOLUTE: tl.constexpr, GATE_QUERY: tl.constexpr, GATE_KEY: tl.constexpr,
-):  # fmt: skip
+    SLOPES, COLUMNS, number, batch, head, columns_batch, columns_head, stride, keys, BIAS: tl.constexpr
+):
     """Return the bias of one head."""
-    columns = COLUMNS + batch * columns_batch + head * columns_head
-    term_columns = columns + (CLOCK_SIZE * columns_row if LEVEL == CLOCK else 0)
-    gate_columns = term_columns + (CLOCK_SIZE * columns_row if TERM == CLOCK else 0)
-    keyed = gate_columns + (columns_row if GATE_KEY else 0)
-    level_slope = tl.load(SLOPES + number * 2) * LOG2E if LEVEL != NONE else 0.0
-    term_slope = tl.load(SLOPES + number * 2 + 1) * LOG2E if TERM != NONE else 0.0
-    return Bias(
-        LEVEL, TERM, ABSOLUTE, GATE_QUERY, GATE_KEY, level_slope, term_slope, columns, term_columns, gate_columns,
-        keyed, columns_row, keys,
-    )  # fmt: skip
+    level = COLUMNS + batch * columns_batch + head * columns_head
+    term = level + (CLOCK_SIZE * stride if BIAS.level == CLOCK else 0)
+    gate = term + (CLOCK_SIZE * stride if BIAS.term == CLOCK else 0)
+    keyed = gate + (stride if BIAS.gate_key else 0)
+    level_slope = tl.load(SLOPES + number * 2) * LOG2E if BIAS.level != NONE else 0.0
+    term_slope = tl.load(SLOPES + number * 2 + 1) * LOG2E if BIAS.term != NONE else 0.0
+    return Bias(keys, level_slope, term_slope, Columns(level, term, gate, keyed, stride))
 
 
 @triton.jit
-def sight_of(
-    MASK, SEGMENTS, batch, head, mask_batch, mask_head, mask_query, mask_key, segments_batch, window,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr, SEGMENTED: tl.constexpr,
-):  # fmt: skip
-    """Return what hides keys from the queries of one head."""
-    mask = MASK + batch * mask_batch + head * mask_head
-    segments = SEGMENTS + batch * segments_batch
-    return Sight(CAUSAL, WINDOW, MASKED, SEGMENTED, window, mask, mask_query, mask_key, segments)
-
-
-@triton.jit
-def rows_of(bias, sight, gates, row, there, at):
+def rows_of(bias, sight, gates, row, there, at, BIAS: tl.constexpr, SIGHT: tl.constexpr):
     """Return what a tile of queries, numbers `row`, brings to the biases and the sight of its head."""
-    level_high, level_low = clock_at(bias.columns, at, bias.keys, bias.stride, bias.LEVEL)
-    term_high, term_low = clock_at(bias.term_columns, at, bias.keys, bias.stride, bias.TERM)
+    level_high, level_low = clock_at(bias.columns.level, at, bias, BIAS.level)
+    term_high, term_low = clock_at(bias.columns.term, at, bias, BIAS.term)
     gate = 0.0
-    if bias.GATE_QUERY:
+    if BIAS.gate_query:
         gate = tl.load(gates + row, mask=there, other=0.0) * bias.term_slope
     segment = 0
-    if sight.SEGMENTED:
+    if SIGHT.segmented:
         segment = tl.load(sight.segments + at, mask=there, other=0)
     return Rows(at, level_high, level_low, term_high, term_low, gate, segment)
 
 
 @triton.jit
-def clock_at(COLUMNS, place, keys, stride, KIND: tl.constexpr):
+def clock_at(clock, place, bias, KIND: tl.constexpr):
     """Return the clock at key numbers in two parts; of steps, the key number."""
     if KIND == CLOCK:
-        place = tl.minimum(tl.maximum(place, 0), keys - 1)
-        high = tl.load(COLUMNS + place)
-        low = tl.load(COLUMNS + LOW * stride + place)
+        place = tl.minimum(tl.maximum(place, 0), bias.keys - 1)
+        high = tl.load(clock + place)
+        low = tl.load(clock + LOW * bias.columns.stride + place)
     else:
         high = place
         low = place
@@ -160,21 +144,29 @@ def clock_at(COLUMNS, place, keys, stride, KIND: tl.constexpr):
 
 
 @triton.jit
-def key_range(first_at, bias, sight, QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr):
+def key_range(
+    first_at,
+    keys,
+    window,
+    BIAS: tl.constexpr,
+    SIGHT: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
+):
     """Return start and stop of the keys that queries from key number `first_at` on may see, and of the past: the tiles
     that all of them see and whose bias is multiplied out."""
     start = 0
-    stop = bias.keys
+    stop = keys
     past_start = 0
-    past_stop = bias.keys // KEY_BLOCK * KEY_BLOCK
-    if sight.CAUSAL:
-        stop = tl.minimum(bias.keys, tl.maximum(first_at + QUERY_BLOCK, 0))
-    if sight.CAUSAL or bias.LEVEL != NONE or bias.TERM != NONE:
+    past_stop = keys // KEY_BLOCK * KEY_BLOCK
+    if SIGHT.causal:
+        stop = tl.minimum(keys, tl.maximum(first_at + QUERY_BLOCK, 0))
+    if SIGHT.causal or BIAS.level != NONE or BIAS.term != NONE:
         past_stop = tl.minimum(tl.maximum(first_at, 0) // KEY_BLOCK * KEY_BLOCK, past_stop)
-    if bias.ABSOLUTE and bias.TERM == CLOCK:
+    if BIAS.absolute and BIAS.term == CLOCK:
         # Nobody knows on which side of a query such a key lies.
         past_stop = 0
-    if sight.WINDOW:
-        start = tl.maximum(first_at - sight.window + 1, 0) // KEY_BLOCK * KEY_BLOCK
-        past_start = tl.maximum(first_at + QUERY_BLOCK - sight.window, 0)
+    if SIGHT.window:
+        start = tl.maximum(first_at - window + 1, 0) // KEY_BLOCK * KEY_BLOCK
+        past_start = tl.maximum(first_at + QUERY_BLOCK - window, 0)
     return start, stop, past_start, past_stop

@@ -30,7 +30,7 @@ ABSORBING = tl.constexpr(-1e38)
 
 @triton.jit
 def tile_logits(
-    products, factor, bias, sight, rows, first, past, mask_offsets, there, QUERY_BLOCK: tl.constexpr,
+    products, factor, bias, sight, rows, first, past, mask_offsets, there, BIAS: tl.constexpr, SIGHT: tl.constexpr,
     KEY_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Return the logits of queries by the keys from `first` on, less a number of each query, and that number.
@@ -38,54 +38,58 @@ def tile_logits(
     `past`: all of these queries see all of these keys, which lie behind them. `there` says which query is. With them
     come the queries' distances to the origin of the tile, of level and term, and the gates of the keys.
     """
-    level_query = apart(bias.columns, first + KEY_BLOCK, rows.level_high, rows.level_low, bias, bias.LEVEL)
-    term_query = apart(bias.term_columns, first + KEY_BLOCK, rows.term_high, rows.term_low, bias, bias.TERM)
+    level_query = apart(
+        bias.columns.level, first + KEY_BLOCK, rows.level_high, rows.level_low, bias, BIAS.level
+    )
+    term_query = apart(bias.columns.term, first + KEY_BLOCK, rows.term_high, rows.term_low, bias, BIAS.term)
     column = first + tl.arange(0, KEY_BLOCK)
-    gate_query = rows.gate[:, None] if bias.GATE_QUERY else 0.0
+    gate_query = rows.gate[:, None] if BIAS.gate_query else 0.0
     gate_key = 0.0
-    if bias.GATE_KEY:
-        gate_key = tl.load(bias.gate_columns + column)[None, :]
+    if BIAS.gate_key:
+        gate_key = tl.load(bias.columns.gate + column)[None, :]
     if past:
-        by_key = part_of_keys(bias, first, KEY_BLOCK)
-        term_key = key_distance(bias.term_columns, first, bias, bias.TERM, KEY_BLOCK)
+        by_key = part_of_keys(bias, first, BIAS, KEY_BLOCK)
+        term_key = key_distance(bias.columns.term, first, bias, BIAS.term, KEY_BLOCK)
         logits = past_logits(
-            products, factor, bias, by_key[None, :], term_key[None, :], term_query[:, None], gate_query, gate_key
+            products, factor, by_key[None, :], term_key[None, :], term_query[:, None], gate_query, gate_key, BIAS
         )  # fmt: skip
-        base = part_of_queries(bias, level_query, term_query, rows.gate, bias.GATE_QUERY, bias.GATE_KEY)
+        base = part_of_queries(bias, level_query, term_query, rows.gate, BIAS.gate_query, BIAS.gate_key, BIAS)
     else:
-        level_key = key_distance(bias.columns, first, bias, bias.LEVEL, KEY_BLOCK)
-        term_key = key_distance(bias.term_columns, first, bias, bias.TERM, KEY_BLOCK)
+        level_key = key_distance(bias.columns.level, first, bias, BIAS.level, KEY_BLOCK)
+        term_key = key_distance(bias.columns.term, first, bias, BIAS.term, KEY_BLOCK)
         logits = near_logits(
             products, factor, bias, level_key[None, :], level_query[:, None], term_key[None, :], term_query[:, None],
-            gate_query, gate_key,
+            gate_query, gate_key, BIAS,
         )  # fmt: skip
-        logits = tl.where(visible(sight, rows.at[:, None], column[None, :], bias.keys), logits, -float("inf"))
-        base = level_query * 0.0
+        seen = visible(rows.at[:, None], column[None, :], bias.keys, sight.window, SIGHT)
+        logits = tl.where(seen, logits, -float("inf"))
+        base = tl.zeros_like(level_query)
     known = there[:, None] & (column < bias.keys)[None, :]
-    if sight.MASKED != NONE:
-        logits = masked(logits, sight, mask_offsets[:, None] + column[None, :] * sight.mask_key, known)
-    if sight.SEGMENTED:
+    if SIGHT.masked != NONE:
+        offsets = mask_offsets[:, None] + column[None, :] * sight.mask_key
+        logits = masked(logits, sight.mask, offsets, known, SIGHT.masked)
+    if SIGHT.segmented:
         segment = tl.load(sight.segments + column, mask=column < bias.keys, other=0)
         logits = tl.where(rows.segment[:, None] == segment[None, :], logits, -float("inf"))
     return logits, base, level_query, term_query, gate_key
 
 
 @triton.jit
-def key_distance(COLUMNS, first, bias, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def key_distance(clock, first, bias, KIND: tl.constexpr, BLOCK: tl.constexpr):
     """Return clock_j - origin of the tile of keys from `first` on."""
     index = tl.arange(0, BLOCK)
     if KIND == CLOCK:
-        distance = tl.load(COLUMNS + LOCAL * bias.stride + first + index)
+        distance = tl.load(clock + LOCAL * bias.columns.stride + first + index)
     else:
         distance = (index - BLOCK).to(tl.float32)
     return distance
 
 
 @triton.jit
-def apart(COLUMNS, place, high, low, bias, KIND: tl.constexpr):
+def apart(clock, place, high, low, bias, KIND: tl.constexpr):
     """Return the clock at `place` less a clock of two parts."""
     if KIND == CLOCK:
-        own_high, own_low = clock_at(COLUMNS, place, bias.keys, bias.stride, KIND)
+        own_high, own_low = clock_at(clock, place, bias, KIND)
         difference = (own_high - high) + (own_low - low)
     else:
         difference = (place - high).to(tl.float32)
@@ -93,15 +97,15 @@ def apart(COLUMNS, place, high, low, bias, KIND: tl.constexpr):
 
 
 @triton.jit
-def part_of_keys(bias, first, BLOCK: tl.constexpr):
+def part_of_keys(bias, first, BIAS: tl.constexpr, BLOCK: tl.constexpr):
     """Return what a bias adds to all logits of a key in the past: read where it was prepared, or slopes times steps."""
-    if bias.LEVEL == CLOCK or bias.TERM == CLOCK or bias.GATE_KEY:
-        by_key = tl.load(bias.keyed + first + tl.arange(0, BLOCK))
-    elif bias.LEVEL == NONE and (bias.TERM == NONE or bias.GATE_QUERY):
+    if BIAS.level == CLOCK or BIAS.term == CLOCK or BIAS.gate_key:
+        by_key = tl.load(bias.columns.keyed + first + tl.arange(0, BLOCK))
+    elif BIAS.level == NONE and (BIAS.term == NONE or BIAS.gate_query):
         by_key = tl.zeros([BLOCK], tl.float32)
     else:
         slope = bias.level_slope
-        if bias.TERM != NONE and not bias.GATE_QUERY:
+        if BIAS.term != NONE and not BIAS.gate_query:
             slope += bias.term_slope
         by_key = slope * (tl.arange(0, BLOCK) - BLOCK).to(tl.float32)
     return by_key
@@ -109,13 +113,19 @@ def part_of_keys(bias, first, BLOCK: tl.constexpr):
 
 @triton.jit
 def part_of_queries(
-    bias, level_query, term_query, gate_query, GATE_QUERY: tl.constexpr, GATE_KEY: tl.constexpr
+    bias,
+    level_query,
+    term_query,
+    gate_query,
+    GATE_QUERY: tl.constexpr,
+    GATE_KEY: tl.constexpr,
+    BIAS: tl.constexpr,
 ):
     """Return what a bias adds to all logits of a query in the past, for its distances to an origin."""
-    by_query = level_query * 0.0
-    if bias.LEVEL != NONE:
+    by_query = tl.zeros_like(level_query)
+    if BIAS.level != NONE:
         by_query = bias.level_slope * level_query
-    if bias.TERM != NONE:
+    if BIAS.term != NONE:
         if GATE_QUERY:
             by_query += gate_query * term_query
         elif not GATE_KEY:
@@ -124,40 +134,49 @@ def part_of_queries(
 
 
 @triton.jit
-def past_logits(products, factor, bias, by_key, term_key, term_query, gate_query, gate_key):
+def past_logits(products, factor, by_key, term_key, term_query, gate_query, gate_key, BIAS: tl.constexpr):
     """Return logits of keys in the past without the part that sees the query alone."""
-    if bias.LEVEL != NONE or bias.GATE_KEY or (bias.TERM != NONE and not bias.GATE_QUERY):
+    if BIAS.level != NONE or BIAS.gate_key or (BIAS.term != NONE and not BIAS.gate_query):
         logits = products * factor + by_key
     else:
         logits = products * factor
-    if bias.GATE_QUERY:
+    if BIAS.gate_query:
         logits += gate_query * term_key
-    if bias.GATE_KEY:
+    if BIAS.gate_key:
         logits += gate_key * term_query
     return logits
 
 
 @triton.jit
 def near_logits(
-    products, factor, bias, level_key, level_query, term_key, term_query, gate_query, gate_key
+    products,
+    factor,
+    bias,
+    level_key,
+    level_query,
+    term_key,
+    term_query,
+    gate_query,
+    gate_key,
+    BIAS: tl.constexpr,
 ):
     """Return logits whose differences are taken before they are multiplied."""
     logits = products * factor
-    if bias.LEVEL != NONE:
+    if BIAS.level != NONE:
         logits += bias.level_slope * (level_key + level_query)
-    if bias.TERM != NONE:
-        logits += steepness(bias, gate_query, gate_key) * spread(term_key + term_query, bias.ABSOLUTE)
+    if BIAS.term != NONE:
+        logits += steepness(bias, gate_query, gate_key, BIAS) * spread(term_key + term_query, BIAS.absolute)
     return logits
 
 
 @triton.jit
-def steepness(bias, gate_query, gate_key):
+def steepness(bias, gate_query, gate_key, BIAS: tl.constexpr):
     """Return what multiplies a distance: the slope, or it times the gates of query and key."""
-    if bias.GATE_QUERY and bias.GATE_KEY:
+    if BIAS.gate_query and BIAS.gate_key:
         steep = gate_query + gate_key
-    elif bias.GATE_QUERY:
+    elif BIAS.gate_query:
         steep = gate_query
-    elif bias.GATE_KEY:
+    elif BIAS.gate_key:
         steep = gate_key
     else:
         steep = bias.term_slope
@@ -186,17 +205,17 @@ def slope_of_spread(difference, ABSOLUTE: tl.constexpr):
 
 @triton.jit
 def term_sums(
-    changes, bias, difference, gate_query, gate_key, AXIS: tl.constexpr, WANTS_SPREAD: tl.constexpr,
+    changes, bias, difference, gate_query, gate_key, BIAS: tl.constexpr, WANTS_SPREAD: tl.constexpr,
     WANTS_CLOCK: tl.constexpr,
 ):  # fmt: skip
     """Return sums of logit gradients times the spread of the term, and times its derivative by the difference."""
     by_spread = 0.0
     by_clock = 0.0
     if WANTS_SPREAD:
-        by_spread = tl.sum(changes * spread(difference, bias.ABSOLUTE), AXIS)
+        by_spread = tl.sum(changes * spread(difference, BIAS.absolute), 1)
     if WANTS_CLOCK:
-        steep = steepness(bias, gate_query, gate_key)
-        by_clock = tl.sum(changes * (steep * slope_of_spread(difference, bias.ABSOLUTE)), AXIS)
+        steep = steepness(bias, gate_query, gate_key, BIAS)
+        by_clock = tl.sum(changes * (steep * slope_of_spread(difference, BIAS.absolute)), 1)
     return by_spread, by_clock
 
 
@@ -226,22 +245,22 @@ def through_cap(changes, products, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def masked(logits, sight, offsets, known):
+def masked(logits, MASK, offsets, known, KIND: tl.constexpr):
     """Return logits under a mask, read at `offsets` where `known`."""
-    if sight.MASKED == BYTES:
-        logits = tl.where(tl.load(sight.mask + offsets, mask=known, other=0) != 0, logits, -float("inf"))
-    if sight.MASKED == NUMBERS:
-        added = tl.load(sight.mask + offsets, mask=known, other=0.0).to(tl.float32)
+    if KIND == BYTES:
+        logits = tl.where(tl.load(MASK + offsets, mask=known, other=0) != 0, logits, -float("inf"))
+    if KIND == NUMBERS:
+        added = tl.load(MASK + offsets, mask=known, other=0.0).to(tl.float32)
         logits += tl.where(added < ABSORBING, added, added * LOG2E)
     return logits
 
 
 @triton.jit
-def visible(sight, query_at, key_at, keys):
+def visible(query_at, key_at, keys, window, SIGHT: tl.constexpr):
     """Return which keys a query may see, by their numbers."""
     seen = key_at < keys
-    if sight.CAUSAL:
+    if SIGHT.causal:
         seen = seen & (key_at <= query_at)
-    if sight.WINDOW:
-        seen = seen & (key_at > query_at - sight.window)
+    if SIGHT.window:
+        seen = seen & (key_at > query_at - window)
     return seen
