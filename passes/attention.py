@@ -1,6 +1,7 @@
 """Read an attention layer around its softmax: query, key, value, scale, and everything added to the scores.
 
-What: `softmax(scale * q k^T + terms) v`, written with matmul, bmm, baddbmm or `scaled_dot_product_attention`.
+What: `softmax(scale * q k^T + terms) v`, written with matmul, bmm, baddbmm or `scaled_dot_product_attention`; a soft
+    cap on the scaled product below all terms, and sinks behind the keys.
 Leaves alone: layers whose weights leave the layer, are dropped out at random, or pass a non-linear operation.
 """
 
@@ -14,6 +15,7 @@ from torch import fx
 from grape_compile.passes.graph import Program, Taint, fake, op_name, require_fake
 from grape_compile.passes.safe_softmax import guarded
 from grape_compile.passes.score_terms import PASSED, ScoreTerm, constant, split_terms
+from grape_compile.passes.sinks import joined_sinks, without_sinks
 
 _RESHAPED = {"aten::view", "aten::reshape", "aten::_unsafe_view", "aten::flatten", "aten::unflatten"}
 _BENDING = {
@@ -46,6 +48,8 @@ class Attention:
     obstacle: str = ""
     batch_heads: tuple[Any, Any] | None = None
     orders: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    cap: float | None = None
+    sinks: fx.Node | None = None
 
     def is_folded(self, term: ScoreTerm) -> bool:
         """Whether a term's first axis is [B * H]: it was added below the view to four axes, or there is none."""
@@ -119,6 +123,8 @@ class _Reader:
         self.batch_heads: tuple[Any, Any] | None = None
         self.folded = False
         self.orders: dict[str, tuple[int, ...]] = {}
+        self.cap: float | None = None
+        self.sinks: fx.Node | None = None
 
     def around_softmax(self, softmax: fx.Node) -> Attention | None:
         scores = softmax.args[0]
@@ -129,6 +135,9 @@ class _Reader:
             return None
         if rank > 4:
             self.obstacle = _too_many_axes(rank)
+        joined = joined_sinks(self.program, scores) if rank == 4 else None
+        if joined is not None:
+            scores, self.sinks = joined.scores, joined.sinks
         core = self._scores(scores, 1.0)
         if core is None:
             return None
@@ -150,6 +159,8 @@ class _Reader:
             self.obstacle,
             self.batch_heads,
             self.orders,
+            self.cap,
+            self.sinks,
         )
 
     # -- before the softmax ------------------------------------------------------------------------------------------
@@ -177,12 +188,27 @@ class _Reader:
             return self._scores(data[0], factor * args[1] if name == "aten::mul" else factor / args[1])
         if name in ("aten::masked_fill", "aten::where"):
             return self._masked(node, name, data[0], factor)
+        if name == "aten::tanh" and factor and self.cap is None:
+            return self._capped(data[0], factor)
         if name in _BENDING:
-            self.obstacle = (
-                self.obstacle or f"the scores pass {name.removeprefix('aten::')} on their way to the softmax"
-            )
+            self._hinder(f"the scores pass {name.removeprefix('aten::')} on their way to the softmax")
             return self._scores(data[0], factor)
         return None
+
+    def _capped(self, data: fx.Node, factor: float) -> tuple[fx.Node, fx.Node, bool, float] | None:
+        """`factor * tanh(s q k^T)` is the product scaled by `factor * s` under a soft cap of that size."""
+        above = len(self.terms)
+        self.cap = abs(factor)
+        core = self._scores(data, 1.0)
+        if core is None:
+            return None
+        if len(self.terms) > above:
+            self._hinder("something is added to the scores below their soft cap, not above it")
+        query, key, transposed, scale = core
+        return query, key, transposed, factor * scale
+
+    def _hinder(self, obstacle: str) -> None:
+        self.obstacle = self.obstacle or obstacle
 
     def _sum(
         self, node: fx.Node, name: str, data: list[fx.Node], factor: float
@@ -202,10 +228,10 @@ class _Reader:
         return found[0][0]
 
     def _state(self) -> tuple[Any, ...]:
-        return list(self.terms), self.obstacle, self.batch_heads, self.folded, dict(self.orders)
+        return list(self.terms), self.obstacle, self.batch_heads, self.folded, dict(self.orders), self.cap
 
     def _restore(self, state: tuple[Any, ...]) -> None:
-        terms, self.obstacle, self.batch_heads, self.folded, orders = state
+        terms, self.obstacle, self.batch_heads, self.folded, orders, self.cap = state
         self.terms, self.orders = list(terms), dict(orders)
 
     def _added(
@@ -217,7 +243,10 @@ class _Reader:
         own, others = (second, 1.0) if node.args[1] is data else (1.0, second)
         if isinstance(other, fx.Node) and fake(other) is not None:
             self.terms += split_terms(self.program, other, factor * others, self.folded)
-        elif not isinstance(other, int | float):
+        elif isinstance(other, int | float):
+            if self.cap is not None:
+                self._hinder("a number is added to the scores below their soft cap")
+        else:
             return None
         return self._scores(data, factor * own)
 
@@ -301,11 +330,14 @@ class _Reader:
 
     def _consumer(self, softmax: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         """The product with the values, and the values, when nothing else looks at the weights."""
-        node = guarded(softmax)
+        node, whole = guarded(softmax), self.sinks is not None
         while True:
             users = [user for user in node.users if op_name(user) != "aten::_assert_tensor_metadata"]
             if not users:
                 return None
+            if whole and len(users) == 1 and without_sinks(users[0], node):
+                node, whole = users[0], False
+                continue
             product = next(
                 (
                     user
@@ -316,9 +348,9 @@ class _Reader:
             )
             contraction = next((user for user in users if op_name(user) == "aten::einsum"), None)
             if len(users) > 1:
-                self.obstacle = (
-                    self.obstacle or "the attention weights are used elsewhere (returned, masked or averaged)"
-                )
+                self._hinder("the attention weights are used elsewhere (returned, masked or averaged)")
+            if whole and (product is not None or contraction is not None):
+                return None  # the sinks have values
             if product is not None:
                 value = product.args[1]
                 return (product, value) if isinstance(value, fx.Node) else None
@@ -327,9 +359,8 @@ class _Reader:
             user = users[0]
             if op_name(user) == "aten::dropout":
                 if user.args[2] and user.args[1]:
-                    self.obstacle = (
-                        self.obstacle
-                        or f"attention weights are dropped out with probability {user.args[1]} in training"
+                    self._hinder(
+                        f"attention weights are dropped out with probability {user.args[1]} in training"
                     )
             elif op_name(user) not in PASSED | _RESHAPED and not _keeps_shape(user):
                 return None

@@ -83,6 +83,13 @@ def _plan(scores: Scores) -> BiasPlan | Miss | None:
         parts = values if isinstance(values, Miss) else [*values]
     if isinstance(parts, Miss):
         return parts
+    if layer.sinks is not None and not scores.is_static:
+        return Miss(
+            "attention",
+            "the layer adds a position bias beside attention sinks, which see numbers of a row that softmax alone "
+            "does not; those are compared at one length, and this graph runs at several",
+            3,
+        )
     if not parts:  # only what is the same along a row, which softmax does not see
         return None
     if layer.obstacle:

@@ -89,15 +89,18 @@ class _Layer:
         query, key, value = self._four_axes()
         emitted = BiasSlots(plan, self.emitter, self.replay).emit()
         mask = self._mask(query)
-        read = [*emitted.operands, *([] if mask is None else [mask])]
+        sinks = self._sinks()
+        read = [*emitted.operands, *(each for each in (mask, sinks) if each is not None)]
         hazard = overwritten(self.program, read, layer.output)
         if hazard is not None:
             raise Unreadable(f"{hazard.name} changes what the bias is made of in place before it is used")
         output = require_fake(layer.output)
         place = self.emitter.last(
-            [query, key, value, *emitted.operands, mask, self.program.marks[layer.output]]
+            [query, key, value, *emitted.operands, mask, sinks, self.program.marks[layer.output]]
         )
         kwargs = {"mask": mask, "is_causal": plan.is_causal, "scale": layer.scale, "window": plan.window}
+        beside = {"cap": layer.cap, "sinks": sinks}
+        kwargs |= {name: option for name, option in beside.items() if option is not None}
         call = self.emitter.call(
             place,
             torch.ops.grape.attend.default,
@@ -106,7 +109,7 @@ class _Layer:
         )
         same = self.program.signature((layer.output, call), (layer.query, layer.key, layer.value))
         if same not in self.verified:
-            self.verified[same] = verify_bias(plan, emitted, (query, key, value), mask, self.replay)
+            self.verified[same] = verify_bias(plan, emitted, (query, key, value), mask, sinks, self.replay)
         error = self.verified[same]
         result = self._ordered(self.emitter.call(call, operator.getitem, (call, 0)), "output")
         if self.folded:
@@ -196,6 +199,13 @@ class _Layer:
 
     def _scaled(self, node: fx.Node, number: float) -> fx.Node:
         return node if number == 1.0 else self.emitter.call(node, aten.mul.Tensor, (node, number))
+
+    def _sinks(self) -> fx.Node | None:
+        """The sinks of the layer as [B or 1, H or 1]."""
+        sinks = self.layer.sinks
+        for _ in range(2 if sinks is not None else 0):
+            sinks = self.emitter.call(sinks, aten.select.int, (sinks, -1, 0))
+        return sinks
 
     # -- masks ---------------------------------------------------------------------------------------------------------
 

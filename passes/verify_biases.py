@@ -25,15 +25,18 @@ def verify_bias(
     emitted: Emitted,
     tensors: tuple[fx.Node, fx.Node, fx.Node],
     mask: fx.Node | None,
+    sinks: fx.Node | None,
     replay: Replay,
 ) -> float:
     """Largest absolute difference on random query, key, value, rates and gates; Unreadable where it is too large."""
-    return _Check(plan, emitted, mask, replay).error(tensors)
+    return _Check(plan, emitted, mask, sinks, replay).error(tensors)
 
 
 class _Check:
-    def __init__(self, plan: BiasPlan, emitted: Emitted, mask: fx.Node | None, replay: Replay) -> None:
-        self.plan, self.emitted, self.mask = plan, emitted, mask
+    def __init__(
+        self, plan: BiasPlan, emitted: Emitted, mask: fx.Node | None, sinks: fx.Node | None, replay: Replay
+    ) -> None:
+        self.plan, self.emitted, self.mask, self.sinks = plan, emitted, mask, sinks
         self.layer, self.sizes = plan.layer, replay.sizes
         self.replay = self._bound(replay)
         self.evaluated = any(isinstance(part, TablePart) for part in plan.parts)
@@ -68,7 +71,8 @@ class _Check:
         query, key, value = (self.replay.tensor(node) for node in tensors)
         rewritten = reference_attend(
             query, key, value, self.emitted.operator, self._slots(), mask=self._mask(),
-            is_causal=plan.is_causal, scale=layer.scale, window=plan.window,
+            is_causal=plan.is_causal, scale=layer.scale, window=plan.window, cap=layer.cap,
+            sinks=None if self.sinks is None else self.replay.tensor(self.sinks),
         )  # fmt: skip
         rewritten = rewritten.permute(layer.orders.get("output", (0, 1, 2, 3))).reshape(original.shape)
         return difference(original, rewritten, self.evaluated)
@@ -80,7 +84,10 @@ class _Check:
         return None if self.mask is None else self.replay.tensor(self.mask)
 
     def _rows(self, key: fx.Node) -> float:
-        """A layer too long to replay: what is added to the scores of a few queries, up to a constant per row."""
+        """A layer too long to replay: what is added to the scores of a few queries, up to a constant per row.
+
+        Beside sinks, which see such a constant, nothing is left out.
+        """
         count, keys = self.plan.scores.shape[QUERY], self.plan.scores.shape[KEY]
         queries = sorted({0, 1, count // 3, count // 2, count - 1} & set(range(count)))
         model = self.plan.scores.added(self.replay, queries)
@@ -100,6 +107,7 @@ class _Check:
         if not torch.equal(model.isinf(), ours.isinf()):
             raise Unreadable("the masks of the model and of the operator differ")
         first = (~ours.isinf()).int().argmax(-1, keepdim=True)
-        model, ours = (each - each.gather(-1, first) for each in (model, ours))
+        if self.sinks is None:
+            model, ours = (each - each.gather(-1, first) for each in (model, ours))
         live = ~ours.isinf() & ~ours.isnan()
         return difference(model[live], ours[live], self.evaluated)

@@ -132,11 +132,47 @@ def under_a_soft_cap(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) 
     return weights_of(5.0 * (biased / 5.0).tanh()) @ value
 
 
-def above_a_soft_cap(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
-    """A linear bias, but an operator that adds it to the plain product would lose the cap."""
+def moved_under_a_soft_cap(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    """The bias stands above the cap, as it should, but the product under it is moved by a number."""
     steps = torch.arange(key.shape[-2])
-    capped = 2.0 * (scores_of(query, key) / 2.0).tanh()
+    capped = 2.0 * ((scores_of(query, key) + 0.5) / 2.0).tanh()
     return weights_of(capped + linear(slopes[:, None, None], steps[:, None], steps)) @ value
+
+
+def two_soft_caps(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    steps = torch.arange(key.shape[-2])
+    capped = 2.0 * (3.0 * (scores_of(query, key) / 3.0).tanh() / 2.0).tanh()
+    return weights_of(capped + linear(slopes[:, None, None], steps[:, None], steps)) @ value
+
+
+def hidden_under_a_soft_cap(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    """A key that is hidden below the cap still has a weight."""
+    steps = torch.arange(key.shape[-2])
+    scores = scores_of(query, key).masked_fill(~causal(key.shape[-2]), float("-inf"))
+    capped = 2.0 * (scores / 2.0).tanh()
+    return (capped + linear(slopes[:, None, None], steps[:, None], steps)).softmax(-1) @ value
+
+
+def row_beside_a_sink(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    """ALiBi up to a number of each row, which softmax alone would not see and a sink does."""
+    biased = scores_of(query, key) + slopes[:, None, None] * torch.arange(key.shape[-2])
+    hidden = biased.masked_fill(~causal(key.shape[-2]), float("-inf"))
+    return with_sinks(hidden, slopes) @ value
+
+
+def sink_that_is_a_key(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    """The first key's weight is dropped, not the sink's."""
+    steps = torch.arange(key.shape[-2])
+    biased = scores_of(query, key) + linear(slopes[:, None, None], steps[:, None], steps)
+    hidden = biased.masked_fill(~causal(key.shape[-2]), float("-inf"))
+    column = slopes.reshape(1, -1, 1, 1).expand(*hidden.shape[:-1], 1)
+    return torch.cat([hidden, column], -1).softmax(-1)[..., 1:] @ value
+
+
+def with_sinks(scores: Tensor, sinks: Tensor) -> Tensor:
+    """Weights beside a sink of each head."""
+    column = sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, column], -1).softmax(-1)[..., :-1]
 
 
 def scaled_by_the_scores(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
@@ -203,9 +239,16 @@ NOT_LINEAR: tuple[Bias, ...] = (
     one_row_off,
     within_blocks,
 )
-NOT_PLAIN = (under_tanh, under_a_soft_cap, above_a_soft_cap)
+NOT_PLAIN = (
+    under_tanh,
+    under_a_soft_cap,
+    moved_under_a_soft_cap,
+    two_soft_caps,
+    hidden_under_a_soft_cap,
+    row_beside_a_sink,
+)
 # Nothing is added to a score that a softmax over the keys reads: there is no place to tell of.
-NOT_ADDED = (scaled_by_the_scores, softmax_over_queries, after_the_softmax)
+NOT_ADDED = (scaled_by_the_scores, softmax_over_queries, after_the_softmax, sink_that_is_a_key)
 
 BIAS_MUTANTS: tuple[BiasMutant, ...] = (
     *(BiasMutant(wrong.__name__, added(wrong)) for wrong in NOT_LINEAR),

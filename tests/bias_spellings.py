@@ -198,6 +198,26 @@ class LearnedSlopes(nn.Module):
         return out
 
 
+# What stands beside the bias.
+
+
+def above_a_soft_cap(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    """As Gemma 2 caps its scores."""
+    scores = scores_of(query, key) / 2.0
+    scores = torch.tanh(scores) * 2.0
+    return fill_above_diagonal(scores + by_distance(slopes, key.shape[-2])).softmax(-1) @ value
+
+
+def beside_sinks(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    """As gpt-oss adds its sinks."""
+    scores = fill_above_diagonal(scores_of(query, key) + by_distance(slopes, key.shape[-2]))
+    sinks = (1.0 - 3.0 * slopes).reshape(1, -1, 1, 1).expand(query.shape[0], -1, query.shape[-2], -1)
+    combined = torch.cat([scores, sinks], dim=-1)
+    combined = combined - combined.max(dim=-1, keepdim=True).values
+    weights = functional.softmax(combined, dim=-1, dtype=combined.dtype)[..., :-1]
+    return functional.dropout(weights, p=0.0, training=False) @ value
+
+
 def _row(attention: Attention) -> BiasSpelling:
     return BiasSpelling(attention.__name__, lambda: BiasedAttention(attention))
 
@@ -226,5 +246,7 @@ BIAS_SPELLINGS: tuple[BiasSpelling, ...] = (
     _row(sliding_window),
     _row(softmax_in_wider_type),
     _row(through_axes_of_one),
+    _row(above_a_soft_cap),
+    _row(beside_sinks),
     BiasSpelling("learned_slopes", lambda: LearnedSlopes(distance_then_masked_fill)),
 )

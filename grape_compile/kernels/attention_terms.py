@@ -29,7 +29,7 @@ LOG2E: Final = math.log2(math.e)
 
 @dataclass(frozen=True)
 class BiasKind:
-    """What the terms of a call are, a constant for the kernels: what level and term count, the term's gates and sign."""
+    """What the terms of a call are, a constant for the kernels: what each counts, the gates and sign of the second."""
 
     level: int = NONE
     term: int = NONE

@@ -97,7 +97,8 @@ def attention_by_key(
             SLOPES, COLUMNS, number, batch, head, columns_batch, columns_head, columns_row, keys, BIAS
         )  # fmt: skip
         sight = Sight(
-            window, MASK + batch * mask_batch + head * mask_head, mask_query, mask_key, SEGMENTS + batch * segments_batch
+            window, MASK + batch * mask_batch + head * mask_head, mask_query, mask_key,
+            SEGMENTS + batch * segments_batch,
         )  # fmt: skip
         level_key = key_distance(bias.columns.level, first, bias, BIAS.level, KEY_BLOCK)
         term_key = key_distance(bias.columns.term, first, bias, BIAS.term, KEY_BLOCK)
