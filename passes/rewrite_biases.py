@@ -203,7 +203,9 @@ class _Layer:
     def _sinks(self) -> fx.Node | None:
         """The sinks of the layer as [B or 1, H or 1]."""
         sinks = self.layer.sinks
-        for _ in range(2 if sinks is not None else 0):
+        if sinks is None:
+            return None
+        for _ in range(2):
             sinks = self.emitter.call(sinks, aten.select.int, (sinks, -1, 0))
         return sinks
 

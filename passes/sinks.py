@@ -48,11 +48,12 @@ def without_sinks(node: fx.Node, weights: fx.Node) -> bool:
     """Whether a node takes all weights but those of the last column."""
     if op_name(node) != "aten::slice" or node.args[0] is not weights:
         return False
-    dim, start, end, step = (*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :])
-    rank = require_fake(weights).dim()
-    count = require_fake(weights).shape[-1] - 1
-    stops = end == -1 or str(end if not isinstance(end, fx.Node) else end.meta.get("val")) == str(count)
-    return dim in (-1, rank - 1) and start in (0, None) and step == 1 and stops
+    places = dict(zip(("dim", "start", "end", "step"), node.args[1:], strict=False))
+    rank, count = require_fake(weights).dim(), require_fake(weights).shape[-1] - 1
+    end = places.get("end")
+    stops = end == -1 or str(end.meta.get("val") if isinstance(end, fx.Node) else end) == str(count)
+    is_last = places.get("dim", 0) in (-1, rank - 1)
+    return bool(is_last and places.get("start") in (0, None) and places.get("step", 1) == 1 and stops)
 
 
 def _is_of_rows(value: object) -> bool:

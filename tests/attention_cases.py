@@ -20,8 +20,10 @@ from grape_compile.encoding import (
     Compose,
     Encoding,
     Gate,
+    Interleaved,
     Learned,
     Positions,
+    Rotation,
     Steps,
     Uniform,
     alibi,
@@ -54,7 +56,9 @@ EVERYTHING = Compose(
 def kernels_only() -> Iterator[None]:
     """Leave the kernels alone to compute `grape::attend`, wherever they run."""
     before = providers.PROVIDERS
-    providers.PROVIDERS = (Provider("triton", "grape_compile.kernels.attention", priority=20),)
+    providers.PROVIDERS = (
+        Provider("triton", "grape_compile.kernels.attention", priority=20, turns_queries=True),
+    )
     try:
         yield
     finally:
@@ -110,6 +114,13 @@ CASES = {
     "together": Case(
         CLOCKED, {"is_causal": True, "cap": 0.75}, mask="keys", batch=2, sinks=True, segments=True
     ),
+    "turned": Case(Compose((rope(16), alibi(HEADS))), head=16, dtype=torch.float16),
+    "turned_by_neighbours": Case(
+        Compose((Rotation(Interleaved(16), Learned("theta"), Positions("times")), SLOPES)),
+        queries=17,
+        keys=17,
+        head=16,
+    ),
     "mask_of_keys": Case(SLOPES, mask="keys", batch=2, queries=17, keys=17),
     "mask_of_numbers": Case(fox(), OPEN, mask="numbers", queries=17, keys=17),
     "lowest_numbers": Case(gated_alibi(HEADS, key=None), mask="lowest", queries=17, keys=17),
@@ -124,6 +135,7 @@ def slots_of(case: Case, seed: int = 0) -> dict[str, Tensor]:
         "gate_key": (1, HEADS, case.keys),
         "rates": (case.batch, case.keys),
         "times": (case.keys,),
+        "theta": (8,),
         "log_forget": (case.batch, HEADS, case.keys),
     }
     found = {name: tensor(*shapes[name], seed=seed + 20).abs() for name in case.encoding.slots}

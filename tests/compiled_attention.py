@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from attention_cases import CASES, Case, beside, mask_of, slots_of
@@ -36,6 +37,7 @@ def compiled(case: Case) -> Iterator[tuple[str, int]]:
         return torch.empty(case.batch, count, tokens, size, dtype=case.dtype, device="meta")
 
     slots, mask = slots_of(case), mask_of(case)
+    extra: dict[str, Any] = {name: part.to("meta") for name, part in beside(case).items()}
     call = attend_call(
         heads(2, case.queries, case.head),
         heads(case.key_heads, case.keys, case.head),
@@ -47,7 +49,7 @@ def compiled(case: Case) -> Iterator[tuple[str, int]]:
         case.options.get("scale"),
         case.options.get("window"),
         case.options.get("cap"),
-        **{name: part.to("meta") for name, part in beside(case).items()},
+        **extra,
     )
     call = replace(call, wants_bias_gradients=bool(slots))
     tiles = {kernel: configuration(kernel, call, CAPABILITY) for kernel in KERNELS}

@@ -11,9 +11,19 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
+from grape_compile.encoding import Half
 from grape_compile.kernels.attention_configurations import Configuration, Kernel, configuration
 from grape_compile.kernels.attention_reach import Reach, leaves_out
-from grape_compile.kernels.attention_terms import BYTES, NONE, NUMBERS, SightKind, Terms, unfit
+from grape_compile.kernels.attention_terms import (
+    BYTES,
+    HALVES,
+    NEIGHBOURS,
+    NONE,
+    NUMBERS,
+    SightKind,
+    Terms,
+    unfit,
+)
 from grape_compile.kernels.launch import Launch, missing_triton
 from grape_compile.operators import chunked
 from grape_compile.operators.call import AttendCall, Gradients
@@ -174,9 +184,19 @@ def forward_launch(
         **operands.by_query(tiles),
         **{"OUTPUT": output, "LOGSUMEXP": logsumexp},
         **_strides("output", output),
+        **_turn(call, operands.nothing),
     }
     grid = (-(-queries // tiles.query_block) * batch * heads,)
     return Launch(attention_forward, grid, arguments, tiles.options)
+
+
+def _turn(call: AttendCall, nothing: Tensor) -> dict[str, Any]:
+    """Return how the forward kernel turns its queries."""
+    turn = call.turn
+    cos, sin = (nothing, nothing) if turn is None else (turn.cos.contiguous(), turn.sin.contiguous())
+    kind = NONE if turn is None else HALVES if isinstance(turn.rotation.planes, Half) else NEIGHBOURS
+    strides = _broadcast("turn", None if turn is None else cos, ("batch", "head", "token"))
+    return {"COS": cos, "SIN": sin, "TURNED": kind, **strides}
 
 
 class Found:

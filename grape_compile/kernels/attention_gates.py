@@ -8,12 +8,13 @@ from typing import Any, Final
 
 import torch
 
-from grape_compile.encoding import Bias, Encoding, Learned, Steps, alibi, fox, gated_alibi, nope
+from grape_compile.encoding import Bias, Encoding, Learned, Steps, alibi, fox, gated_alibi, nope, rope
 from grape_compile.kernels.attention_configurations import KERNELS, Kernel, configuration
 from grape_compile.kernels.attention_space import call_of, launch_of
 from grape_compile.kernels.gates import KernelGate
 from grape_compile.kernels.launch import Launch
 from grape_compile.kernels.tunable import Shape
+from grape_compile.operators.call import QueryTurn
 
 _SHAPE: Final = Shape(4, 4096, 32, 8, 128)
 
@@ -25,7 +26,12 @@ ENCODINGS: Final[dict[str, Encoding]] = {
     "gated": gated_alibi(_SHAPE.heads),
     "capped": alibi(_SHAPE.heads),
     "packed": alibi(_SHAPE.heads),
+    "turned": alibi(_SHAPE.heads),
 }
+
+
+#: What makes no difference to the other kernels.
+_ONLY_IN: Final[dict[str, tuple[Kernel, ...]]] = {"slopes": ("by_query",), "turned": ("forward",)}
 
 
 def _options(name: str) -> dict[str, Any]:
@@ -40,6 +46,9 @@ def _launch(kernel: Kernel, name: str, head_dim: int) -> Callable[[int], Launch]
     def build(capability: int) -> Launch:
         shape = replace(_SHAPE, head_dim=head_dim)
         call = call_of(shape, ENCODINGS[name], torch.device("meta"), **_options(name))
+        if name == "turned":
+            table = torch.empty(1, 1, shape.tokens, head_dim // 2, device="meta")
+            call = replace(call, turn=QueryTurn(rope(head_dim), table, table))
         tiles = {each: configuration(each, call, capability) for each in KERNELS}
         return launch_of(kernel, call, tiles)
 
@@ -50,7 +59,7 @@ GATES: Final = tuple(
     KernelGate(f"attention_{kernel}_{name}_{head_dim}", _launch(kernel, name, head_dim), matrix=True)
     for kernel in KERNELS
     for name, head_dim in (
-        *((name, 128) for name in ENCODINGS if name != "slopes" or kernel == "by_query"),
+        *((name, 128) for name in ENCODINGS if kernel in _ONLY_IN.get(name, KERNELS)),
         ("none", 64),
         ("gated", 64),
         ("capped", 64),

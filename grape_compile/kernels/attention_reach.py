@@ -1,10 +1,11 @@
 """Which tiles of keys matter to which tiles of queries: segments, padding, and distance with a proven bound.
 
-Tiles of other segments, and tiles whose keys a mask hides from all queries, have no weight. Where no mask is in the way,
-distance is pruned as well: a logit of a tile is at most scale * |q| |k| plus the largest bias there, by the largest norms of its queries and keys
-and the intervals of its clocks and gates. The best logit of a query is at least that of its own key, -scale * |q| |k|
-plus a bias of zero. Tiles whose logits are all so far below it that the keys left out together weigh less than half a
-unit in the last place of float32 beside it are visited neither forward nor backward.
+Tiles of other segments, and tiles whose keys a mask hides from all queries, have no weight. Where no mask is in the
+way distance is pruned as well. A logit of a tile is at most scale * |q| |k| plus the largest bias there, by the largest
+norms of its queries and keys and the intervals of its clocks and gates. The best logit of a query is at least that of
+its own key, -scale * |q| |k| plus a bias of zero. Tiles whose logits are all so far below it that the keys left out
+together weigh less than half a unit in the last place of float32 beside it are visited neither forward nor backward. A
+soft cap makes both bounds wider than they need be.
 """
 
 from __future__ import annotations
@@ -76,6 +77,8 @@ class Reach:
         query, key = (
             torch.linalg.vector_norm(part, dim=-1, dtype=torch.float32) for part in (call.query, call.key)
         )
+        if call.turn is not None:
+            query = query * call.turn.growth()
         key = key.repeat_interleave(call.groups, 1)
         # The queries are the last of the keys.
         own = key[..., call.offset :]

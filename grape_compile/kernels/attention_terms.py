@@ -24,6 +24,8 @@ STEPS: Final = 1
 CLOCK: Final = 2
 BYTES: Final = 1
 NUMBERS: Final = 2
+HALVES: Final = 1
+NEIGHBOURS: Final = 2
 LOG2E: Final = math.log2(math.e)
 
 

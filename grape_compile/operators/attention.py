@@ -23,8 +23,15 @@ from grape_compile.operators.call import (
 )
 from grape_compile.operators.chunked import empty_result
 from grape_compile.operators.operands import compute_dtype, parse_encoding, slot_list, slot_mapping
-from grape_compile.operators.prepare import biases, floating, parts, turned
-from grape_compile.operators.providers import choose
+from grape_compile.operators.prepare import (
+    biases,
+    floating,
+    parts,
+    turned,
+    turned_keys,
+    with_turned_queries,
+)
+from grape_compile.operators.providers import choose, turns_queries
 from grape_compile.operators.reference import beside_sinks, reference_logits, weighted
 from grape_compile.operators.traced import define_for_transforms
 
@@ -95,8 +102,13 @@ def attend_call(
     cap: float | None = None,
     sinks: Tensor | None = None,
     segments: Tensor | None = None,
+    *,
+    keeps_queries: bool = False,
 ) -> AttendCall:
-    """Check the operands of a call against each other, turn queries and keys, or raise OperandError."""
+    """Check the operands of a call against each other, turn queries and keys, or raise OperandError.
+
+    With `keeps_queries` the call says how its queries turn, where it can.
+    """
     check_tensors(query, key, value)
     if mask is not None:
         mask = checked_mask(mask, query, key)
@@ -106,7 +118,11 @@ def attend_call(
         raise OperandError("a soft cap", f"cap = {cap}", "a positive number, or None")
     whole = parse_encoding(encoding)
     named = slot_mapping(whole, slots)
-    query, key = turned(query, key, whole, named)
+    turn = None
+    if keeps_queries:
+        query, key, turn = turned_keys(query, key, whole, named)
+    else:
+        query, key = turned(query, key, whole, named)
     return AttendCall(
         query,
         key,
@@ -119,6 +135,7 @@ def attend_call(
         cap,
         None if sinks is None else checked_sinks(sinks, query),
         None if segments is None else checked_segments(segments, query, key),
+        turn,
     )
 
 
@@ -126,8 +143,10 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, slots: list[Tensor], encoding: str, *options: Any
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(query.device.type, enabled=False):
-        call = attend_call(query, key, value, slots, encoding, *options)
-        return choose(call).kernel().forward(call)
+        keeps = turns_queries(query.device)
+        call = attend_call(query, key, value, slots, encoding, *options, keeps_queries=keeps)
+        provider = choose(call)
+        return provider.kernel().forward(call if provider.turns_queries else with_turned_queries(call))
 
 
 def _attend_defined(

@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from grape_compile.encoding import Rotation
 from grape_compile.errors import OperandError
 from grape_compile.operators.bias import Additive
 from grape_compile.operators.operands import (
@@ -23,13 +24,29 @@ AnyBias = Additive | Path
 
 
 @dataclass(frozen=True, eq=False)
+class QueryTurn:
+    """The way queries have still to turn, in halves or in neighbours of the whole head.
+
+    Cosines and sines are [1 or B, 1 or H, 1 or T_q, planes], in the compute dtype.
+    """
+
+    rotation: Rotation
+    cos: Tensor
+    sin: Tensor
+
+    def growth(self) -> Tensor:
+        """Return by how much a query may grow at most, at least one."""
+        return (self.cos.square() + self.sin.square()).amax().sqrt().clamp(min=1.0)
+
+
+@dataclass(frozen=True, eq=False)
 class AttendCall:
     """Queries [B, H, T_q, D], keys [B, H_kv, T_k, D], values [B, H_kv, T_k, D_v], biases, mask of one call.
 
     Query t stands at key number t + `offset`. `mask` has four axes that broadcast to [B, H, T_q, T_k]. `cap` bends the
     scaled products, `sinks` [1 or B, 1 or H] (compute dtype) are logits in the denominators, `segments` [1 or B, T_k]
-    hide keys whose number is not the query's. A backward call says whether the gradients of the biases or of the mask
-    are wanted.
+    hide keys whose number is not the query's. Where `turn` is there, queries are not turned yet; keys are. A backward
+    call says whether the gradients of the biases or of the mask are wanted.
     """
 
     query: Tensor
@@ -43,6 +60,7 @@ class AttendCall:
     cap: float | None = None
     sinks: Tensor | None = None
     segments: Tensor | None = None
+    turn: QueryTurn | None = None
     wants_bias_gradients: bool = False
     wants_mask_gradient: bool = False
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -14,11 +16,14 @@ from grape_compile.encoding import (
     Compose,
     Encoding,
     Euclidean,
+    Half,
+    Interleaved,
     Learned,
     Multiplicative,
     Nope,
     PathBias,
     Positions,
+    Rotation,
     Signed,
     Slopes,
     Steps,
@@ -27,8 +32,9 @@ from grape_compile.encoding import (
     Uniform,
 )
 from grape_compile.errors import OperandError
-from grape_compile.operators.angles import accumulate
+from grape_compile.operators.angles import Turn, accumulate, turn
 from grape_compile.operators.bias import Additive
+from grape_compile.operators.call import AttendCall, QueryTurn
 from grape_compile.operators.constants import constant
 from grape_compile.operators.operands import (
     check_broadcast,
@@ -38,9 +44,12 @@ from grape_compile.operators.operands import (
     compute_dtype,
 )
 from grape_compile.operators.path import Path
+from grape_compile.operators.planar import Planar
 from grape_compile.operators.rotation import rotate, rotated
 
 Slots = Mapping[str, Tensor]
+#: Coordinates of heads that lie in a tile without padding, so that their halves do too.
+_WHOLE: Final = (16, 32, 64, 128, 256)
 
 
 def parts(encoding: Encoding) -> tuple[Encoding, ...]:
@@ -70,6 +79,47 @@ def turned(query: Tensor, key: Tensor, encoding: Encoding, slots: Slots) -> tupl
         (key,) = rotate([key], part, slots)
         (query,) = rotate([query], *_last(part, slots, query.shape[-2], key))
     return query, key
+
+
+def turned_keys(
+    query: Tensor, key: Tensor, encoding: Encoding, slots: Slots
+) -> tuple[Tensor, Tensor, QueryTurn | None]:
+    """Return queries and keys like `turned`, but queries as they are, and how they turn.
+
+    That is None, and queries are turned, where not one rotation turns whole heads of a power of two coordinates in
+    halves or neighbours.
+    """
+    rotations = [part for part in parts(encoding) if isinstance(part, Multiplicative)]
+    only = rotations[0] if len(rotations) == 1 else None
+    if (
+        not isinstance(only, Rotation)
+        or not isinstance(only.planes, Half | Interleaved)
+        or only.output != only.planes
+        or only.basis is not None
+        or query.shape[-2] > key.shape[-2]
+        or query.shape[-1] not in _WHOLE
+    ):
+        return *turned(query, key, encoding, slots), None
+    part, named = only, slots
+    if query.shape[-2] < key.shape[-2]:
+        last, named = _last(only, slots, query.shape[-2], key)
+        assert isinstance(last, Rotation), "a part of a rotation"
+        part = last
+    Planar(part).check(named, query)
+    tables = turn(part, named, query)
+    cos, sin = (
+        each.reshape((1,) * (4 - each.dim()) + tuple(each.shape)) for each in (tables.cos, tables.sin)
+    )
+    (key,) = rotate([key], only, slots)
+    return query, key, QueryTurn(part, cos, sin)
+
+
+def with_turned_queries(call: AttendCall) -> AttendCall:
+    """Return a call whose queries are turned."""
+    if call.turn is None:
+        return call
+    turns = Turn(call.turn.cos, call.turn.sin)
+    return replace(call, query=Planar(call.turn.rotation).act(turns, {}, call.query), turn=None)
 
 
 def _last(part: Multiplicative, slots: Slots, count: int, key: Tensor) -> tuple[Encoding, Slots]:

@@ -47,13 +47,15 @@ class TurnKernel(Protocol):
 class Provider:
     """One way to compute an operator: the `module` defines what `AttendKernel` or `TurnKernel` names.
 
-    It is asked about calls on its `devices` only (none named: all), the highest priority first.
+    It is asked about calls on its `devices` only (none named: all), the highest priority first. A provider of
+    `grape::attend` that `turns_queries` itself is given them as they are.
     """
 
     name: str
     module: str
     priority: int
     devices: tuple[str, ...] = ()
+    turns_queries: bool = False
 
     def kernel(self) -> AttendKernel:
         """Import the module of a row of `PROVIDERS` on first use."""
@@ -65,7 +67,8 @@ class Provider:
 
 
 PROVIDERS: tuple[Provider, ...] = (
-    Provider("triton", "grape_compile.kernels.attention", priority=20, devices=("cuda",)),
+    Provider("triton", "grape_compile.kernels.attention", priority=20, devices=("cuda",), turns_queries=True),
+    Provider("flex", "grape_compile.operators.flex", priority=15, devices=("cuda",)),
     Provider("flash_cpu", "grape_compile.operators.flash_cpu", priority=10, devices=("cpu",)),
     Provider("scanned", "grape_compile.operators.scanned", priority=5),
     Provider("chunked", "grape_compile.operators.chunked", priority=0),
@@ -96,6 +99,11 @@ def computes_angles(device: torch.device) -> bool:
     return any(device.type in provider.devices for provider in TURN_PROVIDERS)
 
 
+def turns_queries(device: torch.device) -> bool:
+    """Whether a provider of attention on this device turns queries itself."""
+    return any(row.turns_queries and device.type in (row.devices or (device.type,)) for row in PROVIDERS)
+
+
 def turn_lowering(call: TurnCall) -> str:
     """Return what turns the tensors of a call; where a kernel of their device does not, also why."""
     return _lowering(
@@ -124,13 +132,11 @@ def _lowering(
     chosen: Provider,
     supports: Callable[[Provider], Literal[True] | str],
 ) -> str:
-    kernels = [row for row in providers if device.type in row.devices and row.priority >= chosen.priority]
-    if not kernels:
+    better = [row for row in providers if device.type in row.devices and row.priority > chosen.priority]
+    if not better and device.type not in chosen.devices:
         return operator
-    if chosen in kernels:
-        return f"{operator} by {chosen.name}"
-    reasons = "; ".join(f"{row.name}: {supports(row)}" for row in kernels)
-    return f"{operator} by {chosen.name} ({reasons})"
+    reasons = "; ".join(f"{row.name}: {supports(row)}" for row in better)
+    return f"{operator} by {chosen.name}" + (f" ({reasons})" if reasons else "")
 
 
 def _first(

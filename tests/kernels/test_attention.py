@@ -27,11 +27,12 @@ from grape_compile.encoding import (
     fox,
     grape_ap,
     nope,
+    rope,
 )
 from grape_compile.kernels.attention_configurations import Configuration
-from grape_compile.operators import attend, reference_attend
+from grape_compile.operators import attend, providers, reference_attend
 from grape_compile.operators.attention import attend_call
-from grape_compile.operators.providers import attend_lowering
+from grape_compile.operators.providers import Provider, attend_lowering
 from grape_compile.operators.samples import tensor
 
 
@@ -79,14 +80,29 @@ def test_a_call_for_another_provider(name: str) -> None:
         attend(query, key, value, encoding, slots, **options)
 
 
+def test_another_provider_is_given_queries_that_are_turned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels would turn them, but take no float64."""
+    table = (
+        Provider("triton", "grape_compile.kernels.attention", priority=20, turns_queries=True),
+        Provider("chunked", "grape_compile.operators.chunked", priority=0),
+    )
+    monkeypatch.setattr(providers, "PROVIDERS", table)
+    query, key, value = (tensor(1, HEADS, 5, 16, seed=seed).to(DEVICE) for seed in range(3))
+    encoding = Compose((rope(16), alibi(HEADS)))
+    found = attend(query[:, :, 2:], key, value, encoding, is_causal=True)
+    torch.testing.assert_close(
+        found, reference_attend(query[:, :, 2:], key, value, encoding, is_causal=True), rtol=1e-10, atol=1e-10
+    )
+
+
 def test_the_report_says_what_computes_a_layer() -> None:
     """By tensors that only stand for those of a GPU; on a CPU it is the operator."""
     with FakeTensorMode():
-        query = torch.empty(1, HEADS, 5, HEAD, device="cuda", dtype=torch.float16)
+        query = torch.empty(1, HEADS, 5, 16, device="cuda", dtype=torch.float16)
         call = attend_call(query, query, query, [], str(nope()), None, True, None, None)
         assert attend_lowering(call) == "grape::attend by triton"
         call = attend_call(query, query, query, [], str(nope()), None, True, -1.0, None)
-        assert attend_lowering(call) == "grape::attend by chunked (triton: a scale of -1.0, not positive)"
+        assert attend_lowering(call) == "grape::attend by flex (triton: a scale of -1.0, not positive)"
         query = torch.empty(1, HEADS, 5, HEAD)
         call = attend_call(query, query, query, [], str(alibi(HEADS)), None, True, None, None)
         assert attend_lowering(call) == "grape::attend"

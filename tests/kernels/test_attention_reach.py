@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from grape_compile.encoding import Bias, Encoding, Learned, Positions, fox, nope
+from grape_compile.encoding import Bias, Compose, Encoding, Learned, Positions, fox, nope, rope
 from grape_compile.kernels.attention_reach import Reach
 from grape_compile.kernels.attention_terms import Terms
 from grape_compile.operators import attend, reference_attend
@@ -111,6 +112,22 @@ def test_tiles_are_looked_at_in_larger_ones(monkeypatch: pytest.MonkeyPatch) -> 
     assert bool(coarse.keys()[..., 0].any())
 
 
+def test_queries_that_turn_in_the_kernel_reach_as_far() -> None:
+    """A rotation with a factor makes them longer."""
+    query, key, value = (tensor(1, HEADS, 100, 16, seed=seed, dtype=torch.float32) for seed in range(3))
+    encoding = Compose((replace(rope(16), scale=3.0), SLOPES))
+    operands = [torch.tensor([6.0, 3.0])]
+    kept, turned = (
+        attend_call(query, key, value, operands, str(encoding), is_causal=True, keeps_queries=keeps)
+        for keeps in (True, False)
+    )
+    assert kept.turn is not None
+    assert torch.equal(kept.query, query)
+    outer, inner = (Reach(call, Terms(call), 16, 16).matters for call in (kept, turned))
+    assert bool((outer >= inner).all())
+    assert not bool(outer.all())
+
+
 HIDING: dict[str, dict[str, Any]] = {
     "segments": {"is_causal": True, "segments": torch.arange(LENGTH) // 30},
     "segments_open": {"segments": torch.arange(LENGTH) // 30},
@@ -139,7 +156,7 @@ def test_tiles_of_other_segments_and_of_padding_are_left_out(
     for shortest in (0, 10**9):
         monkeypatch.setattr("grape_compile.kernels.attention_reach.SHORTEST", shortest)
         parts = leaves(*(head.to(DEVICE) for head in (query, key, value)))
-        given = {
+        given: dict[str, Any] = {
             each: option.to(DEVICE) if isinstance(option, Tensor) else option
             for each, option in options.items()
         }

@@ -15,22 +15,27 @@ from grape_compile.kernels.bodies.attention_operands import (
     rows_of,
     store_tile,
     tile_of,
+    turned_tile,
 )
 from grape_compile.kernels.bodies.attention_tiles import LOWEST, capped, tile_logits
 
 
 @triton.jit
 def attention_forward(
-    QUERY, KEY, VALUE, OUTPUT, LOGSUMEXP, SLOPES, COLUMNS, GATES, MASK, SEGMENTS, SINKS, SPANS,
+    QUERY, KEY, VALUE, OUTPUT, LOGSUMEXP, SLOPES, COLUMNS, GATES, MASK, SEGMENTS, SINKS, SPANS, COS, SIN,
     query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head, value_token,
     output_batch, output_head, output_token, columns_batch, columns_head, columns_row, gates_batch, gates_head,
     mask_batch, mask_head, mask_query, mask_key,
-    heads, queries, keys, window, scale, cap, segments_batch, sinks_batch, sinks_head,
+    heads, queries, keys, window, scale, cap, segments_batch, sinks_batch, sinks_head, turn_batch, turn_head,
+    turn_token,
     GROUPS: tl.constexpr, HEAD: tl.constexpr, HEAD_BLOCK: tl.constexpr, VALUES: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, BIAS: tl.constexpr, SIGHT: tl.constexpr, SINK: tl.constexpr,
-    CAPPED: tl.constexpr, SPANNED: tl.constexpr, PRECISION: tl.constexpr,
+    CAPPED: tl.constexpr, SPANNED: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Output and logsumexp of QUERY_BLOCK queries of one head; the longest walks start first."""
+    """Output and logsumexp of QUERY_BLOCK queries of one head; the longest walks start first.
+
+    TURNED: queries turn on their way in, and are rounded to their dtype as they would be in memory.
+    """
     tiles = tl.cdiv(queries, QUERY_BLOCK)
     tile, number, batch, head = place_of(tiles, heads)
     tile = tiles - 1 - tile
@@ -45,7 +50,13 @@ def attention_forward(
     # Queries are the last of the keys.
     first_at = begin + keys - queries
     query_start = QUERY + batch * query_batch + head * query_head
-    query = tile_of(query_start, begin, query_token, row, there_row, inner, inner_known)
+    if TURNED == NONE:
+        query = tile_of(query_start, begin, query_token, row, there_row, inner, inner_known)
+    else:
+        turns = batch * turn_batch + head * turn_head
+        query = turned_tile(
+            query_start, query_token, COS + turns, SIN + turns, turn_token, begin, row, there_row, TURNED, HEAD
+        )  # fmt: skip
     key_start = KEY + batch * key_batch + head // GROUPS * key_head
     value_start = VALUE + batch * value_batch + head // GROUPS * value_head
     bias = bias_of(

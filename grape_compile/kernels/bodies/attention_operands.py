@@ -12,6 +12,9 @@ LN2 = tl.constexpr(0.6931471805599453)
 NONE = tl.constexpr(0)
 STEPS = tl.constexpr(1)
 CLOCK = tl.constexpr(2)
+#: How queries turn: in planes of coordinates half a head apart, or next to each other.
+HALVES = tl.constexpr(1)
+NEIGHBOURS = tl.constexpr(2)
 #: What hides keys: nothing, a byte that is zero, or numbers that are added.
 BYTES = tl.constexpr(1)
 NUMBERS = tl.constexpr(2)
@@ -89,6 +92,31 @@ def tile_of(start, first, stride, index, there, width, known):
     return tl.load(
         place + index[:, None] * stride + width[None, :], mask=there[:, None] & known[None, :], other=0.0
     )
+
+
+@triton.jit
+def turned_tile(
+    start, stride, COS, SIN, turn_stride, first, index, there, TURNED: tl.constexpr, HEAD: tl.constexpr
+):  # fmt: skip
+    """Load rows of a head, HEAD a power of two, that turn in halves or neighbours by tables of cosine and sine."""
+    plane = tl.arange(0, HEAD // 2)
+    known = plane >= 0
+    if TURNED == HALVES:
+        one = tile_of(start, first, stride, index, there, plane, known)
+        two = tile_of(start + HEAD // 2, first, stride, index, there, plane, known)
+    else:
+        inner = tl.arange(0, HEAD)
+        whole = tile_of(start, first, stride, index, there, inner, inner >= 0)
+        one, two = tl.split(tl.reshape(whole, [index.shape[0], HEAD // 2, 2]))
+    cos = tile_of(COS, first, turn_stride, index, there, plane, known)
+    sin = tile_of(SIN, first, turn_stride, index, there, plane, known)
+    wide_one, wide_two = one.to(tl.float32), two.to(tl.float32)
+    turned = tl.join(
+        (wide_one * cos - wide_two * sin).to(one.dtype), (wide_two * cos + wide_one * sin).to(two.dtype)
+    )
+    if TURNED == HALVES:
+        turned = tl.permute(turned, (0, 2, 1))
+    return tl.reshape(turned, [index.shape[0], HEAD])
 
 
 @triton.jit
