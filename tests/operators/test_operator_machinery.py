@@ -414,7 +414,7 @@ def test_gradients_have_the_layout_of_the_fake_kernel(sample: Sample) -> None:
     encoding = str(sample.encoding)
     output, logsumexp = torch.ops.grape.attend(query, key, value, slots, encoding, None, True)
     operands = (query, query, key, value, output, logsumexp, slots, encoding)
-    found = torch.ops.grape.attend_backward(*operands, None, True, None, None, True, False)
+    found = torch.ops.grape.attend_backward(*operands, None, True, None, None, None, None, None, True, False)
     assert all(gradient.is_contiguous() for gradient in found)
 
 
