@@ -59,7 +59,7 @@ _TILES: Final[Mapping[tuple[int, int], tuple[Configuration, Configuration, Confi
     (100, 128): (Configuration(128, 64, 8, 3), Configuration(128, 64, 8, 2), Configuration(64, 64, 8, 1)),
     (100, 256): (Configuration(64, 64, 8, 2), Configuration(64, 32, 8, 1), Configuration(32, 32, 8, 1)),
 }
-#: Clocks, gates of keys, a cap and segments are more numbers to hold: tiles by query and by key of the backward pass.
+#: Clocks and gates of keys are more numbers to hold: tiles by query and by key of the backward pass.
 _HEAVY: Final[Mapping[tuple[int, int], tuple[Configuration, Configuration]]] = {
     (80, 128): (Configuration(64, 64, 8, 2), Configuration(32, 64, 8, 1)),
     (90, 64): (Configuration(128, 64, 8, 2), Configuration(32, 128, 8, 2)),
@@ -67,10 +67,12 @@ _HEAVY: Final[Mapping[tuple[int, int], tuple[Configuration, Configuration]]] = {
     (100, 64): (Configuration(128, 32, 8, 2), Configuration(64, 64, 8, 1)),
     (100, 128): (Configuration(128, 32, 8, 2), Configuration(32, 64, 8, 1)),
 }
-#: A cap and segments are more to hold in the forward pass too.
-_BESIDE: Final[Mapping[tuple[int, int], Configuration]] = {
-    (80, 128): Configuration(128, 32, 8, 2),
-    (100, 128): Configuration(128, 32, 8, 3),
+#: So are a cap and segments, in the forward pass too.
+_BESIDE: Final[Mapping[tuple[int, int], tuple[Configuration, Configuration, Configuration]]] = {
+    (80, 128): (Configuration(128, 32, 8, 2), Configuration(64, 64, 8, 2), Configuration(64, 64, 8, 1)),
+    (90, 64): (Configuration(128, 64, 8, 3), Configuration(128, 64, 8, 2), Configuration(32, 128, 8, 2)),
+    (90, 128): (Configuration(128, 64, 8, 3), Configuration(128, 32, 8, 2), Configuration(32, 64, 8, 1)),
+    (100, 128): (Configuration(128, 32, 8, 3), Configuration(128, 64, 8, 2), Configuration(64, 64, 8, 1)),
 }
 #: Products of float32 run on the ordinary units, whose operands are in registers.
 _WIDE: Final = Configuration(32, 32, 4, 1)
@@ -124,14 +126,13 @@ def configuration(kernel: Kernel, call: AttendCall, capability: int | None = Non
     )
     if size > 128:
         place = place[0], 256
-    beside = call.cap is not None or call.segments is not None
-    if kernel == "forward":
-        return _BESIDE[place] if beside and place in _BESIDE else _TILES[place][0]
-    heavy = beside or any(
+    heavy = any(
         bias.clock is not None or bias.gate_key is not None
         for bias in call.biases
         if isinstance(bias, Additive)
     )
-    if heavy and place in _HEAVY:
+    if heavy and kernel != "forward" and place in _HEAVY:
         return _HEAVY[place][kernel == "by_key"]
+    if (call.cap is not None or call.segments is not None) and place in _BESIDE:
+        return _BESIDE[place][KERNELS.index(kernel)]
     return _TILES[place][KERNELS.index(kernel)]

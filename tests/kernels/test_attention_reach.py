@@ -141,14 +141,14 @@ def test_tiles_of_other_segments_and_of_padding_are_left_out(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """None that a query sees, some that none sees where they lie at an end; the result is the same bit by bit."""
-    query, key, value = (tensor(1, HEADS, LENGTH, HEAD, seed=seed, dtype=torch.float32) for seed in range(3))
+    query, key, value = (tensor(1, 1, LENGTH, HEAD, seed=seed, dtype=torch.float32) for seed in range(3))
     options = HIDING[name]
     call = attend_call(query, key, value, [], str(nope()), **options)
     tiles = torch.arange(LENGTH) // 16
     first, behind = Reach(call, Terms(call), 16, 16).keys()[..., None].unbind(-2)
     left_out = (tiles < first) | (tiles >= behind)
     left_out = left_out.repeat_interleave(16, 2)[:, :, :LENGTH]
-    eye = torch.eye(LENGTH, dtype=torch.float64).expand(1, HEADS, LENGTH, LENGTH)
+    eye = torch.eye(LENGTH, dtype=torch.float64).expand(1, 1, LENGTH, LENGTH)
     weights = reference_attend(query.double(), key.double(), eye, nope(), **options)
     assert bool(left_out.any())
     assert not bool((weights * left_out).any())

@@ -121,9 +121,22 @@ def attention_by_query(
         products = capped(products, scale / cap, CAPPED)
         past = (first >= past_start) & (first + KEY_BLOCK <= past_stop)
         logits, base, level_query, term_query, gate_key = tile_logits(
-            products, factor, bias, sight, rows, first, past, mask_offsets, there_row, BIAS, SIGHT, KEY_BLOCK
+            products,
+            factor,
+            bias,
+            sight,
+            rows,
+            first,
+            past,
+            mask_offsets,
+            there_row,
+            level,
+            BIAS,
+            SIGHT,
+            KEY_BLOCK,
+            True,
         )
-        weights = tl.exp2(logits - (level - base)[:, None])
+        weights = tl.exp2(logits)
         changes = tl.dot(gradient, tl.trans(value), input_precision=PRECISION)
         changes = weights * (changes - delta[:, None])
         straight = through_cap(changes, products, CAPPED)

@@ -95,7 +95,20 @@ def attention_forward(
         products = capped(products, scale / cap, CAPPED)
         past = (first >= past_start) & (first + KEY_BLOCK <= past_stop)
         logits, base, _, _, _ = tile_logits(
-            products, factor, bias, sight, rows, first, past, mask_offsets, there_row, BIAS, SIGHT, KEY_BLOCK
+            products,
+            factor,
+            bias,
+            sight,
+            rows,
+            first,
+            past,
+            mask_offsets,
+            there_row,
+            0.0,
+            BIAS,
+            SIGHT,
+            KEY_BLOCK,
+            False,
         )
         if bare:
             # The scale is positive: one multiply-add an element instead of a product and a difference.

@@ -30,10 +30,11 @@ ABSORBING = tl.constexpr(-1e38)
 
 @triton.jit
 def tile_logits(
-    products, factor, bias, sight, rows, first, past, mask_offsets, there, BIAS: tl.constexpr, SIGHT: tl.constexpr,
-    KEY_BLOCK: tl.constexpr,
+    products, factor, bias, sight, rows, first, past, mask_offsets, there, level, BIAS: tl.constexpr,
+    SIGHT: tl.constexpr, KEY_BLOCK: tl.constexpr, LESS: tl.constexpr,
 ):  # fmt: skip
-    """Return the logits of queries by the keys from `first` on, less a number of each query, and that number.
+    """Return the logits of queries by the keys from `first` on: with LESS, less the `level` of each query, or else less
+    what the bias adds to the whole row, which is the second that comes back.
 
     `past`: all of these queries see all of these keys, which lie behind them. `there` says which query is. With them
     come the queries' distances to the origin of the tile, of level and term, and the gates of the keys.
@@ -54,6 +55,8 @@ def tile_logits(
             products, factor, by_key[None, :], term_key[None, :], term_query[:, None], gate_query, gate_key, BIAS
         )  # fmt: skip
         base = part_of_queries(bias, level_query, term_query, rows.gate, BIAS.gate_query, BIAS.gate_key, BIAS)
+        if LESS:
+            logits -= (level - base)[:, None]
     else:
         level_key = key_distance(bias.columns.level, first, bias, BIAS.level, KEY_BLOCK)
         term_key = key_distance(bias.columns.term, first, bias, BIAS.term, KEY_BLOCK)
@@ -61,6 +64,8 @@ def tile_logits(
             products, factor, bias, level_key[None, :], level_query[:, None], term_key[None, :], term_query[:, None],
             gate_query, gate_key, BIAS,
         )  # fmt: skip
+        if LESS:
+            logits -= level[:, None]
         seen = visible(rows.at[:, None], column[None, :], bias.keys, sight.window, SIGHT)
         logits = tl.where(seen, logits, -float("inf"))
         base = tl.zeros_like(level_query)
