@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import fx
 
+from grape_compile.passes.contractions import einsum_letters
 from grape_compile.passes.graph import Program, Taint, fake, op_name, require_fake
 from grape_compile.passes.safe_softmax import guarded
 from grape_compile.passes.score_terms import PASSED, ScoreTerm, constant, split_terms
@@ -391,24 +392,3 @@ def _keeps_shape(node: fx.Node) -> bool:
     if op_name(node) != "aten::expand" or before is None or after is None:
         return False
     return list(map(str, before.shape)) == list(map(str, after.shape))
-
-
-def einsum_letters(node: fx.Node) -> tuple[tuple[fx.Node, fx.Node], tuple[str, str, str]] | None:
-    """The two operands of an einsum and the letters of both and of the result; None for other forms."""
-    inputs, arrow, out = str(node.args[0]).replace(" ", "").partition("->")
-    left, comma, right = inputs.partition(",")
-    operands = node.args[1]
-    if (
-        not arrow
-        or not comma
-        or "." in inputs
-        or not isinstance(operands, list | tuple)
-        or len(operands) != 2
-    ):
-        return None
-    first, second = operands
-    return (
-        ((first, second), (left, right, out))
-        if isinstance(first, fx.Node) and isinstance(second, fx.Node)
-        else None
-    )

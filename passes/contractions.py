@@ -120,3 +120,24 @@ def renamed(node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
     if not isinstance(operands, list | tuple) or not isinstance(operands[0], fx.Node):
         return None
     return operands[0], tuple(index[out.index(letter)] for letter in inputs)
+
+
+def einsum_letters(node: fx.Node) -> tuple[tuple[fx.Node, fx.Node], tuple[str, str, str]] | None:
+    """The two operands of an einsum and the letters of both and of the result; None for other forms."""
+    inputs, arrow, out = str(node.args[0]).replace(" ", "").partition("->")
+    left, comma, right = inputs.partition(",")
+    operands = node.args[1]
+    if (
+        not arrow
+        or not comma
+        or "." in inputs
+        or not isinstance(operands, list | tuple)
+        or len(operands) != 2
+    ):
+        return None
+    first, second = operands
+    return (
+        ((first, second), (left, right, out))
+        if isinstance(first, fx.Node) and isinstance(second, fx.Node)
+        else None
+    )
