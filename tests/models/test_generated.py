@@ -14,7 +14,7 @@ from generated.runs import run
 from generated.tally import Tally
 
 Record = Callable[[str, object], None]
-SHARDS, LONG_SHARDS = 6, 40
+SHARDS, LONG_SHARDS = 6, 10
 RECALL = 0.99
 FEW = 0.97
 """The same for a part of some eighty sites, of which two may be missed."""
