@@ -1,0 +1,1 @@
+"""ONNX files of rewritten programs, and what checks them."""
