@@ -278,12 +278,12 @@ def _by_multi_head(builder: Builder, call: Call) -> ir.Value:
     if bias is not None:
         bias = _over_all(builder, bias, call)
     batch, _, length, _ = sizes(call.query)
-    flat = builder.reshape(
-        builder.transpose(call.query, 0, 2, 1, 3), (0, 0, heads * width), (batch, length, heads * width)
-    )
+    if width != value_width:
+        # By heads, keys and values have to be of one width.
+        key, value = _flat(builder, key), _flat(builder, value)
     mixed = builder.op(
         "MultiHeadAttention",
-        *(flat, key, value, None, None, bias),
+        *(_flat(builder, call.query), key, value, None, None, bias),
         domain=MICROSOFT,
         shape=(batch, length, heads * value_width),
         num_heads=heads,
@@ -292,6 +292,15 @@ def _by_multi_head(builder: Builder, call: Call) -> ir.Value:
     )
     apart = builder.reshape(mixed, (0, 0, heads, value_width), (batch, length, heads, value_width))
     return builder.transpose(apart, 0, 2, 1, 3)
+
+
+def _flat(builder: Builder, heads: ir.Value) -> ir.Value:
+    """Return [B, T, H * D] from [B, H, T, D]."""
+    batch, count, length, width = sizes(heads)
+    assert isinstance(count, int)
+    assert isinstance(width, int)
+    by_token = builder.transpose(heads, 0, 2, 1, 3)
+    return builder.reshape(by_token, (0, 0, count * width), (batch, length, count * width))
 
 
 def _over_all(builder: Builder, bias: ir.Value, call: Call) -> ir.Value:

@@ -10,7 +10,7 @@ import torch
 
 from grape_compile.encoding import Multiplicative, NonCommuting, Rank2
 from grape_compile.errors import GrapeError
-from grape_compile.export.onnx.builder import DOUBLE, Builder, compute_dtype, dtype_of, sizes
+from grape_compile.export.onnx.builder import DOUBLE, INT64, Builder, broadcast, compute_dtype, dtype_of, sizes
 from grape_compile.export.onnx.emit_tables import Slots, clock_values, frequencies
 from grape_compile.operators.non_commuting import schur_planes, spectral_form
 
@@ -64,13 +64,15 @@ def _plane(builder: Builder, encoding: Rank2, slots: Slots, time: ir.Value) -> U
         builder.binary("Sub", crossed, f1),
         builder.same("Neg", builder.binary("Mul", f2, alpha)),
     )
-    lead = max((sizes(a), sizes(b)), key=len)
-    wide = [vector if len(sizes(vector)) == len(lead) else _raised(builder, vector, len(lead)) for vector in (a, b)]
-    return builder.concat(wide, -1), entries
+    return builder.concat([_as_large(builder, a, b), _as_large(builder, b, a)], -1), entries
 
 
-def _raised(builder: Builder, vector: ir.Value, rank: int) -> ir.Value:
-    return builder.unsqueeze(vector, *range(rank - len(sizes(vector))))
+def _as_large(builder: Builder, vector: ir.Value, other: ir.Value) -> ir.Value:
+    """Return a vector broadcast to the heads of another."""
+    shape = broadcast(sizes(vector), sizes(other))
+    if shape == sizes(vector):
+        return vector
+    return builder.op("Expand", vector, builder.op("Shape", other, dtype=INT64, shape=(len(shape),)), shape=shape)
 
 
 def _column(builder: Builder, vector: ir.Value) -> ir.Value:

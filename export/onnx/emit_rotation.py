@@ -139,7 +139,7 @@ def _by_operator(
     if target.fused:
         turned = builder.op("RotaryEmbedding", taken, cos, sin, shape=sizes(taken), **attributes)
     else:
-        turned = _microsoft(builder, taken, cos, sin, attributes)
+        turned = _microsoft(builder, taken, cos, sin, rotation.planes.count, attributes)
     if heads_axis == 2:
         turned = builder.reshape(turned, (0, 0, *_known(shape[2:])), shape)
     return turned if order.after is None else builder.gather(turned, order.after)
@@ -160,12 +160,10 @@ def _by_token(
 
 
 def _microsoft(
-    builder: Builder, tensor: ir.Value, cos: ir.Value, sin: ir.Value, attributes: dict[str, int]
+    builder: Builder, tensor: ir.Value, cos: ir.Value, sin: ir.Value, planes: int, attributes: dict[str, int]
 ) -> ir.Value:
     """RotaryEmbedding of com.microsoft looks tables up by position: every token of the batch is a row of its own."""
     count = builder.op("Size", cos, dtype=INT64, shape=())
-    planes = sizes(cos)[-1]
-    assert isinstance(planes, int)
     rows = builder.op("Div", count, builder.constant(planes), shape=())
     numbers = builder.op("Range", builder.constant(0), rows, builder.constant(1), dtype=INT64, shape=(None,))
     lead = builder.op("Shape", cos, dtype=INT64, shape=(2,), start=0, end=2)
