@@ -1,0 +1,67 @@
+"""Clean-up of a graph before and after its private nodes are replaced."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+from onnxscript import optimizer
+from onnxscript.rewriter.rules.fusion import _rms_normalization as norms
+
+from grape_compile.export.onnx.builder import sizes
+from grape_compile.export.onnx.targets import Target
+from grape_compile.export.onnx.translate import ATTEND, FUSED, PRIVATE
+
+
+def simplify(model: ir.Model) -> None:
+    """Fold constants, compute equal values once, drop what nothing reads."""
+    optimizer.optimize_ir(model, num_iterations=2)
+
+
+def share_heads(graph: ir.Graph) -> None:
+    """Give attention the key heads there are, where the model repeats them for every query head.
+
+    Recognised by shapes: [B, H, T, D] seen as [B, H, 1, T, D], broadcast to [B, H, G, T, D] and laid out as
+    [B, H * G, T, D] holds head h of the keys at places h * G ... h * G + G - 1, as grouped attention reads them.
+    """
+    for node in list(graph):
+        if node.domain != PRIVATE or node.op_type not in (ATTEND, FUSED):
+            continue
+        key, value = node.inputs[1], node.inputs[2]
+        sources = [_unrepeated(part) for part in (key, value)]
+        if sources[0] is None or sources[1] is None or sizes(sources[0])[1] != sizes(sources[1])[1]:
+            continue
+        for place, source in zip((1, 2), sources, strict=True):
+            node.replace_input_with(place, source)
+
+
+def _unrepeated(value: ir.Value | None) -> ir.Value | None:
+    """The heads that `value` repeats, or None."""
+    chain: list[ir.Value] = []
+    while value is not None and value.shape is not None and len(chain) < 4:
+        chain.append(value)
+        node = value.producer()
+        if node is None or node.op_type not in ("Reshape", "Expand", "Unsqueeze"):
+            break
+        value = node.inputs[0]
+    shapes = [sizes(each) for each in chain]
+    kinds = [node.op_type for each in chain[:3] if (node := each.producer()) is not None]
+    if len(chain) < 4 or kinds != ["Reshape", "Expand", "Unsqueeze"]:
+        return None
+    flat, wide, single, source = shapes[:4]
+    if len(flat) != 4 or len(wide) != 5 or len(single) != 5 or len(source) != 4:
+        return None
+    heads, groups = wide[1], wide[2]
+    if not isinstance(heads, int) or not isinstance(groups, int) or flat[1] != heads * groups:
+        return None
+    if single[1:3] != (heads, 1) or source[1] != heads or source[3] != flat[3] or wide[4] != flat[3]:
+        return None
+    return chain[3]
+
+
+def finish(model: ir.Model, target: Target) -> None:
+    """Simplify once more, with the target's own normalization."""
+    if target.fused:
+        norms.fuse_rms_normalization(model)
+    simplify(model)
+    common.RemoveUnusedOpsetsPass()(model)
+    common.TopologicalSortPass()(model)
