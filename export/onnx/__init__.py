@@ -1,1 +1,6 @@
-"""ONNX files of rewritten programs, and what checks them."""
+"""ONNX files of rewritten programs: `export` writes one and verifies it, `compare` runs one again elsewhere."""
+
+from grape_compile.export.onnx.exporter import export
+from grape_compile.export.onnx.report import Comparison, OnnxReport
+
+__all__ = ["Comparison", "OnnxReport", "export"]

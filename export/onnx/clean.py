@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 from onnxscript import optimizer
 from onnxscript.rewriter.rules.fusion import _rms_normalization as norms
 
-from grape_compile.export.onnx.builder import sizes
+from grape_compile.export.onnx.builder import Size, sizes
 from grape_compile.export.onnx.targets import Target
 from grape_compile.export.onnx.translate import ATTEND, FUSED, PRIVATE
 
@@ -65,3 +67,34 @@ def finish(model: ir.Model, target: Target) -> None:
     simplify(model)
     common.RemoveUnusedOpsetsPass()(model)
     common.TopologicalSortPass()(model)
+
+
+def name_axes(graph: ir.Graph, axes: Mapping[str, tuple[str | None, ...]]) -> None:
+    """Give the open sizes of inputs and outputs the names that people look for, and the same sizes the same names."""
+    names: dict[str, str] = {}
+    for value in graph.inputs:
+        for size, name in zip(sizes(value), axes.get(value.name or "", ()), strict=False):
+            if isinstance(size, str) and name is not None:
+                names.setdefault(size, name)
+    for value in graph.inputs:
+        _rename(value, axes.get(value.name or "", ()))
+    for node in graph:
+        for value in node.outputs:
+            if value.shape is not None:
+                value.shape = ir.Shape([_named(size, names) for size in sizes(value)])
+    for value in graph.outputs:
+        _rename(value, axes.get(value.name or "", ()))
+
+
+def _named(size: Size, names: Mapping[str, str]) -> Size:
+    """The same size with its symbols named; without a name where it is computed from several."""
+    if not isinstance(size, str):
+        return size
+    return names.get(size, size if size.isidentifier() else None)
+
+
+def _rename(value: ir.Value, names: Sequence[str | None]) -> None:
+    if value.shape is not None and names:
+        value.shape = ir.Shape(
+            [own if isinstance(own, int) else name for own, name in zip(sizes(value), names, strict=True)]
+        )

@@ -1,0 +1,154 @@
+"""Run a file against the model it came from and hold it to the error of the model itself (the error contract)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from grape_compile.errors import GrapeError
+from grape_compile.export.onnx.capturing import Captured
+from grape_compile.export.onnx.cases import Case
+from grape_compile.export.onnx.report import Comparison
+from grape_compile.export.onnx.runtime import CPU, session
+
+SEEDS: Final = 3
+#: A file may be off by this much more than the original itself is, and by rounding near zero.
+FACTOR, FLOOR = 1.25, 1e-7
+
+Run = Callable[[Sequence[Tensor]], list[Tensor]]
+
+
+@dataclass
+class _Sums:
+    """Squares of errors and of what is right, added up over calls."""
+
+    error: float = 0.0
+    size: float = 0.0
+
+    def add(self, found: Sequence[Tensor], right: Sequence[Tensor], counted: Tensor | None) -> None:
+        for one, other in zip(found, right, strict=True):
+            if not other.is_floating_point():
+                continue
+            wide, truth = one.double(), other.double()
+            if counted is not None:
+                if wide.shape[:2] != counted.shape:
+                    continue
+                wide, truth = wide[counted], truth[counted]
+            self.error += float((wide - truth).square().sum())
+            self.size += float(truth.square().sum())
+
+    @property
+    def relative(self) -> float:
+        """Root of the mean square of the errors over that of what is right; infinity where something is no number."""
+        ratio = (self.error / self.size) ** 0.5 if self.size else self.error**0.5
+        return ratio if ratio == ratio else float("inf")
+
+
+@dataclass
+class _Found:
+    file: _Sums = field(default_factory=_Sums)
+    original: _Sums = field(default_factory=_Sums)
+
+
+def verify(
+    path: Path,
+    captured: Captured,
+    draw: Callable[[int], Iterable[Case]],
+    *,
+    providers: Sequence[str] = (CPU,),
+    plain: Callable[[], Path] | None = None,
+) -> tuple[Comparison, ...]:
+    """Return the errors of a file and of the original, both against float64, over three draws of every case.
+
+    GrapeError where the file's error is above 1.25 times that of the original or of `plain`, a file of the same model
+    without this library (asked for only then), plus 1e-7.
+    """
+    made = session(path, providers)
+    run = _running(made, captured)
+    found = _measured({"file": run}, captured, draw)
+    comparisons = [Comparison(name, sums["file"].relative, sums["original"].relative) for name, sums in found.items()]
+    over = [each for each in comparisons if not each.file <= FACTOR * each.original + FLOOR]
+    if over and plain is not None:
+        other = _running(session(plain(), providers), captured)
+        bound = _measured({"plain": other}, captured, draw)
+        comparisons = [
+            Comparison(each.case, each.file, max(each.original, bound[each.case]["plain"].relative))
+            for each in comparisons
+        ]
+        over = [each for each in comparisons if not each.file <= FACTOR * each.original + FLOOR]
+    if over:
+        worst = max(over, key=lambda each: each.file)
+        raise GrapeError(
+            f"an ONNX file that computes what {type(captured.model).__name__} computes",
+            f"{worst.case}: relative error {worst.file:.2e} where the original has {worst.original:.2e}; no file is left",
+            "another target, verify=False to look at the file, and a report of this",
+        )
+    return tuple(comparisons)
+
+
+def _measured(
+    runs: dict[str, Run], captured: Captured, draw: Callable[[int], Iterable[Case]]
+) -> dict[str, dict[str, _Sums]]:
+    """Return by case and run the errors against float64, those of the original among them."""
+    eager, oracle = _eager(captured, None), _eager(captured, torch.float64)
+    found: dict[str, dict[str, _Sums]] = {}
+    for seed in range(SEEDS):
+        for case in draw(seed):
+            own = found.setdefault(case.name, {name: _Sums() for name in (*runs, "original")})
+            right = oracle(case.inputs)
+            own["original"].add(eager(case.inputs), right, case.counted)
+            for name, run in runs.items():
+                own[name].add(run(case.inputs), right, case.counted)
+    return found
+
+
+def _eager(captured: Captured, dtype: torch.dtype | None) -> Run:
+    """Run the model itself, or a copy of it in another type; a copy that does not run there is none."""
+    model = captured.model if dtype is None else _copied(captured, dtype)
+    given = captured.program.example_inputs
+    assert given is not None
+    leaves, spec = pytree.tree_flatten(given)
+
+    def run(inputs: Sequence[Tensor]) -> list[Tensor]:
+        parts = iter(inputs)
+        filled = [next(parts) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        if dtype is not None:
+            filled = [
+                leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf for leaf in filled
+            ]
+        args, kwargs = pytree.tree_unflatten(filled, spec)
+        with torch.no_grad():
+            result = model(*args, **kwargs)
+        return [leaf.detach() for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+
+    return run
+
+
+def _copied(captured: Captured, dtype: torch.dtype) -> nn.Module:
+    copied = copy.deepcopy(captured.model)
+    for tensor in (*copied.parameters(), *copied.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    return copied
+
+
+def _running(made: Any, captured: Captured) -> Run:
+    asked = [each.name for each in made.get_inputs()]
+    names = [each.name for each in made.get_outputs()]
+
+    def run(inputs: Sequence[Tensor]) -> list[Tensor]:
+        feeds = dict(zip(captured.input_names, inputs, strict=True))
+        missing = [name for name in asked if name not in feeds]
+        if missing:
+            raise GrapeError("run an ONNX file", f"its inputs are {', '.join(asked)}", ", ".join(captured.input_names))
+        results = made.run(names, {name: feeds[name].numpy() for name in asked})
+        return [torch.from_numpy(each) for each in results]
+
+    return run
