@@ -46,7 +46,8 @@ def capture(model: nn.Module | ExportedProgram, args: Sequence[Any], kwargs: dic
     if shapes == "auto":
         args, kwargs = _wide((args, kwargs))
     failure: Exception | None = None
-    for candidate in _candidates(model, args, kwargs) if shapes == "auto" else [shapes]:
+    # torch opens what it can; a model that decides on a size of its own accord is exported at that size.
+    for candidate in (_opened(model, args, kwargs), None) if shapes == "auto" else (shapes,):
         try:
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")
@@ -54,7 +55,7 @@ def capture(model: nn.Module | ExportedProgram, args: Sequence[Any], kwargs: dic
         except Exception as refused:
             failure = failure or refused
             continue
-        return _named(program, model)
+        return _named(program, model, _axes(*program.example_inputs) if shapes == "auto" and program.example_inputs else ())
     assert failure is not None
     lines = str(failure).strip().splitlines()
     raise CaptureError(
@@ -95,49 +96,51 @@ def _tensors(inputs: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
 
 
-def _candidates(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """Ways to open sizes, the most telling first: shared names, whatever torch finds, none."""
+def _opened(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the dynamic shapes that open every size."""
+    names = list(inspect.signature(model.forward).parameters)
+    if len(args) > len(names):
+        raise CaptureError("export a model", f"{len(args)} arguments", f"at most {len(names)}: {', '.join(names)}")
+
+    def opened(leaf: Any) -> Any:
+        return dict.fromkeys(range(leaf.dim()), Dim.AUTO) if isinstance(leaf, Tensor) else None
+
+    return {
+        name: pytree.tree_map(opened, value)
+        for name, value in (*zip(names, args, strict=False), *kwargs.items())
+    }
+
+
+def _axes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str | None, ...]]:
+    """Name the sizes that all inputs share: their first, and the second of whole numbers."""
     tensors = _tensors((args, kwargs))
     batches = {each.shape[0] for each in tensors if each.dim()}
     lengths = {each.shape[1] for each in tensors if _is_sequence(each)}
-    batch, sequence = Dim(BATCH), Dim(SEQUENCE)
-
-    def named(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return None
-        axes: dict[int, Any] = {0: batch} if leaf.dim() and len(batches) == 1 else {}
-        if _is_sequence(leaf) and len(lengths) == 1:
-            axes[1] = sequence
-        return axes
-
-    def found(leaf: Any) -> Any:
-        return dict.fromkeys(range(leaf.dim()), Dim.AUTO) if isinstance(leaf, Tensor) else None
-
-    return [_by_parameter(model, args, kwargs, each) for each in (named, found)] + [None]
+    named = []
+    for each in tensors:
+        names: list[str | None] = [None] * each.dim()
+        if each.dim() and len(batches) == 1:
+            names[0] = BATCH
+        if _is_sequence(each) and len(lengths) == 1:
+            names[1] = SEQUENCE
+        named.append(tuple(names))
+    return named
 
 
 def _is_sequence(leaf: Tensor) -> bool:
     return leaf.dim() >= 2 and not leaf.is_floating_point()
 
 
-def _by_parameter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], of: Any) -> dict[str, Any]:
-    names = list(inspect.signature(model.forward).parameters)
-    spread = {}
-    for name, value in (*zip(names, args, strict=False), *kwargs.items()):
-        spread[name] = pytree.tree_map(of, value)
-    if len(args) > len(names):
-        raise CaptureError("export a model", f"{len(args)} arguments", f"at most {len(names)}: {', '.join(names)}")
-    return spread
-
-
-def _named(program: ExportedProgram, model: nn.Module) -> Captured:
+def _named(
+    program: ExportedProgram, model: nn.Module, axes: Sequence[tuple[str | None, ...]] = ()
+) -> Captured:
     inputs = [node.name for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
     tensors = [
         name
         for name, node in zip(inputs, (node for node in program.graph.nodes if node.name in inputs), strict=True)
         if isinstance(node.meta.get("val"), Tensor)
     ]
-    return Captured(program, model, tuple(tensors), _output_names(program))
+    return Captured(program, model, tuple(tensors), _output_names(program), dict(zip(tensors, axes, strict=False)))
 
 
 def _output_names(program: ExportedProgram) -> tuple[str, ...]:

@@ -77,13 +77,13 @@ def name_axes(graph: ir.Graph, axes: Mapping[str, tuple[str | None, ...]]) -> No
             if isinstance(size, str) and name is not None:
                 names.setdefault(size, name)
     for value in graph.inputs:
-        _rename(value, axes.get(value.name or "", ()))
+        _rename(value, axes.get(value.name or "", ()), names)
     for node in graph:
         for value in node.outputs:
             if value.shape is not None:
                 value.shape = ir.Shape([_named(size, names) for size in sizes(value)])
     for value in graph.outputs:
-        _rename(value, axes.get(value.name or "", ()))
+        _rename(value, axes.get(value.name or "", ()), names)
 
 
 def _named(size: Size, names: Mapping[str, str]) -> Size:
@@ -93,8 +93,14 @@ def _named(size: Size, names: Mapping[str, str]) -> Size:
     return names.get(size, size if size.isidentifier() else None)
 
 
-def _rename(value: ir.Value, names: Sequence[str | None]) -> None:
-    if value.shape is not None and names:
-        value.shape = ir.Shape(
-            [own if isinstance(own, int) else name for own, name in zip(sizes(value), names, strict=True)]
-        )
+def _rename(value: ir.Value, own: Sequence[str | None], names: Mapping[str, str]) -> None:
+    """Name the open sizes of an input or output: as told for it, else as the same size elsewhere."""
+    if value.shape is None:
+        return
+    told = (*own, *(None,) * (len(value.shape) - len(own)))
+    value.shape = ir.Shape(
+        [
+            size if isinstance(size, int) else name or _named(size, names)
+            for size, name in zip(sizes(value), told, strict=True)
+        ]
+    )

@@ -24,6 +24,7 @@ from grape_compile.export.onnx.cases import Case, drawn_cases
 from grape_compile.export.onnx.clean import finish, name_axes, share_heads, simplify
 from grape_compile.export.onnx.files import LIMIT, check, describe, staged, write
 from grape_compile.export.onnx.fuse_attention import fuse_attention
+from grape_compile.export.onnx.hold_past import hold_past
 from grape_compile.export.onnx.kv_cache import cached_cases, with_cache
 from grape_compile.export.onnx.lower import Lowered, lower
 from grape_compile.export.onnx.report import OnnxReport
@@ -97,7 +98,7 @@ def _captured(
     model: nn.Module | ExportedProgram, args: Sequence[Any], kwargs: dict[str, Any], shapes: Any, kv_cache: bool
 ) -> tuple[Captured, Callable[[int], Iterable[Case]]]:
     if kv_cache:
-        captured = with_cache(model, args, kwargs)
+        captured = with_cache(model)
         return captured, partial(cached_cases, captured)
     captured = capture(model, args, kwargs, shapes)
     return captured, partial(drawn_cases, captured)
@@ -128,6 +129,7 @@ def _lowered(captured: Captured, target: Target) -> tuple[ir.Model, list[Lowered
     fuse_attention(graph.graph)
     share_heads(graph.graph)
     lowered = lower(graph, target)
+    hold_past(graph.graph)
     finish(graph, target)
     if captured.axes:
         name_axes(graph.graph, captured.axes)

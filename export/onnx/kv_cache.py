@@ -43,12 +43,11 @@ class Cached(nn.Module):
         return [result.logits, *_held(result.past_key_values)]
 
 
-def with_cache(model: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Captured:
-    """Capture a decoder with its cache; the values of `args` and `kwargs` say nothing and may be left out.
+def with_cache(model: Any) -> Captured:
+    """Capture a decoder with its cache; it makes its own example.
 
     Raises ModelError for what is no causal language model of transformers, CaptureError where torch.export refuses it.
     """
-    del args, kwargs
     if isinstance(model, ExportedProgram) or not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise ModelError(
             "export a decoder with its cache", f"a {type(model).__name__}", "a causal language model of transformers"

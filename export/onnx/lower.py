@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from grape_compile.encoding import Nope, parse
 from grape_compile.errors import GrapeError
-from grape_compile.export.onnx.builder import BOOL, Builder, sizes
+from grape_compile.export.onnx.builder import BOOL, MICROSOFT, Builder, sizes
 from grape_compile.export.onnx.emit_attention import Call, attend
 from grape_compile.export.onnx.emit_rotation import Emitted, rotate
 from grape_compile.export.onnx.targets import Target
@@ -27,6 +27,8 @@ class Lowered:
 def lower(model: ir.Model, target: Target) -> list[Lowered]:
     """Replace every private node of the graph, in place, and return what became of each."""
     found: list[Lowered] = []
+    if target.microsoft:
+        model.graph.opset_imports[MICROSOFT] = 1
     for node in list(model.graph):
         if node.domain != PRIVATE:
             continue

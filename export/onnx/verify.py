@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -51,12 +51,6 @@ class _Sums:
         return ratio if ratio == ratio else float("inf")
 
 
-@dataclass
-class _Found:
-    file: _Sums = field(default_factory=_Sums)
-    original: _Sums = field(default_factory=_Sums)
-
-
 def verify(
     path: Path,
     captured: Captured,
@@ -70,18 +64,15 @@ def verify(
     GrapeError where the file's error is above 1.25 times that of the original or of `plain`, a file of the same model
     without this library (asked for only then), plus 1e-7.
     """
-    made = session(path, providers)
-    run = _running(made, captured)
-    found = _measured({"file": run}, captured, draw)
-    comparisons = [Comparison(name, sums["file"].relative, sums["original"].relative) for name, sums in found.items()]
+    comparisons = measure(path, captured, draw, providers)
     over = [each for each in comparisons if not each.file <= FACTOR * each.original + FLOOR]
     if over and plain is not None:
         other = _running(session(plain(), providers), captured)
         bound = _measured({"plain": other}, captured, draw)
-        comparisons = [
+        comparisons = tuple(
             Comparison(each.case, each.file, max(each.original, bound[each.case]["plain"].relative))
             for each in comparisons
-        ]
+        )
         over = [each for each in comparisons if not each.file <= FACTOR * each.original + FLOOR]
     if over:
         worst = max(over, key=lambda each: each.file)
@@ -90,7 +81,15 @@ def verify(
             f"{worst.case}: relative error {worst.file:.2e} where the original has {worst.original:.2e}; no file is left",
             "another target, verify=False to look at the file, and a report of this",
         )
-    return tuple(comparisons)
+    return comparisons
+
+
+def measure(
+    path: Path, captured: Captured, draw: Callable[[int], Iterable[Case]], providers: Sequence[str] = (CPU,)
+) -> tuple[Comparison, ...]:
+    """Return the errors of a file and of the original by case, over three draws of each."""
+    found = _measured({"file": _running(session(path, providers), captured)}, captured, draw)
+    return tuple(Comparison(name, sums["file"].relative, sums["original"].relative) for name, sums in found.items())
 
 
 def _measured(
