@@ -29,7 +29,9 @@ class Builder:
 
     def __init__(self, graph: ir.Graph, anchor: ir.Node) -> None:
         self.graph, self.anchor = graph, anchor
-        self._prefix = next((value.name for value in anchor.outputs if value.name), None) or f"node{id(anchor)}"
+        self._prefix = (
+            next((value.name for value in anchor.outputs if value.name), None) or f"node{id(anchor)}"
+        )
         self._count = 0
 
     def op(
@@ -62,7 +64,12 @@ class Builder:
             given.pop()
         kept = {name: value for name, value in attributes.items() if value is not None}
         node = ir.Node(
-            domain, kind, given, ir.convenience.convert_attributes(kept), num_outputs=outputs, name=self._name()
+            domain,
+            kind,
+            given,
+            ir.convenience.convert_attributes(kept),
+            num_outputs=outputs,
+            name=self._name(),
         )
         element = dtype or next((dtype_of(value) for value in given if value is not None), None)
         for value in node.outputs:
@@ -192,7 +199,9 @@ class Builder:
 def dtype_of(value: ir.Value) -> ir.DataType:
     """Return the element type of a value; GrapeError where the graph does not tell."""
     if value.dtype is None:
-        raise GrapeError("emit ONNX nodes", f"{value.name} has no element type", "a graph with shape inference")
+        raise GrapeError(
+            "emit ONNX nodes", f"{value.name} has no element type", "a graph with shape inference"
+        )
     return value.dtype
 
 

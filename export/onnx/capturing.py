@@ -30,7 +30,9 @@ class Captured:
     axes: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)
 
 
-def capture(model: nn.Module | ExportedProgram, args: Sequence[Any], kwargs: dict[str, Any], shapes: Any) -> Captured:
+def capture(
+    model: nn.Module | ExportedProgram, args: Sequence[Any], kwargs: dict[str, Any], shapes: Any
+) -> Captured:
     """Export a module in evaluation mode, or take a program as it is.
 
     `shapes` as torch.export takes them; "auto" opens the first axis of all inputs (`batch`) and the second of whole
@@ -40,7 +42,9 @@ def capture(model: nn.Module | ExportedProgram, args: Sequence[Any], kwargs: dic
     if isinstance(model, ExportedProgram):
         return _named(model, model.module())
     if not isinstance(model, nn.Module):
-        raise ModelError("export a model", f"a {type(model).__name__}", "a torch.nn.Module or an ExportedProgram")
+        raise ModelError(
+            "export a model", f"a {type(model).__name__}", "a torch.nn.Module or an ExportedProgram"
+        )
     kwargs = _without_cache(model, kwargs)
     args, kwargs = _whole((tuple(args), kwargs))
     if shapes == "auto":
@@ -55,7 +59,11 @@ def capture(model: nn.Module | ExportedProgram, args: Sequence[Any], kwargs: dic
         except Exception as refused:
             failure = failure or refused
             continue
-        return _named(program, model, _axes(*program.example_inputs) if shapes == "auto" and program.example_inputs else ())
+        return _named(
+            program,
+            model,
+            _axes(*program.example_inputs) if shapes == "auto" and program.example_inputs else (),
+        )
     assert failure is not None
     lines = str(failure).strip().splitlines()
     raise CaptureError(
@@ -70,7 +78,9 @@ def _without_cache(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
     config = getattr(model, "config", None)
     asks = getattr(config, "use_cache", None)
     takes = "use_cache" in inspect.signature(model.forward).parameters
-    return {**kwargs, "use_cache": False} if asks is not None and takes and "use_cache" not in kwargs else kwargs
+    return (
+        {**kwargs, "use_cache": False} if asks is not None and takes and "use_cache" not in kwargs else kwargs
+    )
 
 
 def _whole(inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -100,7 +110,9 @@ def _opened(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     """Return the dynamic shapes that open every size."""
     names = list(inspect.signature(model.forward).parameters)
     if len(args) > len(names):
-        raise CaptureError("export a model", f"{len(args)} arguments", f"at most {len(names)}: {', '.join(names)}")
+        raise CaptureError(
+            "export a model", f"{len(args)} arguments", f"at most {len(names)}: {', '.join(names)}"
+        )
 
     def opened(leaf: Any) -> Any:
         return dict.fromkeys(range(leaf.dim()), Dim.AUTO) if isinstance(leaf, Tensor) else None
@@ -137,10 +149,14 @@ def _named(
     inputs = [node.name for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
     tensors = [
         name
-        for name, node in zip(inputs, (node for node in program.graph.nodes if node.name in inputs), strict=True)
+        for name, node in zip(
+            inputs, (node for node in program.graph.nodes if node.name in inputs), strict=True
+        )
         if isinstance(node.meta.get("val"), Tensor)
     ]
-    return Captured(program, model, tuple(tensors), _output_names(program), dict(zip(tensors, axes, strict=False)))
+    return Captured(
+        program, model, tuple(tensors), _output_names(program), dict(zip(tensors, axes, strict=False))
+    )
 
 
 def _output_names(program: ExportedProgram) -> tuple[str, ...]:

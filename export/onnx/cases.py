@@ -50,7 +50,9 @@ def example_tensors(program: ExportedProgram) -> list[Tensor]:
     """Return the tensors of a program's example inputs in order."""
     given = program.example_inputs
     if given is None:
-        raise GrapeError("verify a file", "the program has no example inputs", "a program with them, or verify=False")
+        raise GrapeError(
+            "verify a file", "the program has no example inputs", "a program with them, or verify=False"
+        )
     return [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
 
 
@@ -85,7 +87,11 @@ def _case(
 
 
 def _bound(
-    program: ExportedProgram, examples: Sequence[Tensor], shapes: Sequence[tuple[Any, ...]], batch: int, longer: int
+    program: ExportedProgram,
+    examples: Sequence[Tensor],
+    shapes: Sequence[tuple[Any, ...]],
+    batch: int,
+    longer: int,
 ) -> dict[Any, int]:
     """Give every open size a number: rows of a batch, or the example's size and a few more."""
     rows = {symbol for shape in shapes for symbol in _symbols(shape[:1])}
@@ -113,7 +119,9 @@ def _drawn(example: Tensor, shape: Sequence[int], random: torch.Generator) -> Te
         numbers = torch.randn(list(shape), generator=random, dtype=torch.float64)
         return (float(wide.mean()) + deviation * numbers).to(example.dtype)
     if example.numel() == 0 or bool((example == example.flatten()[0]).all()):
-        return torch.full(list(shape), 0 if example.numel() == 0 else example.flatten()[0].item(), dtype=example.dtype)
+        return torch.full(
+            list(shape), 0 if example.numel() == 0 else example.flatten()[0].item(), dtype=example.dtype
+        )
     steps = torch.arange(example.shape[-1]).expand(example.shape)
     if example.dtype != torch.bool and torch.equal(example.to(torch.int64), steps):
         return torch.arange(shape[-1]).expand(list(shape)).to(example.dtype).contiguous()

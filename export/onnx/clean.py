@@ -9,7 +9,7 @@ import onnx_ir.passes.common as common
 from onnxscript import optimizer
 from onnxscript.rewriter.rules.fusion import _rms_normalization as norms
 
-from grape_compile.export.onnx.builder import Size, sizes
+from grape_compile.export.onnx.builder import FLOAT, Builder, Size, sizes
 from grape_compile.export.onnx.targets import Target
 from grape_compile.export.onnx.translate import ATTEND, FUSED, PRIVATE
 
@@ -104,3 +104,47 @@ def _rename(value: ir.Value, own: Sequence[str | None], names: Mapping[str, str]
             for size, name in zip(sizes(value), told, strict=True)
         ]
     )
+
+
+#: Operators of two numbers that ONNX Runtime lacks for bfloat16 on a CPU.
+_ARITHMETIC = {
+    "Add",
+    "Sub",
+    "Mul",
+    "Div",
+    "Neg",
+    "Pow",
+    "Sqrt",
+    "Exp",
+    "Cos",
+    "Sin",
+    "Range",
+    "CumSum",
+    "Max",
+    "Min",
+}
+
+
+def widen_arithmetic(graph: ir.Graph) -> None:
+    """Compute what a float model computes in bfloat16 in float, and round as it does: the same numbers to the bit.
+
+    torch computes a sum or product of bfloat16 in float and rounds once; the rounding is all that is kept.
+    """
+    for node in list(graph):
+        if node.op_type not in _ARITHMETIC or node.domain != "":
+            continue
+        if all(value is None or value.dtype != ir.DataType.BFLOAT16 for value in node.inputs):
+            continue
+        builder = Builder(graph, node)
+        for place, value in enumerate(node.inputs):
+            if value is not None and value.dtype == ir.DataType.BFLOAT16:
+                node.replace_input_with(place, builder.op("Cast", value, dtype=FLOAT, to=int(FLOAT)))
+        (result,) = node.outputs
+        readers = list(result.uses())
+        narrow = ir.Node("", "Cast", [result], [ir.AttrInt64("to", int(ir.DataType.BFLOAT16))])
+        (rounded,) = narrow.outputs
+        rounded.name, rounded.type, rounded.shape = f"{result.name}_rounded", result.type, result.shape
+        result.type = ir.TensorType(FLOAT)
+        graph.insert_after(node, narrow)
+        for user, place in readers:
+            user.replace_input_with(place, rounded)

@@ -12,11 +12,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Final
 
 import numpy as np
 import onnx_ir as ir
 
-from grape_compile.encoding import Bias, Compose, Encoding, Multiplicative, Nope, PathBias, Positions, Steps, Tables
+from grape_compile.encoding import (
+    Bias,
+    Compose,
+    Encoding,
+    Multiplicative,
+    Nope,
+    PathBias,
+    Positions,
+    Steps,
+    Tables,
+)
 from grape_compile.encoding.clock import Accumulated
 from grape_compile.errors import GrapeError
 from grape_compile.export.onnx.builder import (
@@ -37,6 +48,8 @@ from grape_compile.export.onnx.emit_rotation import Emitted, rotate
 from grape_compile.export.onnx.emit_tables import Slots, accumulated
 from grape_compile.export.onnx.targets import Target
 
+_NOTHING: Final = Nope()
+
 
 @dataclass(frozen=True)
 class Call:
@@ -49,7 +62,7 @@ class Call:
     query: ir.Value
     key: ir.Value
     value: ir.Value
-    encoding: Encoding = Nope()
+    encoding: Encoding = _NOTHING
     slots: Mapping[str, ir.Value] = field(default_factory=dict)
     mask: ir.Value | None = None
     is_causal: bool = False
@@ -123,9 +136,7 @@ def _tail(builder: Builder, slot: ir.Value, axis: int, lengths: Lengths) -> ir.V
     return builder.tail(slot, lengths.queries, axis, lengths.query_size)
 
 
-def _added(
-    builder: Builder, call: Call, lengths: Lengths, target: Target
-) -> tuple[Call, list[str]]:
+def _added(builder: Builder, call: Call, lengths: Lengths, target: Target) -> tuple[Call, list[str]]:
     """Make columns or a float mask of the biases."""
     lifted: list[Column] = []
     dense: list[ir.Value] = []
@@ -139,8 +150,10 @@ def _added(
             dense.append(whole(builder, part, call.slots, call.query, lengths, target))
             told.append(f"a bias of all queries and keys: {_why_dense(part, call)}")
     if dense:
-        mask = total(builder, dense) if call.mask is None else total(
-            builder, [*dense, as_numbers(builder, call.mask, compute_dtype(call.query))]
+        mask = (
+            total(builder, dense)
+            if call.mask is None
+            else total(builder, [*dense, as_numbers(builder, call.mask, compute_dtype(call.query))])
         )
         call = replace(call, mask=mask)
     return _with_columns(builder, call, lifted) if lifted else call, told
@@ -194,7 +207,7 @@ def repeated(builder: Builder, heads: ir.Value, own: Size, wanted: Size) -> ir.V
 
 
 def as_numbers(builder: Builder, mask: ir.Value, dtype: ir.DataType) -> ir.Value:
-    """Return a mask as numbers to add; what is hidden gets the lowest number that stays finite when others are added."""
+    """Return a mask as numbers to add; what is hidden gets a low one that stays finite when others are added."""
     if dtype_of(mask) != BOOL:
         return builder.cast(mask, dtype)
     hidden = builder.constant(float(np.finfo(dtype.numpy()).min) / 2, dtype)
@@ -226,7 +239,8 @@ def _chosen(builder: Builder, call: Call, target: Target) -> Emitted:
         return Emitted((_by_attention(builder, call),), "Attention")
     if not target.microsoft:
         return Emitted(
-            (by_products(builder, call),), f"two products and a softmax: opset {target.opset} has no Attention"
+            (by_products(builder, call),),
+            f"two products and a softmax: opset {target.opset} has no Attention",
         )
     if call.softcap:
         return Emitted(
@@ -234,7 +248,8 @@ def _chosen(builder: Builder, call: Call, target: Target) -> Emitted:
         )
     if dtype_of(call.query) != FLOAT:
         return Emitted(
-            (by_products(builder, call),), "two products and a softmax: MultiHeadAttention takes float on a CPU"
+            (by_products(builder, call),),
+            "two products and a softmax: MultiHeadAttention takes float on a CPU",
         )
     return Emitted((_by_multi_head(builder, call),), "MultiHeadAttention")
 
@@ -319,9 +334,7 @@ def by_products(builder: Builder, call: Call) -> ir.Value:
     query = builder.binary("Mul", query, call.factor)
     mask = call.mask
     if call.is_causal:
-        lengths = Lengths(
-            builder.size(query, 2), builder.size(key, 2), sizes(query)[2], sizes(key)[2]
-        )
+        lengths = Lengths(builder.size(query, 2), builder.size(key, 2), sizes(query)[2], sizes(key)[2])
         visible = seen(builder, lengths, is_causal=True, window=None)
         if mask is not None and dtype_of(mask) == BOOL:
             mask = builder.op("And", mask, visible, dtype=BOOL, shape=broadcast(sizes(mask), sizes(visible)))

@@ -72,9 +72,7 @@ def is_lifted(bias: Bias, is_causal: bool) -> bool:
     return isinstance(bias.distance, Signed) or (is_causal and isinstance(bias.clock, Steps))
 
 
-def columns(
-    builder: Builder, bias: Bias, slots: Slots, query: ir.Value, lengths: Lengths
-) -> list[Column]:
+def columns(builder: Builder, bias: Bias, slots: Slots, query: ir.Value, lengths: Lengths) -> list[Column]:
     """Return a signed bias as products, up to a number of each row.
 
     (lam_q[t] + lam_k[j]) (c_j - c_t) = lam_q[t] c_j + lam_k[j] c_j - c_t lam_k[j] - a number of row t.
@@ -158,11 +156,11 @@ def _queries(builder: Builder, times: ir.Value, lengths: Lengths) -> ir.Value:
     return builder.tail(times, lengths.queries, -1, lengths.query_size)
 
 
-def _since(
-    builder: Builder, bias: Bias, slots: Slots, dtype: ir.DataType, lengths: Lengths
-) -> ir.Value:
+def _since(builder: Builder, bias: Bias, slots: Slots, dtype: ir.DataType, lengths: Lengths) -> ir.Value:
     """Return the times of the keys less that of the query in the middle: [1 or B, 1 or H, T_k], axes in front."""
-    middle = builder.binary("Sub", lengths.keys, builder.binary("Div", builder.binary("Add", lengths.queries, 1), 2))
+    middle = builder.binary(
+        "Sub", lengths.keys, builder.binary("Div", builder.binary("Add", lengths.queries, 1), 2)
+    )
     clock = bias.clock
     if not isinstance(clock, Positions | Accumulated):
         numbers = builder.op("Sub", builder.ladder(0, lengths.keys), middle, shape=(lengths.key_size,))
@@ -194,14 +192,14 @@ def _path(
         by_key = _by_root_mean_square(builder, by_key)
     if bias.turn is not None:
         (by_key,) = rotate(builder, [by_key], bias.turn, slots, target).values
-    product = builder.matmul(builder.binary("Div", by_query, float(bias.dim)), builder.transpose(by_key, 0, 1, 3, 2))
+    product = builder.matmul(
+        builder.binary("Div", by_query, float(bias.dim)), builder.transpose(by_key, 0, 1, 3, 2)
+    )
     edges = _linked(builder, bias, product)
     ahead = seen(builder, lengths, is_causal=True, window=None)
     kept = builder.op("Where", ahead, edges, builder.constant(0.0, dtype), dtype=dtype, shape=sizes(edges))
     # Edges after the query are no part of a path; the sum over l > j is exclusive, from the end.
-    total = builder.op(
-        "CumSum", kept, builder.constant(3), shape=sizes(kept), exclusive=1, reverse=1
-    )
+    total = builder.op("CumSum", kept, builder.constant(3), shape=sizes(kept), exclusive=1, reverse=1)
     slope = builder.unsqueeze(_slopes(builder, bias.slopes, slots, dtype), -1, -2)
     return builder.binary("Mul", slope, total)
 

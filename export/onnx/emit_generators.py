@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
 from grape_compile.encoding import Multiplicative, NonCommuting, Rank2
 from grape_compile.errors import GrapeError
-from grape_compile.export.onnx.builder import DOUBLE, INT64, Builder, broadcast, compute_dtype, dtype_of, sizes
+from grape_compile.export.onnx.builder import (
+    DOUBLE,
+    INT64,
+    Builder,
+    broadcast,
+    compute_dtype,
+    dtype_of,
+    sizes,
+)
 from grape_compile.export.onnx.emit_tables import Slots, clock_values, frequencies
 from grape_compile.operators.non_commuting import schur_planes, spectral_form
 
@@ -26,8 +33,11 @@ def generated(builder: Builder, tensor: ir.Value, encoding: Multiplicative, slot
     time = clock_values(builder, encoding.clock, (0,), slots, tensor, DOUBLE)
     if encoding.orientation < 0:
         time = builder.same("Neg", time)
-    make = _plane if isinstance(encoding, Rank2) else _planes
-    frame, entries = make(builder, encoding, slots, time)
+    frame, entries = (
+        _plane(builder, encoding, slots, time)
+        if isinstance(encoding, Rank2)
+        else _planes(builder, encoding, slots, time)
+    )
     dtype = compute_dtype(tensor)
     frame = builder.cast(frame, dtype)
     m00, m01, m10, m11 = (builder.cast(entry, dtype) for entry in entries)
@@ -39,7 +49,9 @@ def generated(builder: Builder, tensor: ir.Value, encoding: Multiplicative, slot
     moved = builder.concat(
         [_mixed(builder, m00, first, m01, second), _mixed(builder, m10, first, m11, second)]
     )
-    back = builder.transpose(frame, *range(len(sizes(frame)) - 2), len(sizes(frame)) - 1, len(sizes(frame)) - 2)
+    back = builder.transpose(
+        frame, *range(len(sizes(frame)) - 2), len(sizes(frame)) - 1, len(sizes(frame)) - 2
+    )
     return builder.cast(builder.binary("Add", wide, builder.matmul(moved, back)), dtype_of(tensor))
 
 
@@ -72,7 +84,9 @@ def _as_large(builder: Builder, vector: ir.Value, other: ir.Value) -> ir.Value:
     shape = broadcast(sizes(vector), sizes(other))
     if shape == sizes(vector):
         return vector
-    return builder.op("Expand", vector, builder.op("Shape", other, dtype=INT64, shape=(len(shape),)), shape=shape)
+    return builder.op(
+        "Expand", vector, builder.op("Shape", other, dtype=INT64, shape=(len(shape),)), shape=shape
+    )
 
 
 def _column(builder: Builder, vector: ir.Value) -> ir.Value:
@@ -98,7 +112,11 @@ def _quotients(builder: Builder, u: ir.Value) -> tuple[ir.Value, ir.Value]:
     half = builder.same("Sin", builder.binary("Mul", z, 0.5))
     quotients = (
         (builder.binary("Div", builder.same("Sin", z), z), 1.0, 6.0),
-        (builder.binary("Div", builder.binary("Mul", builder.binary("Mul", half, half), 2.0), far), 0.5, 24.0),
+        (
+            builder.binary("Div", builder.binary("Mul", builder.binary("Mul", half, half), 2.0), far),
+            0.5,
+            24.0,
+        ),
     )
     found = []
     for quotient, lead, divisor in quotients:
@@ -122,12 +140,12 @@ def _planes(builder: Builder, encoding: NonCommuting, slots: Slots, time: ir.Val
     return frame, (cos, builder.same("Neg", sin), sin, cos)
 
 
-def _numbers(encoding: NonCommuting, value: ir.Value) -> np.ndarray[Sequence[int], np.dtype[np.float64]]:
+def _numbers(encoding: NonCommuting, value: ir.Value) -> npt.NDArray[np.float64]:
     if value.const_value is None:
         raise GrapeError(
             f"{encoding} in an ONNX file",
             f"{value.name} is computed while the model runs, and ONNX has no eigenvalues",
             "a generator and a basis that are parameters or buffers",
         )
-    numbers: np.ndarray[Sequence[int], np.dtype[np.float64]] = value.const_value.numpy().astype(np.float64)
+    numbers: npt.NDArray[np.float64] = value.const_value.numpy().astype(np.float64)
     return numbers

@@ -13,10 +13,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import onnx_ir as ir
 
-from grape_compile.encoding import Compose, Encoding, Half, Interleaved, Multiplicative, Nope, Planes, Rotation
+from grape_compile.encoding import (
+    Compose,
+    Encoding,
+    Half,
+    Interleaved,
+    Multiplicative,
+    Nope,
+    Planes,
+    Rotation,
+)
 from grape_compile.export.onnx.builder import (
     DOUBLE,
     INT64,
@@ -65,7 +75,9 @@ def _rotated(
     builder: Builder, tensor: ir.Value, encoding: Multiplicative, slots: Slots, target: Target
 ) -> Emitted:
     if not isinstance(encoding, Rotation):
-        return Emitted((generated(builder, tensor, encoding, slots),), "arithmetic: its planes are no coordinates")
+        return Emitted(
+            (generated(builder, tensor, encoding, slots),), "arithmetic: its planes are no coordinates"
+        )
     if encoding.basis is not None:
         basis = builder.cast(slots[encoding.basis], dtype_of(tensor))
         tensor = builder.matmul(tensor, basis)
@@ -117,21 +129,19 @@ def _by_operator(
         tensor = builder.gather(tensor, order.before)
     shape, batch = sizes(tensor), builder.size(tensor, 0)
     heads_axis = 2 if len(shape) == 4 and not _heads_first(tables) else 1
-    if len(shape) == 3:
-        taken, heads = tensor, 1
-    elif heads_axis == 2:
-        heads, width = shape[2], shape[3]
-        assert isinstance(heads, int)
-        assert isinstance(width, int)
+    heads = 1
+    if heads_axis == 2:
+        heads, width = _known(shape[2:])
         taken = builder.reshape(tensor, (0, 0, heads * width), (*shape[:2], heads * width))
     else:
         taken = tensor
-        heads = shape[1] if isinstance(shape[1], int) else 1
+        if len(shape) == 4 and isinstance(shape[1], int):
+            heads = shape[1]
     cos, sin = (
         _by_token(builder, table, len(shape), heads_axis, batch, dtype_of(tensor))
         for table in (tables.cos, tables.sin)
     )
-    attributes = {
+    attributes: dict[str, Any] = {
         "interleaved": int(order.interleaved),
         "num_heads": heads,
         "rotary_embedding_dim": 2 * rotation.planes.count,
@@ -160,9 +170,9 @@ def _by_token(
 
 
 def _microsoft(
-    builder: Builder, tensor: ir.Value, cos: ir.Value, sin: ir.Value, planes: int, attributes: dict[str, int]
+    builder: Builder, tensor: ir.Value, cos: ir.Value, sin: ir.Value, planes: int, attributes: dict[str, Any]
 ) -> ir.Value:
-    """RotaryEmbedding of com.microsoft looks tables up by position: every token of the batch is a row of its own."""
+    """com.microsoft looks tables up by position: every token of the batch is a row of its own."""
     count = builder.op("Size", cos, dtype=INT64, shape=())
     rows = builder.op("Div", count, builder.constant(planes), shape=())
     numbers = builder.op("Range", builder.constant(0), rows, builder.constant(1), dtype=INT64, shape=(None,))
@@ -176,7 +186,7 @@ def _microsoft(
 
 @dataclass(frozen=True)
 class _Order:
-    """How the operator pairs coordinates, and which it has to be given and returns in what order (None: as they are)."""
+    """How the operator pairs coordinates, and the order it has to be given and returns (None: as they are)."""
 
     interleaved: bool
     before: tuple[int, ...] | None
@@ -193,13 +203,19 @@ def _order(rotation: Rotation) -> _Order:
     wanted = _held(rotation.output.pairs(), places, size)
     after = [wanted.index(coordinate) for coordinate in range(size)]
     return _Order(
-        rule is Interleaved, None if held == list(range(size)) else tuple(held), None if _plain(after) else tuple(after)
+        rule is Interleaved,
+        None if held == list(range(size)) else tuple(held),
+        None if _plain(after) else tuple(after),
     )
 
 
 def _held(pairs: Sequence[tuple[int, int]], places: Sequence[tuple[int, int]], size: int) -> list[int]:
     """Return which coordinate of the head lies where the operator wants plane by plane, the others behind them."""
-    at = {place: own for pair, spot in zip(pairs, places, strict=True) for own, place in zip(pair, spot, strict=True)}
+    at = {
+        place: own
+        for pair, spot in zip(pairs, places, strict=True)
+        for own, place in zip(pair, spot, strict=True)
+    }
     taken = set(at.values())
     rest = iter(coordinate for coordinate in range(size) if coordinate not in taken)
     return [at[place] if place in at else next(rest) for place in range(size)]

@@ -87,9 +87,7 @@ def accumulated(builder: Builder, clock: Clock, rates: ir.Value) -> ir.Value:
     if not isinstance(clock, Accumulated):
         return rates
     wide, axis = builder.cast(rates, DOUBLE), builder.constant(len(sizes(rates)) - 1)
-    return builder.op(
-        "CumSum", wide, axis, shape=sizes(rates), exclusive=None if clock.inclusive else 1
-    )
+    return builder.op("CumSum", wide, axis, shape=sizes(rates), exclusive=None if clock.inclusive else 1)
 
 
 def _is_wide(clock: Clock, slots: Slots) -> bool:

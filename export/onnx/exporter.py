@@ -21,13 +21,13 @@ from torch.export import ExportedProgram
 from grape_compile.errors import GrapeError
 from grape_compile.export.onnx.capturing import Captured, capture
 from grape_compile.export.onnx.cases import Case, drawn_cases
-from grape_compile.export.onnx.clean import finish, name_axes, share_heads, simplify
+from grape_compile.export.onnx.clean import finish, name_axes, share_heads, simplify, widen_arithmetic
 from grape_compile.export.onnx.files import LIMIT, check, describe, staged, write
 from grape_compile.export.onnx.fuse_attention import fuse_attention
 from grape_compile.export.onnx.hold_past import hold_past
 from grape_compile.export.onnx.kv_cache import cached_cases, with_cache
 from grape_compile.export.onnx.lower import Lowered, lower
-from grape_compile.export.onnx.report import OnnxReport
+from grape_compile.export.onnx.report import Comparison, OnnxReport
 from grape_compile.export.onnx.runtime import CPU
 from grape_compile.export.onnx.targets import Target, target_of
 from grape_compile.export.onnx.translate import translate
@@ -75,7 +75,7 @@ def export(
         progress("write")
         data = write(graph, draft, external_data_above)
         check(draft)
-        comparisons = ()
+        comparisons: tuple[Comparison, ...] = ()
         if verify:
             progress("verify")
             plain = partial(_plain, captured, draft.with_name("plain.onnx"))
@@ -95,7 +95,11 @@ def export(
 
 
 def _captured(
-    model: nn.Module | ExportedProgram, args: Sequence[Any], kwargs: dict[str, Any], shapes: Any, kv_cache: bool
+    model: nn.Module | ExportedProgram,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    shapes: Any,
+    kv_cache: bool,
 ) -> tuple[Captured, Callable[[int], Iterable[Case]]]:
     if kv_cache:
         captured = with_cache(model)
@@ -106,13 +110,18 @@ def _captured(
 
 def _check_types(captured: Captured, providers: Sequence[str]) -> None:
     """ONNX Runtime has no bfloat16 on a CPU."""
-    narrow = [name for name, each in captured.program.state_dict.items() if each.dtype == torch.bfloat16]
+    narrow = _narrow(captured)
     if narrow and list(providers) == [CPU]:
         raise GrapeError(
             "an ONNX file for a CPU",
             f"{len(narrow)} tensors in bfloat16, {narrow[0]} among them; ONNX Runtime has no bfloat16 there",
             "model.float() or model.half() before, or other providers",
         )
+
+
+def _narrow(captured: Captured) -> list[str]:
+    """Names of the tensors in bfloat16."""
+    return [name for name, each in captured.program.state_dict.items() if each.dtype == torch.bfloat16]
 
 
 def _rewritten(program: ExportedProgram) -> tuple[ExportedProgram, Outcome]:
@@ -130,6 +139,8 @@ def _lowered(captured: Captured, target: Target) -> tuple[ir.Model, list[Lowered
     share_heads(graph.graph)
     lowered = lower(graph, target)
     hold_past(graph.graph)
+    if not _narrow(captured):
+        widen_arithmetic(graph.graph)
     finish(graph, target)
     if captured.axes:
         name_axes(graph.graph, captured.axes)

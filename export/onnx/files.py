@@ -52,7 +52,11 @@ def write(model: ir.Model, path: Path, external_above: int | None) -> Path | Non
 
     None for `external_above` keeps everything in one file; GrapeError where that is larger than a file can be.
     """
-    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    size = sum(
+        value.const_value.nbytes
+        for value in model.graph.initializers.values()
+        if value.const_value is not None
+    )
     if external_above is None and size > LIMIT:
         raise GrapeError(
             f"write {path.name} as one file",
@@ -73,7 +77,9 @@ def check(path: Path) -> None:
         onnx.checker.check_model(str(path))
     except onnx.checker.ValidationError as failure:
         raise GrapeError(
-            f"write a valid ONNX file {path.name}", str(failure).splitlines()[0], "a report of this: it is a defect"
+            f"write a valid ONNX file {path.name}",
+            str(failure).splitlines()[0],
+            "a report of this: it is a defect",
         ) from failure
 
 

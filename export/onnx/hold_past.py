@@ -1,7 +1,7 @@
 """Hand the cache to the attention that reads it: the operator appends the new keys and values itself.
 
 What: keys and values that are those of a cache with new ones behind them, read by one attention alone.
-Leaves alone: keys with columns beside them, a cache that something else reads, attention whose causality is an attribute.
+Leaves alone: keys with columns beside them, a cache that something else reads, a causality that is an attribute.
 Ensures: the grown cache is the operator's own output, under the name it had.
 """
 
@@ -39,8 +39,14 @@ def _hold(graph: ir.Graph, node: ir.Node) -> bool:
         # With a cache the operator takes new keys and values by token.
         news = [_flat(builder, new) for new in news]
     inputs[1:3] = news
-    attributes = {name: attribute for name, attribute in node.attributes.items()}
-    held = ir.Node(node.domain, node.op_type, inputs, attributes.values(), num_outputs=3, name=f"{node.name}_past")
+    held = ir.Node(
+        node.domain,
+        node.op_type,
+        inputs,
+        list(node.attributes.values()),
+        num_outputs=3,
+        name=f"{node.name}_past",
+    )
     held.metadata_props.update(node.metadata_props)
     old = [node.outputs[0], *(each.outputs[0] for each in grown if each is not None)]
     graph.insert_before(node, held)

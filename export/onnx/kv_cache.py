@@ -30,6 +30,8 @@ class Cached(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        config: Any = model.config
+        self.vocabulary = int(config.get_text_config().vocab_size)
         self.takes_positions = _POSITIONS in inspect.signature(model.forward).parameters
 
     def forward(
@@ -50,7 +52,9 @@ def with_cache(model: Any) -> Captured:
     """
     if isinstance(model, ExportedProgram) or not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise ModelError(
-            "export a decoder with its cache", f"a {type(model).__name__}", "a causal language model of transformers"
+            "export a decoder with its cache",
+            f"a {type(model).__name__}",
+            "a causal language model of transformers",
         )
     cached = Cached(model).eval()
     inputs = _example(cached)
@@ -97,7 +101,7 @@ def cached_cases(captured: Captured, seed: int) -> list[Case]:
     model = captured.model
     assert isinstance(model, Cached)
     random = torch.Generator().manual_seed(seed)
-    vocabulary = int(model.model.config.get_text_config().vocab_size)
+    vocabulary = model.vocabulary
 
     def ids(rows: int, count: int) -> Tensor:
         return torch.randint(min(3, vocabulary - 1), vocabulary, (rows, count), generator=random)
@@ -134,9 +138,7 @@ def _empty(captured: Captured, rows: int) -> list[Tensor]:
 
 
 def _example(cached: Cached) -> dict[str, Any]:
-    ids = torch.arange(3, 3 + _ROWS * (_NEW + _OLD)).reshape(_ROWS, -1) % int(
-        cached.model.config.get_text_config().vocab_size
-    )
+    ids = torch.arange(3, 3 + _ROWS * (_NEW + _OLD)).reshape(_ROWS, -1) % cached.vocabulary
     mask = torch.ones_like(ids)
     with torch.no_grad():
         first = cached.model(input_ids=ids[:, :_OLD], attention_mask=mask[:, :_OLD], use_cache=True)
@@ -156,7 +158,12 @@ def _example(cached: Cached) -> dict[str, Any]:
             "layers that keep keys and values [batch, heads, tokens, head_dim]",
         )
     positions = torch.arange(_OLD, _OLD + _NEW).expand(_ROWS, -1).contiguous()
-    return {"input_ids": ids[:, _OLD:].clone(), "attention_mask": mask, _POSITIONS: positions, "past_key_values": parts}
+    return {
+        "input_ids": ids[:, _OLD:].clone(),
+        "attention_mask": mask,
+        _POSITIONS: positions,
+        "past_key_values": parts,
+    }
 
 
 def _held(cache: Any) -> list[Tensor]:

@@ -10,9 +10,10 @@ from grape_compile.encoding import Nope, parse
 from grape_compile.errors import GrapeError
 from grape_compile.export.onnx.builder import BOOL, MICROSOFT, Builder, sizes
 from grape_compile.export.onnx.emit_attention import Call, attend
+from grape_compile.export.onnx.emit_experts import grouped_product
 from grape_compile.export.onnx.emit_rotation import Emitted, rotate
 from grape_compile.export.onnx.targets import Target
-from grape_compile.export.onnx.translate import ATTEND, FUSED, PRIVATE, ROTATE
+from grape_compile.export.onnx.translate import ATTEND, FUSED, GROUPED, PRIVATE, ROTATE
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,10 @@ def lower(model: ir.Model, target: Target) -> list[Lowered]:
         if node.domain != PRIVATE:
             continue
         builder = Builder(model.graph, node)
+        if node.op_type == GROUPED:
+            _take_place(builder, node.outputs[0], grouped_product(builder, *map(_present, node.inputs)))
+            model.graph.remove(node, safe=True)
+            continue
         emitted, encoding = _emitted(builder, node, target)
         results = list(node.outputs)[: len(emitted.values)]
         for old, new in zip(results, emitted.values, strict=True):
@@ -72,9 +77,12 @@ def _emitted(builder: Builder, node: ir.Node, target: Target) -> tuple[Emitted, 
         given = map(_present, inputs[attributes["tensors"] :])
         slots = dict(zip(encoding.slots, given, strict=True))
         return rotate(builder, tensors, encoding, slots, target), text
-    query, key, value, mask = (*inputs[:3], *(inputs[3:4] or [None]))
+    query, key, value = map(_present, inputs[:3])
+    mask = inputs[3] if len(inputs) > 3 else None
     call = Call(
-        *map(_present, (query, key, value)),
+        query,
+        key,
+        value,
         encoding,
         dict(zip(encoding.slots, map(_present, inputs[4:]), strict=True)),
         mask,

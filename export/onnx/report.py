@@ -54,7 +54,10 @@ class OnnxReport:
                 "target": self.target,
                 "places": [asdict(each) for each in self.lowered],
                 "operators": self.operators,
-                "refusals": [{"rule": each.rule, "reason": each.reason, "module": each.module} for each in self.refusals],
+                "refusals": [
+                    {"rule": each.rule, "reason": each.reason, "module": each.module}
+                    for each in self.refusals
+                ],
                 "comparisons": [asdict(each) for each in self.comparisons],
                 "external_data": None if self.external_data is None else str(self.external_data),
                 "notes": list(self.notes),

@@ -59,7 +59,9 @@ def session(path: str | Path | bytes, providers: Sequence[str] = (CPU,), threads
 
 
 def _no_provider(name: str, there: Sequence[str]) -> GrapeError:
-    return GrapeError(f"run on {name}", f"the session has {', '.join(there)}", f"one of these, or a package with {name}")
+    return GrapeError(
+        f"run on {name}", f"the session has {', '.join(there)}", f"one of these, or a package with {name}"
+    )
 
 
 def _is_installed(name: str) -> bool:

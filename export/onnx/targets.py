@@ -31,5 +31,7 @@ TARGETS: Final = {target.name: target for target in (STANDARD, ORT, PORTABLE)}
 def target_of(name: str) -> Target:
     """Return the target of this name; GrapeError for another."""
     if name not in TARGETS:
-        raise GrapeError("an ONNX file", f"target={name!r}", " or ".join(f"target={each!r}" for each in TARGETS))
+        raise GrapeError(
+            "an ONNX file", f"target={name!r}", " or ".join(f"target={each!r}" for each in TARGETS)
+        )
     return TARGETS[name]

@@ -24,6 +24,7 @@ PRIVATE: Final = "grape.private"
 ROTATE: Final = "rotate"
 ATTEND: Final = "attend"
 FUSED: Final = "scaled_dot_product_attention"
+GROUPED: Final = "grouped_mm"
 
 
 def translate(
@@ -47,14 +48,16 @@ def translate(
                 input_names=input_names,
                 output_names=output_names,
                 dynamic_shapes=dynamic_shapes,
-                custom_translation_table=_TRANSLATIONS,
+                custom_translation_table=_translations(),
             )
     except Exception as failure:
         raise CaptureError(
             "translate a program to ONNX", _first_cause(program, failure), "a model without that operator"
         ) from failure
     if found is None:
-        raise GrapeError("translate a program to ONNX", "torch.onnx returned nothing", "dynamo export of torch")
+        raise GrapeError(
+            "translate a program to ONNX", "torch.onnx returned nothing", "dynamo export of torch"
+        )
     return found.model
 
 
@@ -80,7 +83,9 @@ def _record(kind: str, inputs: Sequence[Any], outputs: int, attributes: Mapping[
         PRIVATE,
         kind,
         list(inputs),
-        ir.convenience.convert_attributes({name: value for name, value in attributes.items() if value is not None}),
+        ir.convenience.convert_attributes(
+            {name: value for name, value in attributes.items() if value is not None}
+        ),
         num_outputs=outputs,
     )
     # Where torch.onnx collects the nodes of one translation.
@@ -118,12 +123,30 @@ def _fused(
     enable_gqa: bool = False,
 ) -> Any:
     del dropout_p, enable_gqa  # nothing is dropped where nothing is trained, and the shapes tell of groups
-    (output,) = _record(FUSED, (query, key, value, attn_mask), 1, {"is_causal": int(is_causal), "scale": scale})
+    (output,) = _record(
+        FUSED, (query, key, value, attn_mask), 1, {"is_causal": int(is_causal), "scale": scale}
+    )
     return output
 
 
-_TRANSLATIONS: Final[dict[Callable[..., Any], Callable[..., Any]]] = {
-    torch.ops.grape.rotate.default: _rotate,
-    torch.ops.grape.attend.default: _attend,
-    torch.ops.aten.scaled_dot_product_attention.default: _fused,
-}
+def _grouped(rows: Any, weights: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Any:
+    if offs is None or bias is not None or out_dtype not in (None, -1):
+        raise GrapeError(
+            "a grouped product in ONNX", "a call with a bias, or without ends of groups", "rows by groups"
+        )
+    (output,) = _record(GROUPED, (rows, weights, offs), 1, {})
+    return output
+
+
+def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Return what replaces torch.onnx's own translations; operators of libraries that are not loaded are not there."""
+    found: dict[Callable[..., Any], Callable[..., Any]] = {
+        torch.ops.grape.rotate.default: _rotate,
+        torch.ops.grape.attend.default: _attend,
+        torch.ops.aten.scaled_dot_product_attention.default: _fused,
+    }
+    for library, name in (("transformers", "grouped_mm_fallback"), ("aten", "_grouped_mm")):
+        operator = getattr(getattr(torch.ops, library), name, None)
+        if operator is not None:
+            found[operator.default] = _grouped
+    return found

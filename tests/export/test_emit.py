@@ -52,7 +52,11 @@ class _File:
         anchor = ir.Node("grape", "call", list(self.values.values()), num_outputs=1)
         anchor.outputs[0].name = "result"
         self.graph = ir.Graph(
-            list(self.values.values()), [], nodes=[anchor], opset_imports={"": target.opset, "com.microsoft": 1}, name="sample"
+            list(self.values.values()),
+            [],
+            nodes=[anchor],
+            opset_imports={"": target.opset, "com.microsoft": 1},
+            name="sample",
         )
         for name, each in constants.items():
             made = ir.tensor(each.numpy(), name=name)
@@ -89,7 +93,7 @@ def _error(found: np.ndarray, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=list(TARGETS))
-@pytest.mark.parametrize("sample", (*ROTATIONS, *GENERATORS), ids=lambda sample: sample.name)
+@pytest.mark.parametrize("sample", [*ROTATIONS, *GENERATORS], ids=lambda sample: sample.name)
 def test_every_rotation_is_its_definition(sample: Sample, target: Target) -> None:
     slots = sample.slots(torch.float32)
     x = tensor(BATCH, HEADS, LENGTH, HEAD_DIM, dtype=torch.float32)
@@ -105,19 +109,19 @@ def test_every_rotation_is_its_definition(sample: Sample, target: Target) -> Non
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=list(TARGETS))
 @pytest.mark.parametrize("queries", [LENGTH, 2], ids=["whole", "last"])
-@pytest.mark.parametrize("sample", (*BIASES, *PATHS, *COMPOSITIONS), ids=lambda sample: sample.name)
+@pytest.mark.parametrize("sample", [*BIASES, *PATHS, *COMPOSITIONS], ids=lambda sample: sample.name)
 def test_every_bias_is_its_definition(sample: Sample, queries: int, target: Target) -> None:
     slots = sample.slots(torch.float32, queries=queries)
     query = tensor(BATCH, HEADS, queries, HEAD_DIM, dtype=torch.float32, seed=1)
     key, value = (tensor(BATCH, HEADS, LENGTH, HEAD_DIM, dtype=torch.float32, seed=seed) for seed in (2, 3))
     file = _File({"query": query, "key": key, "value": value, **slots}, {}, target)
-    call = Call(
-        *(file.values[name] for name in ("query", "key", "value")), sample.encoding, file.values, is_causal=True
-    )
+    given = file.values
+    call = Call(given["query"], given["key"], given["value"], sample.encoding, given, is_causal=True)
     emitted = attend(file.builder, call, target)
     (found,) = file.run(emitted)
     wide = {name: slot.double() if slot.is_floating_point() else slot for name, slot in slots.items()}
-    operands = [part.double() for part in (query, key, value)]
-    expected = reference_attend(*operands, sample.encoding, wide, is_causal=True)
+    expected = reference_attend(
+        query.double(), key.double(), value.double(), sample.encoding, wide, is_causal=True
+    )
     ours = grape_attend(query, key, value, sample.encoding, slots, is_causal=True)
     assert _error(found, expected) <= 1.25 * _error(ours.numpy(), expected) + 5e-6, emitted.how

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,7 +19,11 @@ from grape_compile.export.onnx import OnnxReport, compare, export
 
 ARCHITECTURES = {row.name: row for row in ENCODED}
 #: What stands for attention and rotation in a file of each target.
-FUSED = {"standard": ("Attention", "RotaryEmbedding"), "ort": ("MultiHeadAttention", "RotaryEmbedding"), "portable": ()}
+FUSED = {
+    "standard": ("Attention", "RotaryEmbedding"),
+    "ort": ("MultiHeadAttention", "RotaryEmbedding"),
+    "portable": (),
+}
 LEAN = ("llama", "gptj", "bloom")
 LONG = (
     "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "phi3", "gpt_neox", "cohere", "glm4", "deepseek_v3", "gpt_oss",
@@ -67,12 +72,14 @@ def test_a_model_is_exported_and_verified(name: str, target: str, tmp_path: Path
     assert [str(parse(text)) for text in texts] == texts
 
 
-@pytest.mark.parametrize("name", [*_rows("llama", "gptj", "bloom"), pytest.param("falcon-alibi", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", [*_rows("llama", "gptj", "bloom"), pytest.param("falcon-alibi", marks=pytest.mark.slow)]
+)
 def test_a_decoder_generates_what_the_model_does(name: str, tmp_path: Path) -> None:
     row = ARCHITECTURES[name]
     if not row.decoder:
         pytest.skip(f"{name} is no decoder")
-    model = row.build()
+    model: Any = row.build()
     path = tmp_path / "model.onnx"
     export(model, path=path, kv_cache=True)
     ids = torch.randint(3, VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(5))
