@@ -56,7 +56,9 @@ def _empty(shape: Sequence[int | str], kind: str) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("path", type=Path)
     parser.add_argument("prompt", type=int, nargs="+", help="token ids")
     parser.add_argument("--tokens", type=int, default=16)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from functools import partial
-from io import StringIO
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -30,7 +27,7 @@ from grape_compile.export.onnx.lower import Lowered, lower
 from grape_compile.export.onnx.report import Comparison, OnnxReport
 from grape_compile.export.onnx.runtime import CPU
 from grape_compile.export.onnx.targets import Target, target_of
-from grape_compile.export.onnx.translate import translate
+from grape_compile.export.onnx.translate import silence, translate
 from grape_compile.export.onnx.verify import verify as verified
 from grape_compile.passes.base import Outcome
 from grape_compile.passes.capture import capture_export, release_export
@@ -149,8 +146,7 @@ def _lowered(captured: Captured, target: Target) -> tuple[ir.Model, list[Lowered
 
 def _plain(captured: Captured, path: Path) -> Path:
     """Write the model as torch.onnx does by itself."""
-    with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-        warnings.simplefilter("ignore")
+    with silence():
         torch.onnx.export(
             captured.program,
             f=str(path),

@@ -6,8 +6,10 @@ of a private domain, which `lower` replaces by what the target has.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from typing import Any, Final
@@ -37,8 +39,7 @@ def translate(
 ) -> ir.Model:
     """Return the ONNX graph of a program; CaptureError names an operator that ONNX does not have."""
     try:
-        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            warnings.simplefilter("ignore")
+        with silence():
             found = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -59,6 +60,20 @@ def translate(
             "translate a program to ONNX", "torch.onnx returned nothing", "dynamo export of torch"
         )
     return found.model
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Keep back what torch.onnx prints, warns and logs on its way; what fails is raised all the same."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _first_cause(program: ExportedProgram, failure: Exception) -> str:
