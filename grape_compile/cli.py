@@ -1,4 +1,4 @@
-"""The command line: `grape-compile inspect MODEL`, `grape-compile export onnx MODEL`, `grape-compile tune --kernels`."""
+"""The command line: `grape-compile inspect MODEL`, `export onnx MODEL`, `tune --kernels`."""
 
 import contextlib
 import sys

@@ -3,8 +3,7 @@
 Cases, by what the tensor and its tables look like:
 
 1. a planar rotation of [B, H, T, D], [B, T, H, D] or [B, T, D] whose tables do not differ between heads is one
-   RotaryEmbedding (ai.onnx 23 or com.microsoft); coordinates it does not take are put in order by a Gather before or
-   after it;
+   RotaryEmbedding (ai.onnx 23 or com.microsoft); coordinates it does not take are put in order before or after it;
 2. any other planar rotation is four products of slices;
 3. `rank2` and `non_commuting` are x + F M F^T x (GRAPE 2.3, App. D).
 """
@@ -126,7 +125,7 @@ def _by_operator(
 ) -> ir.Value:
     order = _order(rotation)
     if order.before is not None:
-        tensor = builder.gather(tensor, order.before)
+        tensor = builder.permute(tensor, order.before)
     shape, batch = sizes(tensor), builder.size(tensor, 0)
     heads_axis = 2 if len(shape) == 4 and not _heads_first(tables) else 1
     heads = 1
@@ -152,7 +151,7 @@ def _by_operator(
         turned = _microsoft(builder, taken, cos, sin, rotation.planes.count, attributes)
     if heads_axis == 2:
         turned = builder.reshape(turned, (0, 0, *_known(shape[2:])), shape)
-    return turned if order.after is None else builder.gather(turned, order.after)
+    return turned if order.after is None else builder.permute(turned, order.after)
 
 
 def _by_token(
@@ -258,8 +257,9 @@ def _take(builder: Builder, tensor: ir.Value, planes: Planes) -> tuple[ir.Value,
 
 
 def _pick(builder: Builder, tensor: ir.Value, coordinates: list[int]) -> ir.Value:
-    if coordinates == list(range(coordinates[0], coordinates[0] + len(coordinates))):
-        return builder.slice(tensor, coordinates[0], coordinates[-1] + 1)
+    step = coordinates[1] - coordinates[0] if len(coordinates) > 1 else 1
+    if step > 0 and coordinates == list(range(coordinates[0], coordinates[-1] + 1, step)):
+        return builder.slice(tensor, coordinates[0], coordinates[-1] + 1, step=step)
     return builder.gather(tensor, coordinates)
 
 
@@ -272,4 +272,4 @@ def _put(builder: Builder, turned: list[ir.Value], rest: list[ir.Value], planes:
     first, second = zip(*planes.pairs(), strict=True)
     held = [*first, *second, *_outside(planes)]
     order = [held.index(coordinate) for coordinate in range(planes.head_dim)]
-    return together if _plain(order) else builder.gather(together, order)
+    return builder.permute(together, order)

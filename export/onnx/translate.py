@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -20,6 +21,7 @@ from onnxscript import evaluator
 from torch.export import ExportedProgram
 
 from grape_compile.errors import CaptureError, GrapeError
+from grape_compile.passes.graph import module_path, source_line
 
 #: Domain of nodes that no file holds.
 PRIVATE: Final = "grape.private"
@@ -78,18 +80,21 @@ def silence() -> Iterator[None]:
 
 def _first_cause(program: ExportedProgram, failure: Exception) -> str:
     """What failed: the operator with the module and the line of the model's code, where the exporter names one."""
-    from grape_compile.passes.graph import module_path, source_line
-
-    told = [str(failure)]
-    cause: BaseException | None = failure
+    told, cause = [str(failure)], failure.__cause__
     while cause is not None:
         told.append(str(cause))
         cause = cause.__cause__
     text = "\n".join(told)
+    missing = re.search(r"No ONNX function found for <OpOverload\(op='([\w.]+)'", text)
     for node in program.graph.nodes:
-        if node.op == "call_function" and f"%{node.name} " in text:
+        # torch decomposes before it translates: an operator may be named by what it became.
+        own = str(node.target).split(".")[1:2]
+        named = f"%{node.name} " in text or (missing and own and own[0].endswith(missing[1].split(".")[-1]))
+        if node.op == "call_function" and named:
             at = ", ".join(part for part in (module_path(node), source_line(node)) if part)
-            return f"{node.target} ({at})"
+            return f"{node.target} ({at}), which ONNX does not have"
+    if missing:
+        return f"{missing[1]}, which ONNX does not have"
     return f"{type(failure).__name__}: {next(line for line in reversed(text.splitlines()) if line.strip())}"
 
 
