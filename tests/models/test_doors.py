@@ -266,4 +266,4 @@ def test_an_argument_may_have_the_name_of_a_builtin() -> None:
     x = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
     rewritten, found = rewrite(torch.export.export(TurnedInput(), (x,)))
     assert len(found.sites) == 1
-    assert torch.allclose(rewritten.module()(input=x), TurnedInput()(x), atol=1e-6)
+    assert torch.allclose(rewritten.module()(x), TurnedInput()(x), atol=1e-6)
