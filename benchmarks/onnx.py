@@ -33,10 +33,13 @@ from benchmarks.cases import keep
 from benchmarks.coverage.architectures import draw_parameters
 from benchmarks.measuring import machine
 from grape_compile.export.onnx import export
+from grape_compile.export.onnx.kv_cache import with_cache
 
 VOCABULARY, LAYERS, HEADS, HIDDEN = 1000, 4, 8, 512
 FUSED = ("RotaryEmbedding", "Attention", "MultiHeadAttention", "GroupQueryAttention")
 PLAIN = "plain opset 20"
+#: Tokens in the cache of a step.
+CACHED = 2048
 OURS = {f"ours, {target}": target for target in ("standard", "ort", "portable")}
 
 
@@ -223,6 +226,53 @@ def measured(family: str, rounds: int) -> Iterator[dict[str, Any]]:
             yield row | {"told": _told(row)}
 
 
+def decoded(family: str, rounds: int) -> Iterator[dict[str, Any]]:
+    """One row for every file of a family with a cache: a step of one token behind 2048."""
+    torch.manual_seed(0)
+    model = FAMILIES[family][0]().eval()
+    draw_parameters(model, 0)
+    captured = with_cache(model)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {PLAIN: Path(folder) / "plain.onnx"}
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            torch.onnx.export(
+                captured.program, f=str(paths[PLAIN]), dynamo=True, input_names=list(captured.input_names)
+            )
+        for name, target in OURS.items():
+            paths[name] = Path(folder) / f"{target}.onnx"
+            export(model, path=paths[name], target=target, kv_cache=True, verify=False)
+        steps = {name: _step(open_file(path)) for name, path in paths.items()}
+        right = steps[PLAIN]()
+        times = processor_times(steps, 3 * rounds)
+        for name, step in steps.items():
+            error = float(np.linalg.norm(step() - right) / np.linalg.norm(right))
+            faster = times[PLAIN] / times[name]
+            yield {
+                "name": f"{family}, a step behind {CACHED} tokens, {name}",
+                "family": family,
+                "exporter": name,
+                "seconds": times[name],
+                "faster": faster,
+                "difference": error,
+                "holds": None,
+                "told": f"{faster:.3f} x the plain file; differs by {error:.1e}",
+            }
+
+
+def _step(session: Any) -> Callable[[], Any]:
+    random = np.random.default_rng(0)
+    feeds: dict[str, Any] = {}
+    for each in session.get_inputs():
+        if each.name.startswith("past_key_values"):
+            heads, width = each.shape[1], each.shape[3]
+            feeds[each.name] = random.standard_normal((1, heads, CACHED, width)).astype(np.float32)
+        elif each.name == "attention_mask":
+            feeds[each.name] = np.ones((1, CACHED + 1), np.int64)
+        else:
+            feeds[each.name] = np.full((1, 1), CACHED if each.name == "position_ids" else 7, np.int64)
+    return lambda: session.run(None, feeds)[0]
+
+
 def _errors(session: Any, model: nn.Module) -> dict[str, float | str]:
     found: dict[str, float | str] = {}
     for batch in (1, 3):
@@ -252,7 +302,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    rows = (row for family in given.families or FAMILIES for row in measured(family, given.rounds))
+    families = given.families or list(FAMILIES)
+    rows = (row for way in (measured, decoded) for family in families for row in way(family, given.rounds))
     about = {**machine(), "onnxruntime": onnxruntime.__version__, "clock": "processor time, one thread"}
     keep("onnx", rows, given.out, {"machine": about})
 

@@ -138,17 +138,18 @@ def _tail(builder: Builder, slot: ir.Value, axis: int, lengths: Lengths) -> ir.V
 
 def _added(builder: Builder, call: Call, lengths: Lengths, target: Target) -> tuple[Call, list[str]]:
     """Make columns or a float mask of the biases."""
+    grown = _is_grown(call.key)
     lifted: list[Column] = []
     dense: list[ir.Value] = []
     told: list[str] = []
     for part in _parts(call.encoding):
-        if isinstance(part, Bias) and is_lifted(part, call.is_causal) and not call.softcap:
+        if isinstance(part, Bias) and is_lifted(part, call.is_causal) and not call.softcap and not grown:
             found = columns(builder, part, call.slots, call.query, lengths)
             lifted += found
             told.append(f"{len(found)} column{'s' * (len(found) > 1)} of query and key")
         elif isinstance(part, Bias | PathBias):
             dense.append(whole(builder, part, call.slots, call.query, lengths, target))
-            told.append(f"a bias of all queries and keys: {_why_dense(part, call)}")
+            told.append(f"a bias of all queries and keys: {_why_dense(part, call, grown)}")
     if dense:
         mask = (
             total(builder, dense)
@@ -159,9 +160,19 @@ def _added(builder: Builder, call: Call, lengths: Lengths, target: Target) -> tu
     return _with_columns(builder, call, lifted) if lifted else call, told
 
 
-def _why_dense(part: Bias | PathBias, call: Call) -> str:
+def _is_grown(keys: ir.Value) -> bool:
+    """Whether keys are a cache with new ones behind it: the operator appends them, columns would copy all."""
+    source = keys.producer()
+    if source is None or source.op_type != "Concat" or source.inputs[0] is None:
+        return False
+    return source.inputs[0].is_graph_input()
+
+
+def _why_dense(part: Bias | PathBias, call: Call, grown: bool) -> str:
     if isinstance(part, PathBias):
         return "a path integral has no finite rank"
+    if grown:
+        return "columns would copy the cache at every step"
     return "the soft cap comes before it" if call.softcap else "its distance has no sign"
 
 
