@@ -1,4 +1,4 @@
-"""The command line: `grape-compile inspect MODEL`, `grape-compile tune --kernels`."""
+"""The command line: `grape-compile inspect MODEL`, `export onnx MODEL`, `tune --kernels`."""
 
 import contextlib
 import sys
@@ -93,6 +93,44 @@ def app() -> "typer.Typer":
         layer = tuning.Shape(batch, tokens, heads, key_heads or heads, head_dim, _dtype(dtype))
         encodings = [parse(text) for text in encoding or ()]
         typer.echo(tuning.tune_kernels([layer], encodings, records=records or None, fresh=fresh))
+
+    exports = typer.Typer(no_args_is_help=True, help="Writes MODEL for another runtime.")
+    commands.add_typer(exports, name="export")
+
+    @exports.command("onnx")
+    def export_onnx(
+        model: Annotated[str, typer.Argument(help="As for inspect.")],
+        out: Annotated[str, typer.Option("--out", "-o", help="The file to write.")] = "model.onnx",
+        target: Annotated[
+            str, typer.Option(help="standard (opset 23), ort (com.microsoft) or portable (opset 18).")
+        ] = "standard",
+        kv_cache: Annotated[
+            bool, typer.Option("--kv-cache", help="A decoder that takes and returns its cache.")
+        ] = False,
+        verify: Annotated[
+            bool, typer.Option("--verify/--no-verify", help="Run the file against the model.")
+        ] = True,
+        json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+        seq: Annotated[int, typer.Option(min=2, help="Tokens per row of a config.json's input.")] = 16,
+        batch: Annotated[int, typer.Option(min=1, help="Rows of a config.json's input.")] = 2,
+    ) -> None:
+        """Writes MODEL as an ONNX file whose encodings and attention are operators, and verifies it."""
+        from grape_compile import named_models
+        from grape_compile.export.onnx import export
+
+        with contextlib.redirect_stdout(sys.stderr):
+            named = named_models.load(model, batch=batch, sequence=seq)
+            written = export(
+                named.model,
+                named.args,
+                dict(named.kwargs),
+                out,
+                target=target,
+                kv_cache=kv_cache,
+                verify=verify,
+                progress=lambda step: typer.echo(f"{step} ...", err=True),
+            )
+        typer.echo(written.to_json() if json else str(written))
 
     return commands
 

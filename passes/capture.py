@@ -166,6 +166,10 @@ def capture_export(
     module = copy.copy(program.graph_module)
     module = fx.GraphModule(module, copy.deepcopy(program.graph_module.graph))
     module.meta.update(program.graph_module.meta)
+    inputs = (graph.find_nodes(op="placeholder") for graph in (module.graph, program.graph_module.graph))
+    for copied, original in zip(*inputs, strict=True):
+        # A copy gives an argument called `input` another name, and the signature goes by names.
+        copied.name = original.name
     inline_regions(module)
     if has_batches(module):
         flatten_batches(module)

@@ -249,3 +249,21 @@ def test_training_through_the_backend() -> None:
         torch.autograd.backward(output_of(run(**row.inputs())).square().mean())
         gradients.append([parameter.grad for parameter in model.parameters()])
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-6)
+
+
+class TurnedInput(nn.Module):
+    """A rotation of an argument with the name of a builtin."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        angles = torch.arange(input.shape[-2])[:, None] * 100.0 ** (-torch.arange(4) / 4)
+        cos, sin = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
+        first, second = input.chunk(2, -1)
+        return input * cos + torch.cat((-second, first), -1) * sin
+
+
+def test_an_argument_may_have_the_name_of_a_builtin() -> None:
+    """torch.fx gives such a placeholder another name when a graph is copied; the signature knows the old one."""
+    x = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
+    rewritten, found = rewrite(torch.export.export(TurnedInput(), (x,)))
+    assert len(found.sites) == 1
+    assert torch.allclose(rewritten.module()(x), TurnedInput()(x), atol=1e-6)

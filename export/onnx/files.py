@@ -1,0 +1,97 @@
+"""Write a graph so that a file is whole or not there: checked and verified under another name, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+import onnx
+import onnx_ir as ir
+
+from grape_compile.errors import GrapeError
+from grape_compile.export.onnx.lower import Lowered
+
+#: What one file of protocol buffers can hold.
+LIMIT: Final = 2 * 1024**3 - 64 * 1024**2
+
+
+@contextlib.contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """Give a place to write to; on success everything there is moved next to `path`, on failure nothing is left.
+
+    GrapeError for a path that cannot be written.
+    """
+    if path.is_dir():
+        raise _unwritable(path, "it is a folder")
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as failure:
+        raise _unwritable(path, failure.strerror or str(failure)) from failure
+    try:
+        yield folder / path.name
+        # The file itself comes last: once it is there, what it refers to is there.
+        for made in sorted(folder.iterdir(), key=lambda each: each.name == path.name):
+            os.replace(made, path.parent / made.name)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _unwritable(path: Path, reason: str) -> GrapeError:
+    return GrapeError(f"write {path}", reason, "a path in a folder that exists and can be written to")
+
+
+def write(model: ir.Model, path: Path, external_above: int | None) -> Path | None:
+    """Write a graph, its weights in a second file where they are more than `external_above` bytes; return that.
+
+    None for `external_above` keeps everything in one file; GrapeError where that is larger than a file can be.
+    """
+    size = sum(
+        value.const_value.nbytes
+        for value in model.graph.initializers.values()
+        if value.const_value is not None
+    )
+    if external_above is None and size > LIMIT:
+        raise GrapeError(
+            f"write {path.name} as one file",
+            f"{size / 2**30:.1f} GiB of weights; a file holds 2 GiB",
+            "external_data_above=... in bytes, for weights in a file of their own",
+        )
+    if external_above is None or size <= external_above:
+        ir.save(model, path)
+        return None
+    data = path.with_name(f"{path.name}.data")
+    ir.save(model, path, external_data=data.name, size_threshold_bytes=1024)
+    return data
+
+
+def check(path: Path) -> None:
+    """Run the checker of onnx over a file; GrapeError for what it finds."""
+    try:
+        onnx.checker.check_model(str(path))
+    except onnx.checker.ValidationError as failure:
+        raise GrapeError(
+            f"write a valid ONNX file {path.name}",
+            str(failure).splitlines()[0],
+            "a report of this: it is a defect",
+        ) from failure
+
+
+def describe(model: ir.Model, target: str, lowered: Sequence[Lowered]) -> None:
+    """Put into a graph who made it and the encodings it holds, as text that `grape_compile.encoding.parse` reads."""
+    version = importlib.metadata.version("grape-compile")
+    model.producer_name, model.producer_version = "grape-compile", version
+    texts = [each.encoding for each in lowered if each.encoding != "attention"]
+    model.metadata_props.update(
+        {
+            "grape_compile.version": version,
+            "grape_compile.target": target,
+            "grape_compile.encodings": json.dumps(list(dict.fromkeys(texts))),
+        }
+    )

@@ -1,0 +1,80 @@
+"""Hand the cache to the attention that reads it: the operator appends the new keys and values itself.
+
+What: keys and values that are those of a cache with new ones behind them, read by one attention alone.
+Leaves alone: keys with columns beside them, a cache that something else reads, a causality that is an attribute.
+Ensures: the grown cache is the operator's own output, under the name it had.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from grape_compile.export.onnx.builder import MICROSOFT, Builder, sizes
+
+#: Where queries, keys, values, the caches and the outputs of keys and values stand.
+_OPERATORS = {("", "Attention"): (4, 5), (MICROSOFT, "MultiHeadAttention"): (6, 7)}
+
+
+def hold_past(graph: ir.Graph) -> int:
+    """Let attention take its cache, in place, and return how many do."""
+    return sum(_hold(graph, node) for node in list(graph) if (node.domain, node.op_type) in _OPERATORS)
+
+
+def _hold(graph: ir.Graph, node: ir.Node) -> bool:
+    places = _OPERATORS[node.domain, node.op_type]
+    grown = [_grown(node, place) for place in (1, 2)]
+    if grown[0] is None or grown[1] is None or len(node.outputs) != 1:
+        return False
+    if any(node.attributes.get_int(name, 0) for name in ("is_causal", "unidirectional")):
+        return False
+    if len(node.inputs) > places[0] and any(value is not None for value in node.inputs[places[0] :]):
+        return False
+    (past_key, new_key), (past_value, new_value) = (tuple(each.inputs) for each in grown if each is not None)
+    if past_key is None or new_key is None or past_value is None or new_value is None:
+        return False
+    builder = Builder(graph, node)
+    inputs = [*node.inputs, *(None,) * (places[0] - len(node.inputs)), past_key, past_value]
+    news = [new_key, new_value]
+    if node.domain == MICROSOFT:
+        # With a cache the operator takes new keys and values by token.
+        news = [_flat(builder, new) for new in news]
+    inputs[1:3] = news
+    held = ir.Node(
+        node.domain,
+        node.op_type,
+        inputs,
+        list(node.attributes.values()),
+        num_outputs=3,
+        name=f"{node.name}_past",
+    )
+    held.metadata_props.update(node.metadata_props)
+    old = [node.outputs[0], *(each.outputs[0] for each in grown if each is not None)]
+    graph.insert_before(node, held)
+    for value, new in zip(old, held.outputs, strict=True):
+        new.shape, new.type = value.shape, value.type
+        new.name, value.name = value.name, f"{value.name}_before"
+        ir.convenience.replace_all_uses_with(value, new, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    return True
+
+
+def _grown(node: ir.Node, place: int) -> ir.Node | None:
+    """What appends new tokens to a cache for this operand and nothing else."""
+    value = node.inputs[place]
+    source = None if value is None else value.producer()
+    if value is None or source is None or source.op_type != "Concat" or len(source.inputs) != 2:
+        return None
+    if value.shape is None or len(value.shape) != 4 or source.attributes.get_int("axis", 0) not in (2, -2):
+        return None
+    past = source.inputs[0]
+    if past is None or not past.is_graph_input() or any(user is not node for user, _ in value.uses()):
+        return None
+    return source
+
+
+def _flat(builder: Builder, heads: ir.Value) -> ir.Value:
+    batch, count, length, width = sizes(heads)
+    assert isinstance(count, int)
+    assert isinstance(width, int)
+    by_token = builder.transpose(heads, 0, 2, 1, 3)
+    return builder.reshape(by_token, (0, 0, count * width), (batch, length, count * width))
