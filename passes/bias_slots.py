@@ -178,16 +178,13 @@ class BiasSlots:
 
     def _table(self, part: TablePart) -> tuple[Encoding, Encoding]:
         """The slope as the mean rise over the last row of a finished table, by steps."""
-        keys = self.counts[KEY]
-        if not isinstance(keys, int):
-            raise Unreadable("a table of biases of symbolic size")
-        row = self.emitter.operand(part.table, [BATCH, HEAD, KEY], self.counts)
+        row = self.emitter.operand(part.table, [BATCH, HEAD, KEY], {**self.counts, KEY: part.keys})
         if require_fake(row).dim() == 1:
             row = self.emitter.call(row, aten.unsqueeze.default, (row, 0))
         first = self.emitter.call(row, aten.select.int, (row, -1, 0))
-        last = self.emitter.call(row, aten.select.int, (row, -1, keys - 1))
+        last = self.emitter.call(row, aten.select.int, (row, -1, part.keys - 1))
         rise = self.emitter.call(last, aten.sub.Tensor, (last, first))
-        called, told = self._named_slopes(self._scaled(rise, part.number / (keys - 1)), learned=False)
+        called, told = self._named_slopes(self._scaled(rise, part.number / (part.keys - 1)), learned=False)
         return Bias(called, Steps()), Bias(told, Steps())
 
     def _fill(self, name: str, node: fx.Node) -> str:

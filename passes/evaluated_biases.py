@@ -30,10 +30,11 @@ _AFFINE = 1e-6
 
 @dataclass(frozen=True)
 class TablePart:
-    """A finished table [B, H, Tk] of biases by steps, times `number`: the slope is its mean rise."""
+    """A finished table [B, H, keys] of biases by steps, times `number`: the slope is its mean rise."""
 
     number: float
     table: Operand
+    keys: int
 
 
 def evaluated(scores: Scores, biases: list[ScoreTerm], alive: Tensor) -> list[BiasPart | TablePart] | Miss:
@@ -164,7 +165,10 @@ class _Term:
         return bool((rises < 0).sum() > (rises > 0).sum())
 
     def _table(self, distance: Distance) -> list[BiasPart | TablePart] | Miss:
-        """A finished table: the slope is taken from its last row."""
+        """A finished table: the slope is taken from its last row, or from all of one the keys are a stretch of."""
+        whole = self._whole_table() if distance == Signed() else None
+        if whole is not None:
+            return [whole]
         if not self.program.is_constant(self.term.node):
             return Miss(
                 "buffer",
@@ -185,7 +189,36 @@ class _Term:
             return Miss(
                 "product", "the table of biases is not regular enough to be handed to an operator", 3, "ALiBi"
             )
-        return [TablePart(self.term.factor, last_row(view, self.scores.shape[QUERY]))]
+        keys = self.scores.shape[KEY]
+        return [TablePart(self.term.factor, last_row(view, self.scores.shape[QUERY]), keys)]
+
+    def _whole_table(self) -> TablePart | None:
+        """A constant table, affine in all of its keys, of which as many as there are keys are cut out.
+
+        Softmax does not see where the cut begins: that is a number per row.
+        """
+        lead, index, rows = self.scores.samples(self.term)
+        reader = Reader(self.program, self.scores.replay, alive=True)
+        try:
+            terms = reader.position(self.term.node, index, rows)
+        except Unreadable:
+            return None
+        if reader.masked or len(terms) != 1 or len(terms[0].rows) != len(rows) or len(terms[0].factors) != 1:
+            return None
+        number, node = terms[0].constant(), terms[0].factors[0].node
+        view = self.scores.view(terms[0].factors[0], lead)
+        if number is None or view is None or not self.program.is_constant(node):
+            return None
+        if set(view.token_axes) - {HEAD, KEY} or KEY not in view.token_axes:
+            return None
+        along = next(place for place, axis in enumerate(view.axes) if axis.role == KEY)
+        steps = self.scores.replay.tensor(view.node).diff(dim=along)
+        if view.axes[along].stride != 1 or not steps.numel():
+            return None
+        if float((steps.amax(along) - steps.amin(along)).max()) > _AFFINE * float(steps.abs().max()):
+            return None
+        axes = tuple(replace(axis, offset=0) if axis.role == KEY else axis for axis in view.axes)
+        return TablePart(self.term.factor * number, replace(view, axes=axes), steps.shape[along] + 1)
 
 
 def _miss(scores: Scores, term: ScoreTerm) -> Miss:

@@ -122,7 +122,7 @@ class _Layer:
         layer.output.replace_all_uses_with(result)
         self.turned = [turn.value for turn in emitted.turns]
         evidence = "tables" if any(isinstance(part, TablePart) for part in plan.parts) else "proved"
-        return Site(
+        site = Site(
             "bias",
             emitted.described,
             module_path(layer.output),
@@ -131,6 +131,8 @@ class _Layer:
             error,
             self._lowering(call),
         )
+        self.program.replaced[layer.output] = (result, site)
+        return site
 
     def _lowering(self, call: fx.Node) -> str:
         """What computes the layer, by the operands of its operator."""

@@ -74,7 +74,7 @@ class RewriteRotations(Pass):
         for group in _groups(program, emitter, ready):
             lowering = _lowering(group)
             sites = [_site(item, lowering) for item in group]
-            program.rotated.update(zip(_replace(program, emitter, group), sites, strict=True))
+            _replace(program, emitter, group, sites)
             outcome.sites += sites
         remove_unused(program.graph, [*(item.plan.output for item in ready), *emitter.ranks])
         return outcome
@@ -188,24 +188,23 @@ def _fits(emitter: Emitter, group: list[_Ready]) -> bool:
     return all(start < use for use in uses) and len({item.plan.input for item in group}) == len(group)
 
 
-def _replace(program: Program, emitter: Emitter, group: list[_Ready]) -> list[fx.Node]:
-    """Call the operator and redirect the consumers; the turned tensors."""
-    turned = []
+def _replace(program: Program, emitter: Emitter, group: list[_Ready], sites: list[Site]) -> None:
+    """Call the operator and redirect the consumers; the program notes what was turned and what it stands for."""
     tensors = [_cast(emitter, item.plan.input, require_fake(item.plan.output).dtype) for item in group]
     place = emitter.last([*tensors, *group[0].operands, program.marks[group[0].plan.output]])
     call = emitter.call(
         place, torch.ops.grape.rotate.default, (tensors, list(group[0].operands), str(group[0].plan.operator))
     )
-    for position, item in enumerate(group):
+    for position, (item, site) in enumerate(zip(group, sites, strict=True)):
         output = item.plan.output
         value = emitter.call(call, operator.getitem, (call, position))
-        turned.append(value)
+        program.rotated[value] = site
         value = _cast(emitter, value, require_fake(output).dtype)
         for name in ("stack_trace", "nn_module_stack"):
             if name in output.meta:
                 call.meta[name] = value.meta[name] = output.meta[name]
         output.replace_all_uses_with(value)
-    return turned
+        program.replaced[output] = (value, site)
 
 
 def _cast(emitter: Emitter, node: fx.Node, dtype: torch.dtype) -> fx.Node:
