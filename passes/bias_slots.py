@@ -29,7 +29,7 @@ from grape_compile.passes.absorbed import Turn, turn_of
 from grape_compile.passes.bias_parts import BiasPart
 from grape_compile.passes.biases import BiasPlan
 from grape_compile.passes.evaluated_biases import TablePart
-from grape_compile.passes.graph import Taint, Unreadable, require_fake
+from grape_compile.passes.graph import Taint, require_fake
 from grape_compile.passes.operands import Emitter, Operand
 from grape_compile.passes.paths import PathPart
 from grape_compile.passes.replay import Replay

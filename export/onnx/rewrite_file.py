@@ -4,32 +4,23 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
-import onnx
+import onnx_ir as ir
 
-from grape_compile.export.onnx.agreement import Comparison, Judge
-from grape_compile.export.onnx.reading.opening import modernize, open_file, opset_of, require_opset, save, written
+from grape_compile.export.onnx.agreement import Judge
+from grape_compile.export.onnx.files import check, describe, staged, write
 from grape_compile.export.onnx.reading.examples import first_example
-from grape_compile.export.onnx.reading.trace import import_graph
+from grape_compile.export.onnx.reading.opening import modernize, open_file, require_opset
+from grape_compile.export.onnx.reading.trace import Imported, import_graph
+from grape_compile.export.onnx.report import OnnxReport
 from grape_compile.export.onnx.runs import Session, measure
 from grape_compile.export.onnx.splice import splice
 from grape_compile.export.onnx.targets import target_of
 from grape_compile.passes.pipeline import rewrite_program
-from grape_compile.passes.site import Refusal, Site
-
-
-@dataclass(frozen=True)
-class OnnxReport:
-    """What a file holds and how it was checked."""
-
-    path: str
-    target: str
-    sites: tuple[Site, ...] = ()
-    refusals: tuple[Refusal, ...] = ()
-    comparisons: tuple[Comparison, ...] = ()
-    opaque: tuple[str, ...] = ()
+from grape_compile.passes.site import Refusal
 
 
 def rewrite_onnx(
@@ -39,47 +30,78 @@ def rewrite_onnx(
     target: str = "standard",
     verify: bool = True,
 ) -> OnnxReport:
-    """Write `out`: the file at `path` with every position encoding that was found as an operator of `target`.
+    """Write `out`: the file at `path` with every position encoding that was found as operators of `target`.
 
-    Inputs and outputs keep their names and types, external data stays external. A file without a site is copied. With
-    `verify` the new file is checked and run beside the old one, on one and three rows; where they disagree nothing is
-    written. Raises GrapeError for what is no ONNX file, an opset too old, a path that cannot be written, a
-    disagreement.
+    Inputs and outputs keep their names and types, external data stays external; a file without a site is copied. With
+    `verify` the new file is run beside the old one, on one and on three rows, both held to the old one in fp64; where
+    it is worse nothing is written. Raises GrapeError for what is no ONNX file, an opset too old, a path that cannot be
+    written, a graph that ONNX Runtime does not run, a new file that is worse.
     """
     kind = target_of(target)
     source, place = Path(path), Path(out)
-    with written(place) as folder:
+    with staged(place) as made:
         model = open_file(source)
         require_opset(model, source)
         original = Session(source)
         example = first_example(model.graph, original.refuses)
         feeds = example.feeds(model.graph)
-        modernize(model, max(opset_of(model), kind.opset))
+        external = _is_external(model)
+        modernize(model, kind.opset)
         imported = import_graph(
             model.graph, example, feeds, lambda values: measure(model, source.parent, feeds, values)
         )
-        judge = Judge(model.graph, example, imported, original)
+        judge = Judge(model.graph, example, imported, original) if verify else None
         found = rewrite_program(imported.program)
         done = splice(model.graph, imported, kind)
-        refusals = (*found.refusals, *done.refusals)
+        report = OnnxReport(
+            place,
+            target,
+            tuple(done.lowered),
+            _operators(model),
+            tuple(done.sites),
+            (*(_placed(each, imported) for each in found.refusals), *done.refusals),
+            notes=_notes(imported),
+        )
         if not done.sites:
-            _copy(source, folder / place.name)
-            return OnnxReport(str(place), target, refusals=refusals, opaque=imported.opaque)
-        if kind.microsoft:
-            model.opset_imports.setdefault("com.microsoft", 1)
-        save(model, folder / place.name)
-        comparisons: tuple[Comparison, ...] = ()
-        if verify:
-            onnx.checker.check_model(str(folder / place.name))
-            comparisons = judge.compare(Session(folder / place.name))
-    return OnnxReport(str(place), target, tuple(done.sites), refusals, comparisons, imported.opaque)
+            _copy(source, made)
+            return report
+        describe(model, target, done.lowered)
+        data = write(model, made, 0 if external else None)
+        check(made)
+        return replace(
+            report,
+            comparisons=() if judge is None else judge.compare(Session(made)),
+            external_data=None if data is None else place.parent / data.name,
+        )
+
+
+def _is_external(model: ir.Model) -> bool:
+    return any(
+        isinstance(value.const_value, ir.ExternalTensor) for value in model.graph.initializers.values()
+    )
+
+
+def _operators(model: ir.Model) -> dict[str, int]:
+    return dict(Counter(node.op_type for node in model.graph))
+
+
+def _placed(refusal: Refusal, imported: Imported) -> Refusal:
+    """The refusal with the value of the file in place of the node of the program."""
+    value = imported.values.get(refusal.node)
+    return refusal if value is None else replace(refusal, node=str(value.name))
+
+
+def _notes(imported: Imported) -> tuple[str, ...]:
+    """What was not looked into."""
+    counts = Counter(imported.opaque)
+    return tuple(f"{count} x {name}: not read, left as it is" for name, count in sorted(counts.items()))
 
 
 def _copy(source: Path, place: Path) -> None:
     """The file as it is, and the data it names."""
-    model = open_file(source)
     shutil.copyfile(source, place)
-    for value in model.graph.initializers.values():
-        data = getattr(value.const_value, "location", None)
-        if data is not None and not (place.parent / data).exists():
-            shutil.copyfile(source.parent / data, place.parent / data)
+    for value in open_file(source).graph.initializers.values():
+        held = value.const_value
+        if isinstance(held, ir.ExternalTensor) and not (place.parent / held.location).exists():
+            (place.parent / held.location).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(held.path, place.parent / held.location)

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from grape_compile.errors import GrapeError
+from grape_compile.export.onnx.runtime import runtime, session
 
 Arrays = list["np.ndarray[Any, np.dtype[Any]]"]
-_PROVIDERS = ["CPUExecutionProvider"]
 
 
 class Session:
@@ -22,23 +21,13 @@ class Session:
     """
 
     def __init__(self, model: Path | bytes, folder: Path | None = None) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        if folder is not None:
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-        try:
-            self.session = onnxruntime.InferenceSession(
-                str(model) if isinstance(model, Path) else model, options, providers=_PROVIDERS
-            )
-        except Exception as failure:
-            name = model.name if isinstance(model, Path) else "a graph"
-            raise GrapeError(f"run {name} in ONNX Runtime", str(failure).splitlines()[0], "a file that it loads") from failure
+        self.session = session(model, folder=folder)
+        self.options = runtime().RunOptions()
+        self.options.log_severity_level = 4  # what it refuses is asked for, and told in errors
 
     def run(self, feeds: Mapping[str, Any]) -> Arrays:
         """The results for these inputs."""
-        return list(self.session.run(None, dict(feeds)))
+        return list(self.session.run(None, dict(feeds), self.options))
 
     def refuses(self, feeds: Mapping[str, Any]) -> str | None:
         """Why it does not run on these inputs, or nothing."""
@@ -49,7 +38,9 @@ class Session:
         return None
 
 
-def measure(model: ir.Model, folder: Path, feeds: Mapping[str, Any], values: Sequence[ir.Value]) -> dict[ir.Value, tuple[int, ...]]:
+def measure(
+    model: ir.Model, folder: Path, feeds: Mapping[str, Any], values: Sequence[ir.Value]
+) -> dict[ir.Value, tuple[int, ...]]:
     """The sizes of values inside of a model in one run."""
     graph = model.graph
     own = len(graph.outputs)

@@ -32,8 +32,16 @@ def runtime() -> Any:
         ) from missing
 
 
-def session(path: str | Path | bytes, providers: Sequence[str] = (CPU,), threads: int = 0) -> Any:
+def session(
+    path: str | Path | bytes,
+    providers: Sequence[str] = (CPU,),
+    threads: int = 0,
+    *,
+    folder: Path | None = None,
+) -> Any:
     """Return a session on exactly these providers; GrapeError for one that the session does not use.
+
+    `folder` is where the external data of a graph given as bytes lies.
 
     `onnxruntime.get_available_providers` names what a package was built with; only a session tells what there is.
     """
@@ -41,6 +49,8 @@ def session(path: str | Path | bytes, providers: Sequence[str] = (CPU,), threads
     found.set_default_logger_severity(3)
     options = found.SessionOptions()
     options.intra_op_num_threads = threads
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     unknown = [name for name in providers if name not in found.get_available_providers()]
     if unknown:
         raise _no_provider(unknown[0], found.get_available_providers())

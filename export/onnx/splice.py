@@ -8,28 +8,24 @@ Leaves alone: every other node, the names and types of inputs and outputs; a sit
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import onnx_ir as ir
-import torch
 from torch import Tensor, fx
 
 from grape_compile.encoding import parse
 from grape_compile.errors import GrapeError
-from grape_compile.export.onnx.builder import Builder, Size, broadcast, sizes
+from grape_compile.export.onnx.builder import Builder, Size, sizes
 from grape_compile.export.onnx.emit_attention import Call, attend
 from grape_compile.export.onnx.emit_rotation import rotate
+from grape_compile.export.onnx.lower import Lowered
+from grape_compile.export.onnx.node_writers import WRITERS, Unwritable, Written, element
 from grape_compile.export.onnx.reading.trace import Imported
 from grape_compile.export.onnx.targets import Target
-from grape_compile.passes.graph import op_name, require_fake
+from grape_compile.passes.graph import op_name
 from grape_compile.passes.site import Refusal, Site
-
-
-class Unwritable(Exception):
-    """A node of the program that no ONNX node stands for."""
 
 
 @dataclass
@@ -37,6 +33,7 @@ class Spliced:
     """The sites that are in the file now, with what computes them, and those that could not be put there."""
 
     sites: list[Site] = field(default_factory=list)
+    lowered: list[Lowered] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
 
 
@@ -56,10 +53,20 @@ def splice(graph: ir.Graph, imported: Imported, target: Target) -> Spliced:
             value = writer.value(new)
         except (Unwritable, GrapeError) as reason:
             said = f"{site.encoding} was found but cannot be written: {reason}"
-            done.refusals.append(Refusal("writing", said, held.name or "" if held else old.name, site.module, site.source, str(site.encoding)))
+            done.refusals.append(
+                Refusal(
+                    "writing",
+                    said,
+                    held.name or "" if held else old.name,
+                    site.module,
+                    site.source,
+                    str(site.encoding),
+                )
+            )
             continue
         replaced.append((held, value))
         done.sites.append(replace(site, lowering=writer.told[new]))
+        done.lowered.append(Lowered(str(site.encoding), site.module, writer.told[new]))
     for held, value in replaced:
         _redirect(graph, held, value)
     graph.sort()
@@ -119,12 +126,13 @@ class _Writer:
             return self.calls[call][0][int(place)]  # type: ignore[arg-type]  # of a call: a number
         if name not in WRITERS:
             raise Unwritable(f"no ONNX operator is known for {name or node.op}")
-        value = WRITERS[name](self.builder, _Node(node, self.written))
+        value = WRITERS[name](self.builder, Written(node, self.written))
         return self._sized(value, node)
 
     def _call(self, node: fx.Node) -> tuple[tuple[ir.Value, ...], str]:
-        args: Any = fx.node.map_arg(node.args, lambda each: self.written[each])
-        options: Any = fx.node.map_arg(dict(node.kwargs), lambda each: self.written[each])
+        written: Any = self.written.__getitem__
+        args: Any = fx.node.map_arg(node.args, written)
+        options: Any = fx.node.map_arg(dict(node.kwargs), written)
         if op_name(node) == "grape::rotate":
             tensors, operands, text = args
             encoding = parse(text)
@@ -154,154 +162,12 @@ class _Writer:
         if isinstance(known, Tensor):
             told: list[Size] = [None] * known.dim() if value.shape is None else list(sizes(value))
             seen = [self.imported.size_name(size) for size in known.shape]
-            value.shape = ir.Shape([own if isinstance(own, int) else size for own, size in zip(told, seen, strict=True)])
+            value.shape = ir.Shape(
+                [own if isinstance(own, int) else size for own, size in zip(told, seen, strict=True)]
+            )
             if value.dtype is None:
-                value.type = ir.TensorType(_element(known.dtype))
+                value.type = ir.TensorType(element(known.dtype))
         return value
-
-
-# -- the operators that passes put around a site -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Node:
-    """A node of the program, its operands written."""
-
-    node: fx.Node
-    written: Mapping[fx.Node, ir.Value]
-
-    def argument(self, place: int, default: Any = None) -> Any:
-        """An argument with values in place of nodes."""
-        given: Any = self.node.args
-        return fx.node.map_arg(given[place], self.written.__getitem__) if place < len(given) else default
-
-    @property
-    def first(self) -> ir.Value:
-        """The first argument."""
-        value: ir.Value = self.argument(0)
-        return value
-
-    @property
-    def dtype(self) -> ir.DataType:
-        """The element type of the result."""
-        return _element(require_fake(self.node).dtype)
-
-
-_END = 2**63 - 1
-
-
-def _element(dtype: torch.dtype) -> ir.DataType:
-    return ir.DataType.from_numpy(torch.zeros(0, dtype=dtype).numpy().dtype) if dtype != torch.bfloat16 else ir.DataType.BFLOAT16
-
-
-def _known(size: Any) -> int:
-    if not isinstance(size, int):
-        raise Unwritable("a place that is computed at run time")
-    return size
-
-
-def _select(builder: Builder, node: _Node) -> ir.Value:
-    value, axis, place = node.first, _known(node.argument(1)), _known(node.argument(2))
-    return builder.op("Gather", value, builder.constant(place), axis=axis % len(sizes(value)))
-
-
-def _slice(builder: Builder, node: _Node) -> ir.Value:
-    value = node.first
-    axis = _known(node.argument(1, 0)) % len(sizes(value))
-    bounds = [node.argument(2, 0) or 0, node.argument(3, _END), axis, node.argument(4, 1)]
-    return builder.op("Slice", value, *(builder.constant([_known(bound)]) for bound in bounds))
-
-
-def _permute(builder: Builder, node: _Node) -> ir.Value:
-    value = node.first
-    return builder.transpose(value, *(axis % len(sizes(value)) for axis in node.argument(1)))
-
-
-def _transpose(builder: Builder, node: _Node) -> ir.Value:
-    order = list(range(len(sizes(node.first))))
-    one, other = node.argument(1), node.argument(2)
-    order[one], order[other] = order[other], order[one]
-    return builder.transpose(node.first, *order)
-
-
-def _reshape(builder: Builder, node: _Node) -> ir.Value:
-    return builder.op("Reshape", node.first, _sizes(builder, node.argument(1)))
-
-
-def _expand(builder: Builder, node: _Node) -> ir.Value:
-    return builder.op("Expand", node.first, _sizes(builder, [1 if size == -1 else size for size in node.argument(1)]))
-
-
-def _sizes(builder: Builder, wanted: Iterable[Any]) -> ir.Value:
-    """Sizes as one list: numbers, and values of one number."""
-    parts = [builder.constant([size]) if isinstance(size, int) else size for size in wanted]
-    if any(isinstance(part, torch.SymInt) for part in parts):
-        raise Unwritable("a size that no value of the file has")
-    return builder.concat(parts, 0)
-
-
-def _full(builder: Builder, node: _Node) -> ir.Value:
-    if node.argument(0):
-        raise Unwritable("a tensor of one number")
-    return builder.constant(node.argument(1), node.dtype)
-
-
-def _binary(kind: str, dtype: ir.DataType | None = None) -> Callable[[Builder, _Node], ir.Value]:
-    def write(builder: Builder, node: _Node) -> ir.Value:
-        left, right = (
-            builder.cast(side, node.dtype) if isinstance(side, ir.Value) and dtype is None else side
-            for side in (node.argument(0), node.argument(1))
-        )
-        if not isinstance(left, ir.Value):
-            left = builder.constant(left, node.dtype)
-        found = builder.binary(kind, left, right)
-        if dtype is not None:
-            found.dtype = dtype
-        return found
-
-    return write
-
-
-def _where(builder: Builder, node: _Node) -> ir.Value:
-    parts = [node.argument(place) for place in range(3)]
-    shape = broadcast(broadcast(sizes(parts[0]), sizes(parts[1])), sizes(parts[2]))
-    return builder.op("Where", *parts, dtype=node.dtype, shape=shape)
-
-
-def _unary(kind: str) -> Callable[[Builder, _Node], ir.Value]:
-    return lambda builder, node: builder.same(kind, node.first)
-
-
-WRITERS: dict[str, Callable[[Builder, _Node], ir.Value]] = {
-    "aten::select": _select,
-    "aten::slice": _slice,
-    "aten::permute": _permute,
-    "aten::transpose": _transpose,
-    "aten::reshape": _reshape,
-    "aten::view": _reshape,
-    "aten::expand": _expand,
-    "aten::unsqueeze": lambda builder, node: builder.unsqueeze(node.first, node.argument(1)),
-    "aten::squeeze": lambda builder, node: builder.squeeze(node.first, node.argument(1)),
-    "aten::cat": lambda builder, node: builder.concat(node.argument(0), node.argument(1, 0)),
-    "aten::stack": lambda builder, node: builder.concat(
-        [builder.unsqueeze(part, node.argument(1, 0)) for part in node.argument(0)], node.argument(1, 0)
-    ),
-    "aten::to": lambda builder, node: builder.cast(node.first, node.dtype),
-    "aten::detach": lambda builder, node: node.first,
-    "aten::sym_size": lambda builder, node: builder.size(node.first, node.argument(1)),
-    "aten::full": _full,
-    "aten::mul": _binary("Mul"),
-    "aten::add": _binary("Add"),
-    "aten::sub": _binary("Sub"),
-    "aten::le": _binary("LessOrEqual", ir.DataType.BOOL),
-    "aten::where": _where,
-    "aten::reciprocal": _unary("Reciprocal"),
-    "aten::cos": _unary("Cos"),
-    "aten::sin": _unary("Sin"),
-}
-"""How each operator that a pass emits around a site is written."""
-
-assert operator.getitem  # results of a call are taken by place: `_Writer._write`
 
 
 # -- the graph ---------------------------------------------------------------------------------------------------------
@@ -352,5 +218,5 @@ def _remove_unused(values: Iterable[ir.Value]) -> None:
 
 def _drop_initializer(value: ir.Value) -> None:
     graph = value.graph
-    if graph is not None and not value.is_graph_output() and value.name in graph.initializers:
-        del graph.initializers[value.name]
+    if graph is not None and not value.is_graph_output():
+        del graph.initializers[str(value.name)]

@@ -65,9 +65,7 @@ def _extremum(pick: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Any, Any], 
     def extremum(one: Any, other: Any) -> Tensor:
         like = one if isinstance(one, Tensor) else other
         both = (
-            each
-            if isinstance(each, Tensor)
-            else torch.full((), each, dtype=like.dtype)
+            each if isinstance(each, Tensor) else torch.full((), each, dtype=like.dtype)
             for each in (one, other)
         )
         return pick(*both)
@@ -104,7 +102,9 @@ def _pair(name: str, one: Value, other: Value) -> Value:
     if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
         if name not in _ON_NUMBERS:
             raise Untranslated(f"{name} of numbers")
-        kind = np.bool_ if name in _COMPARISONS else object if object in (one.dtype, other.dtype) else one.dtype
+        kind = (
+            np.bool_ if name in _COMPARISONS else object if object in (one.dtype, other.dtype) else one.dtype
+        )
         found = np.asarray(_ON_NUMBERS[name](one, other))
         return settled(found.astype(kind))
     if isinstance(one, Tensor):
@@ -164,9 +164,9 @@ _UNARY_ON_NUMBERS: dict[str, Callable[[Any], Any]] = {
 def unary(call: Call, value: Value) -> Value:
     """One operand."""
     name = call.node.op_type
-    if isinstance(value, np.ndarray) and name in _UNARY_ON_NUMBERS:
-        if value.dtype != object or name in ("Neg",):
-            return np.asarray(_UNARY_ON_NUMBERS[name](value))
+    known = isinstance(value, np.ndarray) and (value.dtype != object or name == "Neg")
+    if known and name in _UNARY_ON_NUMBERS:
+        return np.asarray(_UNARY_ON_NUMBERS[name](value))
     return _UNARY[name](tensor(value))
 
 
@@ -363,10 +363,12 @@ def gemm(call: Call, one: Value, other: Value, added: Value | None = None) -> Te
     if added is None:
         return product
     rest = beside(added, product)
-    return product + (rest if beta == 1.0 else rest * beta)
+    total: Tensor = product + (rest if beta == 1.0 else rest * beta)
+    return total
 
 
 @reads("Einsum")
 def einsum(call: Call, *operands: Value) -> Tensor:
     """Einstein's sum."""
-    return torch.einsum(call.text("equation", ""), *map(tensor, operands))
+    product: Tensor = torch.einsum(call.text("equation", ""), *map(tensor, operands))
+    return product

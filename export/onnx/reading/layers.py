@@ -80,7 +80,9 @@ def attention(
     if groups > 1:
         parts[1:] = [part.repeat_interleave(groups, 1) for part in parts[1:]]
     return F.scaled_dot_product_attention(
-        *parts,
+        parts[0],
+        parts[1],
+        parts[2],
         attn_mask=None if mask is None else tensor(mask),
         is_causal=bool(call.integer("is_causal", 0)),
         scale=scale,

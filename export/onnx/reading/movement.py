@@ -71,7 +71,7 @@ def flatten(call: Call, value: Value) -> Value:
     axis = call.integer("axis", 1) % (rank + 1)
     if axis == rank == 1:
         return value.reshape([-1, 1])
-    if 0 < axis:
+    if axis > 0:
         return value.reshape([math.prod(value.shape[:axis]), -1])
     return value.reshape([1, -1])
 
@@ -125,7 +125,9 @@ def expand(call: Call, value: Value, target: Value) -> Value:
     operand = tensor(value)
     own = [1] * (len(sizes) - operand.dim()) + list(operand.shape)
     sizes = [1] * (len(own) - len(sizes)) + sizes
-    wanted = [one if isinstance(size, int) and size == 1 else size for one, size in zip(own, sizes, strict=True)]
+    wanted = [
+        one if isinstance(size, int) and size == 1 else size for one, size in zip(own, sizes, strict=True)
+    ]
     return operand.expand(wanted)
 
 
@@ -184,7 +186,7 @@ def slices(
             where[axis] = slice(start, end_, step)
             value = value[tuple(where)]
         elif isinstance(step, int) and step > 0:
-            value = torch.ops.aten.slice.Tensor(value, axis, start, end, step)
+            value = _slice(value, axis, start, end, step)
         elif step == -1 and start in (-1, _END) and isinstance(end, int) and end < -_END // 2:
             value = value.flip(axis)
         else:
@@ -192,12 +194,19 @@ def slices(
     return value
 
 
+def _slice(value: Tensor, axis: int, start: Any, end: Any, step: int) -> Tensor:
+    """Ends beyond a value are cut off, also where they are symbolic."""
+    cut: Tensor = torch.ops.aten.slice.Tensor(value, axis, start, end, step)
+    return cut
+
+
 @reads("Gather")
 def gather(call: Call, value: Value, places: Value) -> Value:
     """Entries picked along one axis."""
     axis = call.integer("axis", 0)
     if is_numbers(value, places):
-        assert isinstance(value, np.ndarray) and isinstance(places, np.ndarray)
+        assert isinstance(value, np.ndarray)
+        assert isinstance(places, np.ndarray)
         return np.asarray(np.take(value, settled(places).astype(np.int64), axis))
     operand = tensor(value)
     axis %= operand.dim()
@@ -206,7 +215,7 @@ def gather(call: Call, value: Value, places: Value) -> Value:
             return operand.select(axis, integer_of(places))
         if places.size == 1 and places.ndim == 1 and isinstance(integer_of(places), int):
             place = integer_of(places)
-            return torch.ops.aten.slice.Tensor(operand, axis, place, place + 1 if place != -1 else _END, 1)
+            return _slice(operand, axis, place, place + 1 if place != -1 else _END, 1)
     index = tensor(places).long()
     if axis == 0 and operand.dim() == 2 and operand.is_floating_point():
         return torch.nn.functional.embedding(index, operand)
@@ -214,7 +223,8 @@ def gather(call: Call, value: Value, places: Value) -> Value:
         return operand.index_select(axis, index.reshape(1)).squeeze(axis)
     if index.dim() == 1:
         return operand.index_select(axis, index)
-    return operand[(*[slice(None)] * axis, index)]
+    picked: list[Any] = [slice(None)] * axis
+    return operand[(*picked, index)]
 
 
 @reads("GatherElements")
@@ -232,7 +242,8 @@ def gather_nd(call: Call, value: Value, places: Value) -> Tensor:
     count = index.shape[-1]
     if not isinstance(count, int):
         raise Untranslated("a symbolic number of coordinates")
-    return tensor(value)[tuple(index.unbind(-1))]
+    places_by_axis: Any = tuple(index.unbind(-1))
+    return tensor(value)[places_by_axis]
 
 
 @reads("Range")
@@ -300,13 +311,18 @@ def pad(
     if call.text("mode", "constant") != "constant":
         raise Untranslated("a padding that repeats entries")
     operand, given = tensor(value), integers_of(widths)
-    along = list(range(operand.dim())) if axes is None else [axis % operand.dim() for axis in integers_of(axes)]
+    along = (
+        list(range(operand.dim())) if axes is None else [axis % operand.dim() for axis in integers_of(axes)]
+    )
     both = {axis: (given[place], given[place + len(along)]) for place, axis in enumerate(along)}
     flat: list[Any] = []
     for axis in reversed(range(operand.dim())):
         flat += both.get(axis, (0, 0))
-    number = 0.0 if fill is None else np.asarray(fill).item()
-    return torch.ops.aten.constant_pad_nd.default(operand, flat, number)
+    if isinstance(fill, Tensor):
+        raise Untranslated("a padding with a number computed at run time")
+    number = 0.0 if fill is None else fill.item()
+    padded: Tensor = torch.ops.aten.constant_pad_nd.default(operand, flat, number)
+    return padded
 
 
 @reads("ScatterElements")

@@ -1,12 +1,9 @@
-"""ONNX files on disk: opened with a clear word about what is wrong with them, written whole or not at all."""
+"""Open an ONNX file that somebody else wrote, say clearly what is wrong with it, and bring it up to date."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,7 +29,9 @@ def open_file(path: Path) -> ir.Model:
     """
     asked = f"read the ONNX file {path}"
     if not path.is_file():
-        raise GrapeError(asked, "no such file" if not path.exists() else "no file", "the path of an .onnx file")
+        raise GrapeError(
+            asked, "no such file" if not path.exists() else "no file", "the path of an .onnx file"
+        )
     try:
         model = ir.load(path)
         names = {value.name for node in model.graph for value in node.inputs if value is not None}
@@ -54,7 +53,9 @@ def _require_data(asked: str, held: ir.ExternalTensor) -> None:
     have = place.stat().st_size if place.is_file() else -1
     if have < wanted or have < 0:
         found = "missing" if have < 0 else f"of {have} bytes, {held.name} ends at {wanted}"
-        raise GrapeError(asked, f"its external data {place.name} is {found}", "the data file beside the model")
+        raise GrapeError(
+            asked, f"its external data {place.name} is {found}", "the data file beside the model"
+        )
 
 
 def opset_of(model: ir.Model) -> int:
@@ -88,7 +89,9 @@ def modernize(model: ir.Model, opset: int) -> None:
                 version_converter.convert_version(model, opset, fallback=False)
             common.ShapeInferencePass(strict_mode=False)(model)
     except Exception as failure:
-        raise GrapeError(asked, f"{type(failure).__name__}: {failure}".splitlines()[0], "a newer export") from failure
+        raise GrapeError(
+            asked, f"{type(failure).__name__}: {failure}".splitlines()[0], "a newer export"
+        ) from failure
     if opset_of(model) < opset:
         raise GrapeError(asked, "a node that onnx cannot convert", f"an export at opset {opset}")
     model.ir_version = max(model.ir_version, onnx.helper.find_min_ir_version_for(_opsets(model), True))
@@ -110,28 +113,3 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def written(out: Path) -> Iterator[Path]:
-    """A folder beside `out`, whose files take their places when the block ends and vanish when it fails."""
-    asked = f"write {out}"
-    if out.is_dir():
-        raise GrapeError(asked, "a folder", "a path for a file")
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as failure:
-        raise GrapeError(asked, f"{failure.strerror}: {out.parent}", "a folder that can be written to") from failure
-    try:
-        yield folder
-        # The model last: whoever finds it finds its data.
-        for made in sorted(folder.iterdir(), key=lambda each: each.name == out.name):
-            os.replace(made, out.parent / made.name)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def save(model: ir.Model, path: Path) -> None:
-    """Write a model; with one data file beside it where the model had external data."""
-    external = any(isinstance(value.const_value, ir.ExternalTensor) for value in model.graph.initializers.values())
-    ir.save(model, path, external_data=f"{path.name}.data" if external else None)

@@ -42,7 +42,7 @@ def _uses(value: ir.Value) -> Iterator[tuple[ir.Node, int, ir.Value]]:
     while stack:
         held = stack.pop()
         for user, place in held.uses():
-            if user.op_type not in _MOVEMENTS or place > 0 and user.op_type != "Concat":
+            if user.op_type not in _MOVEMENTS or (place > 0 and user.op_type != "Concat"):
                 yield user, place, held
                 continue
             for result in user.outputs:

@@ -88,7 +88,10 @@ class _Import:
         self.graph, self.feeds, self.measure = graph, feeds, measure
         self.mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         self.atoms = {name: self._symbol(size) for name, size in example.sizes.items()}
-        self.sizes = {**self.atoms, **{name: size_of(held, self.atoms) for name, held in example.relations.items()}}
+        self.sizes = {
+            **self.atoms,
+            **{name: size_of(held, self.atoms) for name, held in example.relations.items()},
+        }
         self.env: dict[ir.Value, Value] = {}
         self.values: dict[str, ir.Value] = {}
         self.opaque: list[str] = []
@@ -125,7 +128,9 @@ class _Import:
                 traced = tracing([fake for *_, fake, _ in inputs])
         except Exception as failure:
             raise CaptureError(
-                "read an ONNX graph as ATen operators", f"{type(failure).__name__}: {failure}".splitlines()[0], "a graph that ONNX Runtime runs"
+                "read an ONNX graph as ATen operators",
+                f"{type(failure).__name__}: {failure}".splitlines()[0],
+                "a graph that ONNX Runtime runs",
             ) from failure
         traced.graph.set_codegen(fx.graph.CodeGen())
         output = traced.graph.output_node()
@@ -134,16 +139,18 @@ class _Import:
         traced.recompile()
         placeholders = traced.graph.find_nodes(op="placeholder")
         roles = {node: role for node, (_, role, *_) in zip(placeholders, inputs, strict=True)}
-        known = {node: number for node, (*_, number) in zip(placeholders, inputs, strict=True)}
+        numbers: dict[fx.Node, Any] = {
+            node: known for node, (*_, known) in zip(placeholders, inputs, strict=True)
+        }
         symbols = {size.node.expr: name for name, size in self.atoms.items()}
-        return Imported(program_of(traced, roles, known), self.values, tuple(self.opaque), symbols)
+        return Imported(program_of(traced, roles, numbers), self.values, tuple(self.opaque), symbols)
 
     def _fake(self, sizes: Sequence[Any], dtype: torch.dtype) -> Tensor:
         with self.mode:
             return torch.empty(list(sizes), dtype=dtype)
 
     def _constants(self) -> Iterable[tuple[ir.Value, Role, Tensor, Tensor]]:
-        """Everything written into the file that is a table or a weight; short lists of numbers are read where they are used."""
+        """Tables and weights written into the file; short lists of numbers are read where they are used."""
         held = [(value, value.const_value) for value in self.graph.initializers.values()]
         held += [
             (node.outputs[0], movement.constant_tensor(node))
@@ -161,7 +168,13 @@ class _Import:
             known = _as_torch(content)
             if known is None:
                 continue
-            role = Role.BUFFER if given else Role.PARAMETER if known.is_floating_point() and is_weight(value) else Role.LITERAL
+            role = (
+                Role.BUFFER
+                if given
+                else Role.PARAMETER
+                if known.is_floating_point() and is_weight(value)
+                else Role.LITERAL
+            )
             yield value, role, self._fake(known.shape, known.dtype), known
 
     # -- nodes ---------------------------------------------------------------------------------------------------------
@@ -198,7 +211,7 @@ class _Import:
         """Results of a node that is not read, as large as the file says or as one run shows."""
         self.opaque.append(node.op_type)
         operands = [self.env[value] for value in (*node.inputs, *_captured(node)) if value in self.env]
-        fakes = [self._result(value) for value in node.outputs]
+        fakes: list[Value] = [self._result(value) for value in node.outputs]
         given = [tracer.unwrap_proxy(tensor(each)) for each in operands]
         name = node.name or node.op_type
         call = tracer.create_proxy("call_function", torch.ops.grape_onnx.opaque.default, (given, name), {})
@@ -210,11 +223,17 @@ class _Import:
         if not value.name:
             return self._fake((), torch.float32)
         if value.dtype is None:
-            raise CaptureError("read an ONNX graph", f"{value.name} has no element type", "a graph with shape inference")
+            raise CaptureError(
+                "read an ONNX graph", f"{value.name} has no element type", "a graph with shape inference"
+            )
         return self._fake(self._sizes(value), torch_dtype(value.dtype))
 
     def _sizes(self, value: ir.Value) -> list[Any]:
-        told = [None] if value.shape is None else [size if isinstance(size, int) else size.value for size in value.shape]
+        told = (
+            [None]
+            if value.shape is None
+            else [size if isinstance(size, int) else size.value for size in value.shape]
+        )
         known: list[Any] = []
         for place, size in enumerate(told):
             try:
@@ -227,7 +246,10 @@ class _Import:
             self.measured = self.measure([each for node in self.graph for each in node.outputs if each.name])
         seen = self.measured[value]
         known = known if value.shape is not None else [None] * len(seen)
-        return [self._symbol(at) if size is None and at > 1 else at if size is None else size for size, at in zip(known, seen, strict=True)]
+        return [
+            self._symbol(at) if size is None and at > 1 else at if size is None else size
+            for size, at in zip(known, seen, strict=True)
+        ]
 
     def _bind(self, value: ir.Value, result: Value, tracer: PythonKeyTracer) -> None:
         if not value.name:
@@ -258,7 +280,9 @@ def _captured(node: ir.Node) -> list[ir.Value]:
         for body in bodies:
             own = {value for inner in body.all_nodes() for value in inner.outputs} | set(body.inputs)
             for inner in body.all_nodes():
-                found.update((value, None) for value in inner.inputs if value is not None and value not in own)
+                found.update(
+                    (value, None) for value in inner.inputs if value is not None and value not in own
+                )
     return list(found)
 
 
