@@ -44,11 +44,12 @@ def rewrite_onnx(
         require_opset(model, source)
         original = Session(source)
         example = first_example(model.graph, original.refuses)
-        feeds = example.feeds(model.graph)
+        examples = [example, example.resized(model.graph, 3, 5)]
+        feeds = [each.feeds(model.graph) for each in examples]
         external = _is_external(model)
         modernize(model, kind.opset)
         imported = import_graph(
-            model.graph, example, feeds, lambda values: measure(model, source.parent, feeds, values)
+            model.graph, examples, lambda values: measure(model, source.parent, feeds, values)
         )
         judge = Judge(model.graph, example, imported, original) if verify else None
         found = rewrite_program(imported.program)

@@ -8,7 +8,10 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
+from grape_compile.errors import CaptureError
+from grape_compile.export.onnx.reading.trace import Seen
 from grape_compile.export.onnx.runtime import runtime, session
 
 Arrays = list["np.ndarray[Any, np.dtype[Any]]"]
@@ -39,18 +42,30 @@ class Session:
 
 
 def measure(
-    model: ir.Model, folder: Path, feeds: Mapping[str, Any], values: Sequence[ir.Value]
-) -> dict[ir.Value, tuple[int, ...]]:
-    """The sizes of values inside of a model in one run."""
+    model: ir.Model, folder: Path, feeds: Sequence[Mapping[str, Any]], values: Sequence[ir.Value]
+) -> list[Seen]:
+    """What values inside of a model are in a run on each of some inputs. Raises CaptureError where one is no tensor."""
     graph = model.graph
     own = len(graph.outputs)
-    asked = [value for value in values if not value.is_graph_output() and value.dtype is not None]
-    graph.outputs.extend(asked)
+    inside = [value for value in values if not value.is_graph_output()]
+    graph.outputs.extend(inside)
     try:
+        order = {value: place for place, value in enumerate(graph.outputs)}
         content = ir.to_proto(model).SerializeToString()
     finally:
         del graph.outputs[own:]
-    results = Session(content, folder).run(feeds)
-    return {value: np.asarray(result).shape for value, result in zip(asked, results[own:], strict=True)} | {
-        value: np.asarray(result).shape for value, result in zip(graph.outputs, results, strict=False)
-    }
+    session = Session(content, folder)
+    results = [session.run(each) for each in feeds]
+    found = []
+    for value in values:
+        arrays = [run[order[value]] for run in results]
+        try:
+            dtype = torch.from_numpy(arrays[0]).dtype
+        except TypeError as failure:
+            raise CaptureError(
+                "read an ONNX graph as ATen operators",
+                f"{value.name} is no tensor of numbers",
+                "a graph of tensors",
+            ) from failure
+        found.append(Seen(tuple(array.shape for array in arrays), dtype))
+    return found

@@ -27,11 +27,11 @@ from torch.fx.experimental.proxy_tensor import (
 )
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from grape_compile.errors import CaptureError
+from grape_compile.errors import CaptureError, GrapeError
 from grape_compile.export.onnx.reading import layers, movement
 from grape_compile.export.onnx.reading.arithmetic import torch_dtype
 from grape_compile.export.onnx.reading.call import READERS, Call, Untranslated, Value, tensor
-from grape_compile.export.onnx.reading.examples import Example, Feeds, axes_of, inputs_of, size_of
+from grape_compile.export.onnx.reading.examples import Example, axes_of, inputs_of, size_of
 from grape_compile.export.onnx.reading.roles import is_weight
 from grape_compile.passes.capture import program_of
 from grape_compile.passes.graph import Program, Role
@@ -43,8 +43,17 @@ _library.define(
     "opaque(Tensor[] operands, str name) -> Tensor[]", tags=(torch.Tag.nondeterministic_seeded,)
 )  # not pure: neither read through nor taken out
 
-Measure = Callable[[Sequence[ir.Value]], Mapping[ir.Value, tuple[int, ...]]]
-"""The sizes of values in one run of the file on the example."""
+
+@dataclass(frozen=True)
+class Seen:
+    """What a value was in a run of the file on each of the examples."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: torch.dtype
+
+
+Measure = Callable[[Sequence[ir.Value]], list[Seen]]
+"""Runs the file and tells what some of its values were."""
 
 
 @dataclass(frozen=True)
@@ -75,17 +84,19 @@ class Imported:
         return program_of(module, roles, values)
 
 
-def import_graph(graph: ir.Graph, example: Example, feeds: Feeds, measure: Measure) -> Imported:
-    """The program of a graph, with the numbers of the example in its inputs.
+def import_graph(graph: ir.Graph, examples: Sequence[Example], measure: Measure) -> Imported:
+    """The program of a graph, with the numbers of the first example in its inputs; others tell which sizes move.
 
     Raises CaptureError where the nodes do not fit each other.
     """
-    return _Import(graph, example, feeds, measure).run()
+    return _Import(graph, examples, measure).run()
 
 
 class _Import:
-    def __init__(self, graph: ir.Graph, example: Example, feeds: Feeds, measure: Measure) -> None:
-        self.graph, self.feeds, self.measure = graph, feeds, measure
+    def __init__(self, graph: ir.Graph, examples: Sequence[Example], measure: Measure) -> None:
+        self.graph, self.examples, self.measure = graph, examples, measure
+        example = examples[0]
+        self.feeds = example.feeds(graph)
         self.mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         self.atoms = {name: self._symbol(size) for name, size in example.sizes.items()}
         self.sizes = {
@@ -95,7 +106,7 @@ class _Import:
         self.env: dict[ir.Value, Value] = {}
         self.values: dict[str, ir.Value] = {}
         self.opaque: list[str] = []
-        self.measured: Mapping[ir.Value, tuple[int, ...]] | None = None
+        self.seen: dict[ir.Node, list[Seen]] = {}
 
     def _symbol(self, size: int) -> Any:
         """A size of any value, with this one for the example."""
@@ -126,6 +137,8 @@ class _Import:
             tracing = make_fx(follow, pre_dispatch=True, tracing_mode="symbolic")
             with torch.no_grad():
                 traced = tracing([fake for *_, fake, _ in inputs])
+        except GrapeError:
+            raise
         except Exception as failure:
             raise CaptureError(
                 "read an ONNX graph as ATen operators",
@@ -184,11 +197,10 @@ class _Import:
             return
         last = tracer.graph._root.prev
         try:
-            results = self._read(node)
+            for value, result in zip(node.outputs, self._read(node), strict=False):
+                self._bind(value, result, tracer)
         except (Untranslated, RuntimeError, TypeError, ValueError, IndexError, AttributeError):
-            results = self._opaque(node, tracer)
-        for value, result in zip(node.outputs, results, strict=False):
-            self._bind(value, result, tracer)
+            self._opaque(node, tracer)
         while (last := last.next).op != "root":
             _tell(last, node)
 
@@ -207,49 +219,40 @@ class _Import:
                 raise Untranslated(f"{value.name} is of type {told}, read as {result.dtype}")
         return results
 
-    def _opaque(self, node: ir.Node, tracer: PythonKeyTracer) -> list[Value]:
-        """Results of a node that is not read, as large as the file says or as one run shows."""
+    def _opaque(self, node: ir.Node, tracer: PythonKeyTracer) -> None:
+        """Bind results of a node that is not read."""
         self.opaque.append(node.op_type)
         operands = [self.env[value] for value in (*node.inputs, *_captured(node)) if value in self.env]
-        fakes: list[Value] = [self._result(value) for value in node.outputs]
+        named = [value for value in node.outputs if value.name]
+        fakes: list[Value] = [self._like(each) for each in self._seen_of(node)]
         given = [tracer.unwrap_proxy(tensor(each)) for each in operands]
         name = node.name or node.op_type
         call = tracer.create_proxy("call_function", torch.ops.grape_onnx.opaque.default, (given, name), {})
         tracked: list[Value] = track_tensor_tree(fakes, call, constant=None, tracer=tracer)
         call.node.meta["val"] = fakes
-        return tracked
+        for value, result in zip(named, tracked, strict=True):
+            self._bind(value, result, tracer)
 
-    def _result(self, value: ir.Value) -> Tensor:
-        if not value.name:
-            return self._fake((), torch.float32)
-        if value.dtype is None:
-            raise CaptureError(
-                "read an ONNX graph", f"{value.name} has no element type", "a graph with shape inference"
-            )
-        return self._fake(self._sizes(value), torch_dtype(value.dtype))
+    def _seen_of(self, node: ir.Node) -> list[Seen]:
+        """What running the file showed of a node's results; all nodes without a reader are asked for at once."""
+        if node not in self.seen:
+            unread = [each for each in self.graph if (each.domain, each.op_type) not in READERS]
+            asked = list(dict.fromkeys([*unread, node]))
+            values = [value for each in asked for value in each.outputs if value.name]
+            found = dict(zip(values, self.measure(values), strict=True))
+            for each in asked:
+                self.seen[each] = [found[value] for value in each.outputs if value.name]
+        return self.seen[node]
 
-    def _sizes(self, value: ir.Value) -> list[Any]:
-        told = (
-            [None]
-            if value.shape is None
-            else [size if isinstance(size, int) else size.value for size in value.shape]
-        )
-        known: list[Any] = []
-        for place, size in enumerate(told):
-            try:
-                known.append(size_of(size if size is not None else f"?{place}", self.sizes))
-            except (KeyError, AssertionError):
-                known.append(None)
-        if value.shape is not None and None not in known:
-            return known
-        if self.measured is None:
-            self.measured = self.measure([each for node in self.graph for each in node.outputs if each.name])
-        seen = self.measured[value]
-        known = known if value.shape is not None else [None] * len(seen)
-        return [
-            self._symbol(at) if size is None and at > 1 else at if size is None else size
-            for size, at in zip(known, seen, strict=True)
-        ]
+    def _like(self, seen: Seen) -> Tensor:
+        """A result as large as both runs showed: sizes that did not move, sizes of a name, or of nothing known."""
+        names = [{name: example.size(name) for name in self.sizes} for example in self.examples]
+        sizes: list[Any] = []
+        for moved in zip(*seen.shapes, strict=True):
+            same = [name for name in self.sizes if tuple(each[name] for each in names) == moved]
+            fixed = len(set(moved)) == 1
+            sizes.append(moved[0] if fixed else self.sizes[same[0]] if same else self._symbol(moved[0]))
+        return self._fake(sizes, seen.dtype)
 
     def _bind(self, value: ir.Value, result: Value, tracer: PythonKeyTracer) -> None:
         if not value.name:
