@@ -111,7 +111,9 @@ def _cases(graph: ir.Graph, example: Example) -> Iterator[_Case]:
     # A file without open sizes has one case.
     for each, padded in chosen if example.sizes else chosen[:1]:
         name = ", ".join(f"{axis} {size}" for axis, size in each.sizes.items()) or "its own sizes"
-        yield _Case(name + (", padded" if padded else ""), each.feeds(graph, padded=padded), each.sizes)
+        feeds = each.feeds(graph, padded=padded)
+        hidden = padded and any("mask" in own and not held.all() for own, held in feeds.items())
+        yield _Case(name + (", padded" if hidden else ""), feeds, each.sizes)
 
 
 def _alive(results: Arrays, feeds: Feeds) -> Arrays:
