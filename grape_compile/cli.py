@@ -99,7 +99,7 @@ def app() -> "typer.Typer":
 
     @exports.command("onnx")
     def export_onnx(
-        model: Annotated[str, typer.Argument(help="As for inspect.")],
+        model: Annotated[str, typer.Argument(help="As for inspect; or an .onnx file, which is rewritten.")],
         out: Annotated[str, typer.Option("--out", "-o", help="The file to write.")] = "model.onnx",
         target: Annotated[
             str, typer.Option(help="standard (opset 23), ort (com.microsoft) or portable (opset 18).")
@@ -116,8 +116,19 @@ def app() -> "typer.Typer":
     ) -> None:
         """Writes MODEL as an ONNX file whose encodings and attention are operators, and verifies it."""
         from grape_compile import named_models
-        from grape_compile.export.onnx import export
+        from grape_compile.export.onnx import export, rewrite_onnx
 
+        def tell(step: str) -> None:
+            typer.echo(f"{step} ...", err=True)
+
+        if model.endswith(".onnx"):
+            if kv_cache:
+                raise GrapeError(
+                    "give a decoder a cache", f"the file {model}", "the model that it was exported from"
+                )
+            written = rewrite_onnx(model, out, target=target, verify=verify, progress=tell)
+            typer.echo(written.to_json() if json else str(written))
+            return
         with contextlib.redirect_stdout(sys.stderr):
             named = named_models.load(model, batch=batch, sequence=seq)
             written = export(
@@ -128,7 +139,7 @@ def app() -> "typer.Typer":
                 target=target,
                 kv_cache=kv_cache,
                 verify=verify,
-                progress=lambda step: typer.echo(f"{step} ...", err=True),
+                progress=tell,
             )
         typer.echo(written.to_json() if json else str(written))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +30,7 @@ def rewrite_onnx(
     *,
     target: str = "standard",
     verify: bool = True,
+    progress: Callable[[str], None] = lambda step: None,
 ) -> OnnxReport:
     """Write `out`: the file at `path` with every position encoding that was found as operators of `target`.
 
@@ -40,6 +42,7 @@ def rewrite_onnx(
     kind = target_of(target)
     source, place = Path(path), Path(out)
     with staged(place) as made:
+        progress("read")
         model = open_file(source)
         require_opset(model, source)
         original = Session(source)
@@ -51,6 +54,7 @@ def rewrite_onnx(
         imported = import_graph(
             model.graph, examples, lambda values: measure(model, source.parent, feeds, values)
         )
+        progress("rewrite")
         judge = Judge(model.graph, example, imported, original) if verify else None
         found = rewrite_program(imported.program)
         done = splice(model.graph, imported, kind)
@@ -66,9 +70,12 @@ def rewrite_onnx(
         if not done.sites:
             _copy(source, made)
             return report
+        progress("write")
         describe(model, target, done.lowered)
         data = write(model, made, 0 if external else None)
         check(made)
+        if judge is not None:
+            progress("verify")
         return replace(
             report,
             comparisons=() if judge is None else judge.compare(Session(made)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections import Counter
 from dataclasses import replace
@@ -19,6 +20,7 @@ from onnx_graphs import HEADS, NEAR_MISSES, TURNS, WIDTH, attention
 from torch import Tensor, nn
 from torch.export import Dim
 
+from grape_compile.cli import main
 from grape_compile.errors import GrapeError
 from grape_compile.export.onnx import OnnxReport, emit_tables, rewrite_onnx
 
@@ -179,7 +181,11 @@ def test_detection_goes_on_around_an_operator_it_does_not_know(tmp_path: Path) -
 def test_weights_beside_the_file_stay_beside_it(tmp_path: Path) -> None:
     model = onnx.load(attention(tmp_path / "whole.onnx", "halves"))
     onnx.save(
-        model, tmp_path / "apart.onnx", save_as_external_data=True, location="weights.bin", size_threshold=1024
+        model,
+        tmp_path / "apart.onnx",
+        save_as_external_data=True,
+        location="weights.bin",
+        size_threshold=1024,
     )
     out = tmp_path / "out"
     out.mkdir()
@@ -192,6 +198,24 @@ def test_weights_beside_the_file_stay_beside_it(tmp_path: Path) -> None:
     _results(out / "new.onnx", feeds)
     with pytest.raises(GrapeError, match=r"weights\.bin is missing"):
         rewrite_onnx(tmp_path / "apart.onnx", out / "again.onnx")
+
+
+def test_the_command_line_rewrites_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, place = str(attention(tmp_path / "hand.onnx", "halves")), str(tmp_path / "new.onnx")
+    monkeypatch.setattr("sys.argv", ["grape-compile", "export", "onnx", source, "-o", place, "--json"])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert done.value.code == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["operators"]["RotaryEmbedding"] == 2
+    assert "verify ..." in told.err
+    assert (tmp_path / "new.onnx").is_file()
+    monkeypatch.setattr("sys.argv", ["grape-compile", "export", "onnx", source, "-o", place, "--kv-cache"])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert done.value.code == 2
 
 
 # -- what goes wrong ---------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -242,8 +243,8 @@ def gather_nd(call: Call, value: Value, places: Value) -> Tensor:
     count = index.shape[-1]
     if not isinstance(count, int):
         raise Untranslated("a symbolic number of coordinates")
-    places_by_axis: Any = tuple(index.unbind(-1))
-    return tensor(value)[places_by_axis]
+    coordinates: Any = torch.unbind(index, -1)
+    return tensor(value)[coordinates]
 
 
 @reads("Range")
@@ -274,7 +275,7 @@ def constant_tensor(node: ir.Node) -> ir.TensorProtocol | None:
         return None
     if held.name == "value":
         return held.as_tensor()
-    made = {
+    made: dict[str, Callable[[], Numbers]] = {
         "value_int": lambda: np.array(held.as_int(), np.int64),
         "value_ints": lambda: np.array(held.as_ints(), np.int64),
         "value_float": lambda: np.array(held.as_float(), np.float32),

@@ -145,6 +145,7 @@ class _Import:
                 f"{type(failure).__name__}: {failure}".splitlines()[0],
                 "a graph that ONNX Runtime runs",
             ) from failure
+        self._require_open()
         traced.graph.set_codegen(fx.graph.CodeGen())
         output = traced.graph.output_node()
         output.args = (tuple(output.args[0]),)  # type: ignore[arg-type]  # the list of the results
@@ -157,6 +158,17 @@ class _Import:
         }
         symbols = {size.node.expr: name for name, size in self.atoms.items()}
         return Imported(program_of(traced, roles, numbers), self.values, tuple(self.opaque), symbols)
+
+    def _require_open(self) -> None:
+        """Raise CaptureError where a node takes one size of a name only: what is read would hold for that one."""
+        for name, size in self.atoms.items():
+            known = self.mode.shape_env.replace(size.node.expr) if self.mode.shape_env else size.node.expr
+            if known.is_number:
+                raise CaptureError(
+                    "read an ONNX graph for any size",
+                    f"{name} has to be {known}",
+                    "a file whose open sizes are open, or sizes that are numbers",
+                )
 
     def _fake(self, sizes: Sequence[Any], dtype: torch.dtype) -> Tensor:
         with self.mode:
