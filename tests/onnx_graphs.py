@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 HEADS, WIDTH = 4, 8
 
@@ -41,15 +41,18 @@ class Graph:
         self,
         path: Path,
         inputs: Sequence[tuple[str, int, Sequence[int | str]]],
-        outputs: Sequence[tuple[str, int, Sequence[int | str] | None]],
+        outputs: Sequence[tuple[str, int, Sequence[int | str]] | str],
         opset: int = 18,
     ) -> Path:
-        """The graph as a file."""
+        """The graph as a file; a result may be told by its name alone."""
         graph = helper.make_graph(
             self.nodes,
             "by hand",
             [helper.make_tensor_value_info(*each) for each in inputs],
-            [helper.make_tensor_value_info(*each) for each in outputs],
+            [
+                ValueInfoProto(name=each) if isinstance(each, str) else helper.make_tensor_value_info(*each)
+                for each in outputs
+            ],
             self.constants,
         )
         domains = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
