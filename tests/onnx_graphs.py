@@ -98,24 +98,50 @@ NEAR_MISSES = ("reflection", "one half", "wrong table", "doubled sine")
 
 def attention(path: Path, spelling: str, opset: int = 18, activation: tuple[str, str] = ("Tanh", "")) -> Path:
     """A file of one layer: projections of an activation, queries and keys turned, scores, values; input `positions`."""
-    graph, random = Graph(), np.random.default_rng(0)
-    hidden = graph.op(activation[0], "hidden", domain=activation[1])
+    graph = Graph()
+    query, key, value = _heads(graph, graph.op(activation[0], "hidden", domain=activation[1]))
     cos, sin = tables(graph, "positions")
-    heads = []
+    query, key = (turned(graph, each, cos, sin, spelling) for each in (query, key))
+    _mixed(graph, _scores(graph, query, key), value)
+    return graph.save(path, [HIDDEN, ("positions", TensorProto.INT64, ("batch", "tokens"))], [MIXED], opset)
+
+
+def biased(path: Path, spelling: str) -> Path:
+    """The same with a constant table of biases [4, 1, 64] whose last entries are added to the scores."""
+    graph = Graph()
+    query, key, value = _heads(graph, graph.op("Tanh", "hidden"))
+    slopes = 2.0 ** -np.arange(1, HEADS + 1)
+    table = slopes[:, None, None] * np.arange(-63, 1)
+    if spelling == "saturating":  # far from what an example of a few tokens shows
+        table = np.maximum(table, -40 * slopes[:, None, None])
+    length = graph.op("Shape", "hidden", start=1, end=2)
+    first = graph.op("Neg", length)
+    end, axis = graph.constant(np.array([2**63 - 1])), graph.constant(np.array([2]))
+    cut = graph.op("Slice", graph.constant(table.astype(np.float32)), first, end, axis)
+    _mixed(graph, graph.op("Add", _scores(graph, query, key), cut), value)
+    return graph.save(path, [HIDDEN], [MIXED])
+
+
+HIDDEN = ("hidden", TensorProto.FLOAT, ("batch", "tokens", HEADS * WIDTH))
+MIXED = ("mixed", TensorProto.FLOAT, ("batch", "tokens", HEADS, WIDTH))
+
+
+def _heads(graph: Graph, hidden: str) -> list[str]:
+    """Queries, keys and values [B, H, T, 8] of an activation."""
+    random, heads = np.random.default_rng(0), []
     for _ in range(3):
         weight = random.standard_normal((HEADS * WIDTH, HEADS * WIDTH)) / (HEADS * WIDTH) ** 0.5
         flat = graph.op("MatMul", hidden, graph.constant(weight.astype(np.float32)))
         apart = graph.op("Reshape", flat, graph.constant(np.array([0, 0, HEADS, WIDTH], np.int64)))
         heads.append(graph.op("Transpose", apart, perm=[0, 2, 1, 3]))
-    query, key = (turned(graph, each, cos, sin, spelling) for each in heads[:2])
-    scores = graph.op("MatMul", query, graph.op("Transpose", key, perm=[0, 1, 3, 2]))
-    weights = graph.op("Softmax", graph.op("Mul", scores, graph.constant(np.float32(WIDTH**-0.5))), axis=-1)
-    mixed = graph.op("MatMul", weights, heads[2])
-    graph.op("Transpose", mixed, perm=[0, 2, 1, 3], result="mixed")
-    wide = ("batch", "tokens", HEADS * WIDTH)
-    return graph.save(
-        path,
-        [("hidden", TensorProto.FLOAT, wide), ("positions", TensorProto.INT64, wide[:2])],
-        [("mixed", TensorProto.FLOAT, ("batch", "tokens", HEADS, WIDTH))],
-        opset,
-    )
+    return heads
+
+
+def _scores(graph: Graph, query: str, key: str) -> str:
+    product = graph.op("MatMul", query, graph.op("Transpose", key, perm=[0, 1, 3, 2]))
+    return graph.op("Mul", product, graph.constant(np.float32(WIDTH**-0.5)))
+
+
+def _mixed(graph: Graph, scores: str, value: str) -> None:
+    product = graph.op("MatMul", graph.op("Softmax", scores, axis=-1), value)
+    graph.op("Transpose", product, perm=[0, 2, 1, 3], result="mixed")

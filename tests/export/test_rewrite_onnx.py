@@ -16,7 +16,7 @@ import pytest
 import torch
 from architectures import BY_NAME, LAYERS, Architecture
 from cached_layers import CACHED, Cached
-from onnx_graphs import HEADS, NEAR_MISSES, TURNS, WIDTH, attention
+from onnx_graphs import HEADS, NEAR_MISSES, TURNS, WIDTH, attention, biased
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -167,6 +167,21 @@ def test_a_near_miss_is_left_as_it_is(spelling: str, tmp_path: Path) -> None:
     values = {name for node in onnx.load(source).graph.node for name in node.output}
     assert all(each.node in values and each.reason for each in report.refusals)
     assert (tmp_path / "new.onnx").read_bytes() == source.read_bytes()
+
+
+def test_a_constant_table_of_biases_is_looked_at_as_a_whole(tmp_path: Path) -> None:
+    """An example of a few tokens shows a few entries; a longer call reads the others."""
+    report = rewrite_onnx(biased(tmp_path / "linear.onnx", "linear"), tmp_path / "new.onnx")
+    assert [str(site.encoding) for site in report.sites] == ['bias(constant((0.5, 0.25, 0.125, 0.0625)), steps)']
+    assert report.operators["Attention"] == 1
+    hidden = np.random.default_rng(1).standard_normal((2, 60, HEADS * WIDTH)).astype(np.float32)
+    (before,), (after,) = (
+        _results(tmp_path / name, {"hidden": hidden}) for name in ("linear.onnx", "new.onnx")
+    )
+    np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-5)
+    report = rewrite_onnx(biased(tmp_path / "hand.onnx", "saturating"), tmp_path / "same.onnx")
+    assert not report.sites
+    assert report.refusals
 
 
 def test_detection_goes_on_around_an_operator_it_does_not_know(tmp_path: Path) -> None:
