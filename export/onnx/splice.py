@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from grape_compile.encoding import parse
 from grape_compile.errors import GrapeError
-from grape_compile.export.onnx.builder import Builder, Size, sizes
+from grape_compile.export.onnx.builder import MICROSOFT, Builder, Size, sizes
 from grape_compile.export.onnx.emit_attention import Call, attend
 from grape_compile.export.onnx.emit_rotation import rotate
 from grape_compile.export.onnx.lower import Lowered
@@ -68,6 +68,8 @@ def splice(graph: ir.Graph, imported: Imported, target: Target) -> Spliced:
         replaced.append((held, value))
         done.sites.append(replace(site, lowering=writer.told[new]))
         done.lowered.append(Lowered(str(site.encoding), site.module, writer.told[new]))
+    if target.microsoft:
+        graph.opset_imports.setdefault(MICROSOFT, 1)
     for held, value in replaced:
         _redirect(graph, held, value)
     graph.sort()
