@@ -208,7 +208,7 @@ CASES: dict[str, Callable[[Graph], str]] = {
 def _split(graph: Graph, lengths: str | None) -> str:
     names = [f"{name}_part_{len(graph.nodes)}" for name in ("first", "second")]
     inputs = ["x"] if lengths is None else ["x", lengths]
-    options = {"num_outputs": 2} if lengths is None else {}
+    options: dict[str, Any] = {"num_outputs": 2} if lengths is None else {}
     graph.nodes.append(helper.make_node("Split", inputs, names, axis=-1, **options))
     return graph.op("Concat", *reversed(names), axis=-1)
 

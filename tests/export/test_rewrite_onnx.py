@@ -172,7 +172,9 @@ def test_a_near_miss_is_left_as_it_is(spelling: str, tmp_path: Path) -> None:
 def test_a_constant_table_of_biases_is_looked_at_as_a_whole(tmp_path: Path) -> None:
     """An example of a few tokens shows a few entries; a longer call reads the others."""
     report = rewrite_onnx(biased(tmp_path / "linear.onnx", "linear"), tmp_path / "new.onnx")
-    assert [str(site.encoding) for site in report.sites] == ['bias(constant((0.5, 0.25, 0.125, 0.0625)), steps)']
+    assert [str(site.encoding) for site in report.sites] == [
+        "bias(constant((0.5, 0.25, 0.125, 0.0625)), steps)"
+    ]
     assert report.operators["Attention"] == 1
     hidden = np.random.default_rng(1).standard_normal((2, 60, HEADS * WIDTH)).astype(np.float32)
     (before,), (after,) = (
