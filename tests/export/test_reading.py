@@ -126,7 +126,7 @@ def _grouped_attention(graph: Graph) -> str:
 def _rotary(interleaved: int, width: int) -> Callable[[Graph], str]:
     def build(graph: Graph) -> str:
         tables = [_weights(graph, 20, width // 2) for _ in range(2)]
-        options = {"interleaved": interleaved, "rotary_embedding_dim": width, "num_heads": 2}
+        options: dict[str, Any] = {"interleaved": interleaved, "rotary_embedding_dim": width, "num_heads": 2}
         return graph.op("RotaryEmbedding", _heads(graph), *tables, "ids", **options)
 
     return build
