@@ -69,7 +69,7 @@ def rewrite_onnx(
         )
         if not done.sites:
             _copy(source, made)
-            return report
+            return replace(report, notes=("nothing was replaced: the file is a copy", *report.notes))
         progress("write")
         describe(model, target, done.lowered)
         data = write(model, made, 0 if external else None)
