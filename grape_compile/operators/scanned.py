@@ -7,7 +7,8 @@ on the way, and a head is left behind when all its remaining keys together weigh
 Keys stand in the order of the walk, the last one first: its sums are plain cumulative sums.
 
 The backward pass walks the same way. The gradient of the edge at l sums those of the logits of all j < l; as the logit
-gradients of a row sum to zero, that is minus the sum over j >= l: what has been walked already.
+gradients of a row sum to zero, that is minus the sum over j >= l: what has been walked already. It keeps the rounding
+of the largest of them, which the slope of a link multiplies: at most 1, but without bound for -exp.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
-from grape_compile.encoding import Identity
+from grape_compile.encoding import Identity, NegativeExp
 from grape_compile.operators import chunked
 from grape_compile.operators.bias import pull
 from grape_compile.operators.call import AnyBias, AttendCall, Gradients
@@ -42,6 +43,10 @@ def supports(call: AttendCall) -> Literal[True] | str:
         return "a soft cap under a path bias"
     if call.wants_mask_gradient:
         return "the gradient of a mask needs every logit's gradient"
+    if call.wants_bias_gradients and any(
+        isinstance(getattr(b, "link", None), NegativeExp) for b in call.biases
+    ):
+        return "the gradient of -exp magnifies the rounding of what has been walked"
     if 0 in call.query.shape or 0 in call.value.shape or 0 in call.key.shape:
         return "needs at least one element"
     return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -16,11 +17,13 @@ from torch import Tensor
 from grape_compile.encoding import (
     Bias,
     Compose,
+    Constant,
     Encoding,
     Gate,
     Identity,
     Learned,
     LogSigmoid,
+    NegativeExp,
     PathBias,
     Steps,
     alibi,
@@ -364,3 +367,25 @@ def test_autocast_attends_in_its_dtype() -> None:
             found = attend(query, key, value, alibi(HEADS), is_causal=True)
         assert found.dtype == torch.bfloat16
         assert all(part.dtype == torch.float32 for part in gradients([found], [query, key, value]))
+
+
+def test_gradients_of_a_steep_link() -> None:
+    """-exp multiplies the gradient of a far edge, which is next to nothing, by thousands: its digits must be right."""
+    length, heads = 40, 2
+    encoding = PathBias(NegativeExp(), Constant((0.4, 0.1)), 4)
+    path = 3.0 * tensor(1, heads, length, 4, seed=1)
+    cotangent = tensor(1, heads, length, 8, seed=2)
+    parts = [tensor(1, heads, length, 8, seed=seed) for seed in (3, 4, 5)]
+
+    def gradient(function: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
+        leaf = path.to(dtype).requires_grad_()
+        query, key, value = (part.to(dtype) for part in parts)
+        result = function(query, key, value, encoding, dict.fromkeys(encoding.slots, leaf), is_causal=True)
+        (found,) = torch.autograd.grad(result, leaf, cotangent.to(dtype))
+        return found.double()
+
+    exact = gradient(reference_attend, torch.float64)
+    ours, dense = (
+        float((gradient(function, torch.float32) - exact).norm()) for function in (attend, reference_attend)
+    )
+    assert ours <= 1.25 * dense + 1e-7 * float(exact.norm())
