@@ -2,21 +2,21 @@
 
 As `operators/scanned.py`, one scan over the keys from the diagonal backwards: a running sum of edges, a running softmax,
 and an end where a row has all it needs. No matrix of tokens by tokens is in memory, and no two programs add to one
-number. The backward pass keeps three numbers for each row and tile of keys, for a few heads at a time.
+number. The backward pass keeps two numbers for each row and tile of keys, for a few heads at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
 
 from grape_compile.encoding import Identity
-from grape_compile.kernels.attention_configurations import Kernel
 from grape_compile.kernels.launch import Launch, missing_triton
-from grape_compile.kernels.path_configurations import Tiles, configuration
+from grape_compile.kernels.path_configurations import BACKWARD, OF_EDGES, OVER_KEYS, Kernel, Tiles, configuration
 from grape_compile.kernels.path_edges import Edges
 from grape_compile.kernels.pointers import NUMBERS, in_line, mask_arguments, padded, strides
 from grape_compile.operators import chunked
@@ -35,8 +35,8 @@ CHUNK: Final = 4
 ROUNDED_AWAY: Final = 28.0
 #: Norms of keys are taken a little longer, for the roundings of products in TF32.
 LONGER: Final = 1.005
-#: Bytes that one launch of the backward pass may leave behind for the next, or what the heads of one key head need.
-MAX_CARRIES: Final = 1 << 30
+#: Bytes that the backward pass may take for itself; more only where the heads of one key head need it.
+MAX_MEMORY: Final = 1 << 30
 
 
 def supports(call: AttendCall) -> Literal[True] | str:
@@ -73,9 +73,7 @@ def backward(call: AttendCall, gradient: Tensor, output: Tensor, logsumexp: Tens
 
     def found(logsumexp: Tensor) -> Gradients:
         pass_back = Found(call, gradient, output, logsumexp)
-        for base in pass_back.bases():
-            pass_back.by_query_launch(base).run()
-            pass_back.by_key_launch(base).run()
+        pass_back.run()
         return pass_back.gradients()
 
     return chunked.without_faint_rows(call, gradient, output, logsumexp, found)
@@ -120,6 +118,7 @@ class Operands:
             "QUERY_BLOCK": tiles.query_block,
             "KEY_BLOCK": tiles.key_block,
             "LANES": tiles.lanes,
+            "SPLIT": tiles.split,
             "LINK": edges.link,
             "CAUSAL": call.is_causal,
             "WINDOW": call.window is not None,
@@ -160,7 +159,7 @@ def forward_launch(
 
 
 class Found:
-    """The backward pass of one call: what its kernels write, and what is made of it."""
+    """The backward pass of one call: what its kernels write, a few heads at a time, and what is made of it."""
 
     def __init__(
         self,
@@ -173,88 +172,123 @@ class Found:
         self.call, self.operands = call, Operands(call)
         self.gradient, self.output, self.logsumexp = in_line(gradient), in_line(output), logsumexp
         given = tiles or {}
-        self.by_query = given.get("by_query") or configuration("by_query", call)
-        self.by_key = given.get("by_key") or configuration("by_key", call)
-        self.wants = call.wants_bias_gradients
-        self.query, self.key, self.value = map(
-            torch.empty_like, (self.operands.query, self.operands.key, self.operands.value)
-        )
+        self.tiles = {each: given.get(each) or configuration(each, call) for each in BACKWARD}
+        # The sums over queries start where those over keys have left something behind.
+        self.carry_block = min(each.key_block for each in self.tiles.values())
         batch, heads, queries, _ = call.query.shape
         keys, block = call.key.shape[2], self.operands.edges.block
-        self.levels = logsumexp.new_empty((batch, heads, 3, queries))
-        self.first = logsumexp.new_empty((batch, heads, queries), dtype=torch.int32)
-        rows = (batch, heads) if self.wants else (0, 0)
-        self.by_slope = logsumexp.new_empty((*rows, queries))
-        self.edge_query, self.edge_key = (logsumexp.new_empty((*rows, each, block)) for each in (queries, keys))
-        self.key_tiles = -(-keys // self.by_query.key_block)
-        one = (3 if self.wants else 1) * self.key_tiles * queries
-        groups = max(1, MAX_CARRIES // (4 * one * call.groups))
-        self.heads_at_once = min(groups * call.groups, batch * heads)
-        self.carries = logsumexp.new_empty((self.heads_at_once, one))
-
-    def bases(self) -> range:
-        """Return the first heads of the launches that follow each other, each with the same memory for carries."""
-        return range(0, self.call.query.shape[0] * self.call.query.shape[1], self.heads_at_once)
-
-    def by_query_launch(self, base: int = 0) -> Launch:
-        """Return the launch for the gradients of queries of some heads; it comes first."""
-        from grape_compile.kernels.bodies.path_by_query import path_by_query
-
-        tiles = self.by_query
-        batch, heads, queries, _ = self.call.query.shape
-        arguments = {
-            **self._arguments(tiles),
-            **self.operands.walk(tiles),
-            **{"OUTPUT": self.output, "LOGSUMEXP": self.logsumexp, "BY_QUERY": self.query},
-            **{"BY_EDGE": self.edge_query, "BY_SLOPE": self.by_slope, "base": base, "heads": heads},
-            **strides("output", self.output),
-            **strides("by_query", self.query),
-        }
-        count = min(self.heads_at_once, batch * heads - base)
-        return Launch(
-            path_by_query, (-(-queries // tiles.query_block) * count,), arguments, tiles.options
+        self.query = torch.empty_like(self.operands.query)
+        self.key, self.value = (
+            part.new_empty(part.shape).flatten(0, 1) for part in (self.operands.key, self.operands.value)
         )
+        self.levels = logsumexp.new_empty((batch, heads, 3, queries))
+        wanted = (batch, heads) if call.wants_bias_gradients else (0, 0)
+        self.by_slope = logsumexp.new_empty((*wanted, queries))
+        self.edge_query, self.edge_key = (
+            logsumexp.new_empty((*wanted, each, block)) for each in (queries, keys)
+        )
+        self.carry_tiles = -(-keys // self.carry_block)
+        one = 4 * (2 * self.carry_tiles * queries + keys * (self.key.shape[2] + self.value.shape[2]))
+        groups = max(1, MAX_MEMORY // (one * call.groups))
+        self.heads_at_once = min(groups * call.groups, batch * heads)
+        self.carries = logsumexp.new_empty((2 * self.heads_at_once * self.carry_tiles * queries,))
 
-    def by_key_launch(self, base: int = 0) -> Launch:
-        """Return the launch for the gradients of keys and values of the same heads."""
-        from grape_compile.kernels.bodies.path_by_key import path_by_key
-
-        tiles, groups = self.by_key, self.call.groups
-        batch, heads, keys, _ = self.call.key.shape
-        count = min(self.heads_at_once // groups, batch * heads - base // groups)
-        arguments = {
-            **self._arguments(tiles),
-            **{"BY_KEY": self.key, "BY_VALUE": self.value, "BY_EDGE": self.edge_key},
-            **{"LAST": self._last(base, count * groups), "CARRY_BLOCK": self.by_query.key_block},
-            **{"base": base // groups, "key_heads": heads},
-            **strides("by_key", self.key),
-            **strides("by_value", self.value),
-        }
-        return Launch(path_by_key, (-(-keys // tiles.key_block) * count,), arguments, tiles.options)
-
-    def _arguments(self, tiles: Tiles) -> dict[str, Any]:
-        return {
-            **self.operands.arguments(tiles),
-            **{"GRADIENT": self.gradient, "LEVELS": self.levels, "CARRIES": self.carries},
-            **{"FIRST": self.first, "WANTS": self.wants},
-            **strides("gradient", self.gradient),
-        }
-
-    def _last(self, base: int, count: int) -> Tensor:
-        """Return the number behind the last query that walked over each tile of keys, [count, tiles of keys]."""
-        first = self.first.flatten(0, 1)[base : base + count]
-        if not leaves(self.call):
-            return first
-        behind = torch.arange(1, first.shape[1] + 1, device=first.device, dtype=torch.int32)
-        found = first.new_zeros((count, self.key_tiles))
-        found = found.scatter_reduce(-1, first.long(), behind.expand_as(first), "amax").cummax(-1).values
-        keys, block, written = self.call.key.shape[2], self.by_key.key_block, self.by_query.key_block
-        ends = torch.arange(block, keys + block, block, device=found.device) // written - 1
-        return found[:, ends.clamp_(max=self.key_tiles - 1)].contiguous()
+    def run(self) -> None:
+        """Compute everything."""
+        for base in range(0, self.call.query.shape[0] * self.call.query.shape[1], self.heads_at_once):
+            heads = Heads(self, base)
+            for kernel in BACKWARD:
+                if self.call.wants_bias_gradients or kernel not in OF_EDGES:
+                    heads.launch(kernel).run()
+            heads.add()
 
     def gradients(self) -> Gradients:
         """Return what the kernels found."""
+        call, edges = self.call, self.operands.edges
         biases = (
-            (self.operands.edges.gradients(self.by_slope, self.edge_query, self.edge_key),) if self.wants else ()
+            (edges.gradients(self.by_slope, self.edge_query, self.edge_key),)
+            if call.wants_bias_gradients
+            else ()
         )
-        return Gradients(self.query, self.key, self.value, biases)
+        return Gradients(
+            self.query, self.key.view(call.key.shape), self.value.view(call.value.shape), biases
+        )
+
+
+class Heads:
+    """The launches for some query heads, those of whole key heads, from `base` on."""
+
+    def __init__(self, found: Found, base: int) -> None:
+        self.found, self.base = found, base
+        call = found.call
+        batch, heads, _, _ = call.query.shape
+        self.count = min(found.heads_at_once, batch * heads - base)
+        of_keys = slice(base // call.groups, (base + self.count) // call.groups)
+        self.totals = found.key[of_keys], found.value[of_keys]
+        # Query heads of one key head each write their own sums.
+        self.parts = (
+            self.totals
+            if call.groups == 1
+            else tuple(
+                found.logsumexp.new_empty((self.count, *total.shape[1:])) for total in self.totals
+            )
+        )
+
+    def launch(self, kernel: Kernel) -> Launch:
+        """Return one of the four launches; each needs what those before it have written."""
+        found, tiles = self.found, self.found.tiles[kernel]
+        call = found.call
+        arguments = {
+            **found.operands.arguments(tiles),
+            **{"GRADIENT": found.gradient, "LEVELS": found.levels, "CARRIES": found.carries},
+            **{"base": self.base, "heads": call.query.shape[1], "EDGES": kernel in OF_EDGES},
+            **strides("gradient", found.gradient),
+        }
+        if kernel in OVER_KEYS:
+            return self._over_keys(kernel, tiles, arguments)
+        from grape_compile.kernels.bodies.path_by_key import path_by_key
+
+        arguments |= {
+            **{"BY_KEY": self.parts[0], "BY_VALUE": self.parts[1], "BY_EDGE": found.edge_key},
+            **{"LAST": self._last(tiles), "CARRY_BLOCK": found.carry_block},
+        }
+        grid = (-(-call.key.shape[2] // tiles.key_block) * self.count,)
+        return Launch(path_by_key, grid, arguments, tiles.options)
+
+    def _over_keys(self, kernel: Kernel, tiles: Tiles, arguments: dict[str, Any]) -> Launch:
+        from grape_compile.kernels.bodies.path_by_query import path_by_query
+
+        found = self.found
+        tiles = replace(tiles, key_block=found.carry_block)
+        arguments |= {
+            **found.operands.walk(tiles),
+            **{"OUTPUT": found.output, "LOGSUMEXP": found.logsumexp, "BY_QUERY": found.query},
+            **{"BY_EDGE": found.edge_query, "BY_SLOPE": found.by_slope, "KEY_BLOCK": tiles.key_block},
+            **strides("output", found.output),
+            **strides("by_query", found.query),
+        }
+        if kernel in OF_EDGES:
+            # It ends where the walk before it has ended.
+            arguments["LEAVES"] = False
+        grid = (-(-found.call.query.shape[2] // tiles.query_block) * self.count,)
+        return Launch(path_by_query, grid, arguments, tiles.options)
+
+    def _last(self, tiles: Tiles) -> Tensor:
+        """Return the number behind the last query that walked over each tile of keys, [count, tiles of keys]."""
+        found, written = self.found, self.found.carry_block
+        first = found.levels[:, :, 2].flatten(0, 1)[self.base : self.base + self.count]
+        if not leaves(found.call):
+            return first
+        behind = torch.arange(1, first.shape[1] + 1, device=first.device, dtype=torch.int32)
+        last = behind.new_zeros((self.count, found.carry_tiles))
+        last = last.scatter_reduce(-1, first.long(), behind.expand_as(first), "amax").cummax(-1).values
+        ends = torch.arange(
+            tiles.key_block, found.call.key.shape[2] + tiles.key_block, tiles.key_block, device=first.device
+        )
+        return last[:, (ends // written - 1).clamp_(max=found.carry_tiles - 1)].contiguous()
+
+    def add(self) -> None:
+        """Add what the query heads of each key head have found."""
+        if self.parts is not self.totals:
+            for total, part in zip(self.totals, self.parts, strict=True):
+                total.copy_(part.unflatten(0, (-1, self.found.call.groups)).sum(1))

@@ -7,41 +7,70 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
-from typing import Any, Final, cast
+from typing import Any, Final, Literal, cast
 
 import torch
 
-from grape_compile.kernels.attention_configurations import KERNELS, Configuration, Kernel
+from grape_compile.kernels.attention_configurations import Configuration
 from grape_compile.kernels.configuration import capability_of, record_of
 from grape_compile.operators.call import AttendCall
 from grape_compile.operators.path import Path
 
 
+Kernel = Literal["forward", "by_query", "by_edge_query", "by_key", "by_edge_key"]
+#: In the order in which they run.
+BACKWARD: Final[tuple[Kernel, ...]] = ("by_query", "by_edge_query", "by_key", "by_edge_key")
+KERNELS: Final[tuple[Kernel, ...]] = ("forward", *BACKWARD)
+OF_EDGES: Final[tuple[Kernel, ...]] = ("by_edge_query", "by_edge_key")
+OVER_KEYS: Final[tuple[Kernel, ...]] = ("by_query", "by_edge_query")
+
+
 @dataclass(frozen=True)
 class Tiles(Configuration):
-    """A configuration, and how many threads share a row of a matrix product: four up to Hopper, one on Blackwell."""
+    """A configuration, and who shares a row of a tile of logits (`bodies/path_tiles.py`).
+
+    `lanes` threads of a warp, four up to Hopper and one on Blackwell, in each of `split` warps.
+    """
 
     lanes: int = 4
+    split: int = 1
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Tiles | None:
         """Return the tiles of a record, or None for numbers that no kernel can have."""
         found = Configuration.of(record)
-        lanes = record.get("lanes")
-        return None if found is None or lanes not in (1, 4) else cls(*astuple(found), cast(int, lanes))
+        lanes, split = record.get("lanes"), record.get("split")
+        if found is None or lanes not in (1, 4) or split not in (1, 2, 4):
+            return None
+        return cls(*astuple(found), cast(int, lanes), cast(int, split))
 
 
-#: Tiles by compute capability and coordinates of a head: forward, by query, by key.
-_TILES: Final[Mapping[tuple[int, int], tuple[Tiles, Tiles, Tiles]]] = {
-    (80, 64): (Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 1), Tiles(64, 32, 4, 1)),
-    (80, 128): (Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 1), Tiles(64, 32, 4, 1)),
-    (80, 256): (Tiles(64, 32, 8, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)),
-    (90, 64): (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 1)),
-    (90, 128): (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 1)),
-    (90, 256): (Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 1), Tiles(64, 32, 4, 1)),
-    (100, 64): (Tiles(128, 64, 4, 2), Tiles(128, 64, 4, 1), Tiles(128, 64, 4, 1)),
-    (100, 128): (Tiles(128, 64, 4, 2), Tiles(128, 64, 4, 1), Tiles(128, 64, 4, 1)),
-    (100, 256): (Tiles(128, 32, 4, 2), Tiles(128, 32, 4, 1), Tiles(128, 32, 4, 1)),
+#: Tiles by compute capability, for heads of up to 128 coordinates and beyond, in the order of `KERNELS`.
+_TILES: Final[Mapping[tuple[int, int], tuple[Tiles, Tiles, Tiles, Tiles, Tiles]]] = {
+    (80, 128): (
+        Tiles(32, 32, 4, 2),
+        Tiles(32, 32, 4, 2),
+        Tiles(64, 32, 4, 1),
+        Tiles(32, 32, 4, 1),
+        Tiles(64, 32, 4, 1),
+    ),
+    (90, 128): (
+        Tiles(128, 64, 8, 3),
+        Tiles(128, 32, 8, 2),
+        Tiles(128, 32, 8, 2),
+        Tiles(128, 64, 8, 1),
+        Tiles(128, 64, 8, 1),
+    ),
+    (100, 128): (
+        Tiles(128, 64, 8, 3, 1, 2),
+        Tiles(128, 32, 8, 2, 1, 2),
+        Tiles(128, 32, 8, 2, 1, 2),
+        Tiles(64, 64, 8, 1, 1, 2),
+        Tiles(64, 64, 8, 1, 1, 2),
+    ),
+    (80, 256): (Tiles(32, 32, 8, 1),) * 5,
+    (90, 256): (Tiles(64, 32, 8, 1), *(Tiles(32, 32, 8, 1),) * 4),
+    (100, 256): (Tiles(64, 32, 8, 1), *(Tiles(32, 32, 8, 1),) * 4),
 }
 #: Products of float32 run on the ordinary units, whose operands are in registers.
 _WIDE: Final = Tiles(32, 32, 4, 1)
@@ -77,5 +106,4 @@ def configuration(kernel: Kernel, call: AttendCall, capability: int | None = Non
         return _WIDE
     size = max(call.query.shape[3], call.value.shape[3])
     known = next(each for each in (100, 90, 80) if capability >= each or each == 80)
-    place = known, 64 if size <= 64 else 128 if size <= 128 else 256
-    return _TILES[place][KERNELS.index(kernel)]
+    return _TILES[known, 128 if size <= 128 else 256][KERNELS.index(kernel)]

@@ -7,8 +7,9 @@ from grape_compile.kernels.bodies.attention_tiles import LN2, LOG2E, LOWEST, NON
 from grape_compile.kernels.bodies.path_tiles import (
     BOUNDED_LOG_SIGMOID,
     any_gains,
-    biased,
+    hidden,
     keys_of_columns,
+    path_behind,
     rows_of,
 )
 
@@ -22,7 +23,7 @@ def path_forward(
     heads, queries, keys, window, scale, rounded_away,
     GROUPS: tl.constexpr, HEAD: tl.constexpr, HEAD_BLOCK: tl.constexpr, VALUES: tl.constexpr,
     VALUE_BLOCK: tl.constexpr, EDGE_BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr,
-    KEY_BLOCK: tl.constexpr, LANES: tl.constexpr, CHUNK: tl.constexpr, LINK: tl.constexpr, CAUSAL: tl.constexpr,
+    KEY_BLOCK: tl.constexpr, LANES: tl.constexpr, SPLIT: tl.constexpr, CHUNK: tl.constexpr, LINK: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, MASKED: tl.constexpr, LEAVES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output and logsumexp of QUERY_BLOCK queries of one head; the longest walks start first.
@@ -55,11 +56,11 @@ def path_forward(
     slope = tl.load(SLOPES + number)
     size = 1.0
     if LINK != BOUNDED_LOG_SIGMOID:
-        size = tl.load(SIZES + number)
+        size = tl.load(SIZES + number) * LOG2E
     norms = NORMS + number // GROUPS * tl.cdiv(keys, KEY_BLOCK)
     length = tl.sqrt(tl.sum(query.to(tl.float32) * query.to(tl.float32), 1)) * (scale * LOG2E)
 
-    places = keys_of_columns(KEY_BLOCK, LANES)
+    places = keys_of_columns(KEY_BLOCK, LANES, SPLIT)
     stop = tl.cdiv(keys, KEY_BLOCK)
     if CAUSAL:
         stop = tl.minimum(stop, tl.cdiv(first_at + QUERY_BLOCK, KEY_BLOCK))
@@ -77,7 +78,7 @@ def path_forward(
         best, total, carry, sums = step(
             best, total, carry, sums, query, edge_query, key_start, value_start, edge_start, mask_start, first, places,
             at, row, there_row, inner, outer, edge, key_token, value_token, edge_key_token, mask_query, mask_key, keys,
-            window, scale, slope, size, HEAD, VALUES, EDGE_BLOCK, QUERY_BLOCK, KEY_BLOCK, LANES, LINK, True, CAUSAL, WINDOW,
+            window, scale, slope, size, HEAD, VALUES, EDGE_BLOCK, QUERY_BLOCK, KEY_BLOCK, LANES, SPLIT, LINK, True, CAUSAL, WINDOW,
             MASKED, PRECISION,
         )  # fmt: skip
     left = near - start
@@ -91,7 +92,7 @@ def path_forward(
             best, total, carry, sums = step(
                 best, total, carry, sums, query, edge_query, key_start, value_start, edge_start, mask_start, first,
                 places, at, row, there_row, inner, outer, edge, key_token, value_token, edge_key_token, mask_query,
-                mask_key, keys, window, scale, slope, size, HEAD, VALUES, EDGE_BLOCK, QUERY_BLOCK, KEY_BLOCK, LANES, LINK,
+                mask_key, keys, window, scale, slope, size, HEAD, VALUES, EDGE_BLOCK, QUERY_BLOCK, KEY_BLOCK, LANES, SPLIT, LINK,
                 False, CAUSAL, WINDOW, MASKED, PRECISION,
             )  # fmt: skip
         left -= count
@@ -119,7 +120,7 @@ def step(
     best, total, carry, sums, query, edge_query, KEY, VALUE, EDGE_KEY, MASK, first, places, at, row, there_row, inner,
     outer, edge, key_token, value_token, edge_key_token, mask_query, mask_key, keys, window, scale, slope, size,
     HEAD: tl.constexpr, VALUES: tl.constexpr, EDGE_BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr,
-    LANES: tl.constexpr, LINK: tl.constexpr, NEAR: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    LANES: tl.constexpr, SPLIT: tl.constexpr, LINK: tl.constexpr, NEAR: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add a tile of keys to the largest logits, the weights, the sums of edges and the weighted values of all rows."""
@@ -129,10 +130,11 @@ def step(
     product = tl.dot(edge_query, tl.trans(edge_key), input_precision=PRECISION)
     if LINK != BOUNDED_LOG_SIGMOID:
         product = product * size
-    logits, _, carry = biased(
-        scores, product, carry, slope, scale * LOG2E, at, first + places, keys, window, LINK, NEAR, CAUSAL, WINDOW,
-        QUERY_BLOCK, KEY_BLOCK, LANES,
-    )  # fmt: skip
+    bias, carry = path_behind(
+        product, carry, at, first + places, LINK, NEAR, QUERY_BLOCK, KEY_BLOCK, LANES, SPLIT
+    )
+    logits = scores * (scale * LOG2E) + bias * slope
+    logits = hidden(logits, at, first + places, keys, window, NEAR, CAUSAL, WINDOW)
     if MASKED != NONE:
         offsets = row[:, None] * mask_query + (first + places)[None, :] * mask_key
         logits = masked(logits, MASK, offsets, there_row[:, None] & (first + places < keys)[None, :], MASKED)
