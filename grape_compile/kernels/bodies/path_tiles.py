@@ -190,7 +190,8 @@ def any_gains(length, NORMS, blocks, slope, carry, level, rounded_away, KEY_BLOC
     `length` is scale |q| as a power of two, NORMS the largest |k| up to the end of each tile. All those keys together
     weigh at most their number times the largest; where that is `rounded_away` below `level` the row has all it needs.
     """
-    highest = length * tl.load(NORMS + tl.maximum(blocks - 1, 0)) + slope * carry
+    blocks = tl.maximum(blocks, 1)
+    highest = length * tl.load(NORMS + blocks - 1) + slope * carry
     least = level - rounded_away - tl.log2((blocks * KEY_BLOCK).to(tl.float32))
     # What is no number is no reason to leave.
     gains = tl.where(highest < least, 0, 1)
