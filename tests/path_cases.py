@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -114,7 +114,7 @@ SLOW = {
     "dim_16": Case(path(LogSigmoid(), 16, "keys", turned=True), dtype=HALF),
     "dim_32": Case(path(LogSigmoid(), 32, "both", turned=True), dtype=HALF),
     "rotated": Case(Compose((rope(HEAD), AP))),
-    "turned_halves": Case(PathBias(LogSigmoid(), Learned("slopes"), 4, "keys", Rotation(Half(4), Geometric(10.0), Steps()))),
+    "turned_halves": Case(replace(AP, turn=Rotation(Half(4), Geometric(10.0), Steps()))),
     "rising": Case(AP, slopes=(-0.3, 0.3)),
     "leaves_window": Case(AP, {"is_causal": True, "window": 30}, slopes=(8.0, 0.01), queries=57, keys=81),
     "leaves_mask": Case(AP, mask="keys", batch=2, slopes=(8.0, 8.0), queries=25, keys=81),
@@ -137,7 +137,9 @@ def slots_of(case: Case, seed: int = 0) -> dict[str, Tensor]:
         if name in shapes
     }
     if "slopes" in case.encoding.slots:
-        found["slopes"] = torch.tensor(case.slopes) if case.slopes else tensor(case.heads, seed=seed + 30).abs()
+        found["slopes"] = (
+            torch.tensor(case.slopes) if case.slopes else tensor(case.heads, seed=seed + 30).abs()
+        )
     return {name: found[name].float().to(DEVICE) for name in case.encoding.slots}
 
 

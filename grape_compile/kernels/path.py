@@ -1,8 +1,8 @@
 """A provider of `grape::attend` for GPUs: attention with a path bias (GRAPE-AP), forward and backward, in Triton.
 
-As `operators/scanned.py`, one scan over the keys from the diagonal backwards: a running sum of edges, a running softmax,
-and an end where a row has all it needs. No matrix of tokens by tokens is in memory, and no two programs add to one
-number. The backward pass keeps two numbers for each row and tile of keys, for a few heads at a time.
+As `operators/scanned.py`, one scan over the keys from the diagonal backwards: a running sum of edges, a running
+softmax, and an end where a row has all it needs. No matrix of tokens by tokens is in memory, and no two programs add to
+one number. The backward pass keeps two numbers for each row and tile of keys, for a few heads at a time.
 """
 
 from __future__ import annotations
@@ -16,9 +16,16 @@ from torch import Tensor
 
 from grape_compile.encoding import Identity
 from grape_compile.kernels.launch import Launch, missing_triton
-from grape_compile.kernels.path_configurations import BACKWARD, OF_EDGES, OVER_KEYS, Kernel, Tiles, configuration
+from grape_compile.kernels.path_configurations import (
+    BACKWARD,
+    OF_EDGES,
+    OVER_KEYS,
+    Kernel,
+    Tiles,
+    configuration,
+)
 from grape_compile.kernels.path_edges import Edges
-from grape_compile.kernels.pointers import NUMBERS, in_line, mask_arguments, padded, strides
+from grape_compile.kernels.pointers import in_line, mask_arguments, padded, strides
 from grape_compile.operators import chunked
 from grape_compile.operators.call import AttendCall, Gradients
 from grape_compile.operators.path import Path
@@ -98,7 +105,12 @@ class Operands:
         call, edges = self.call, self.edges
         return {
             **{"QUERY": self.query, "KEY": self.key, "VALUE": self.value},
-            **{"EDGE_QUERY": edges.query, "EDGE_KEY": edges.key, "SLOPES": edges.slopes, "SIZES": edges.sizes},
+            **{
+                "EDGE_QUERY": edges.query,
+                "EDGE_KEY": edges.key,
+                "SLOPES": edges.slopes,
+                "SIZES": edges.sizes,
+            },
             **mask_arguments(call.mask, self.query),
             **strides("query", self.query),
             **strides("key", self.key),
@@ -137,12 +149,11 @@ class Operands:
         norms = torch.linalg.vector_norm(self.key, dim=-1, dtype=torch.float32).mul_(LONGER)
         length = norms.shape[-1]
         ends = torch.arange(block - 1, length + block - 1, block, device=norms.device).clamp_(max=length - 1)
-        return norms.cummax(-1).values[..., ends].contiguous()
+        largest: Tensor = norms.cummax(-1).values[..., ends]
+        return largest.contiguous()
 
 
-def forward_launch(
-    call: AttendCall, output: Tensor, logsumexp: Tensor, tiles: Tiles | None = None
-) -> Launch:
+def forward_launch(call: AttendCall, output: Tensor, logsumexp: Tensor, tiles: Tiles | None = None) -> Launch:
     """Return the launch of the forward kernel."""
     from grape_compile.kernels.bodies.path_forward import path_forward
 
@@ -210,9 +221,7 @@ class Found:
             if call.wants_bias_gradients
             else ()
         )
-        return Gradients(
-            self.query, self.key.view(call.key.shape), self.value.view(call.value.shape), biases
-        )
+        return Gradients(self.query, self.key.view(call.key.shape), self.value.view(call.value.shape), biases)
 
 
 class Heads:
@@ -229,9 +238,7 @@ class Heads:
         self.parts = (
             self.totals
             if call.groups == 1
-            else tuple(
-                found.logsumexp.new_empty((self.count, *total.shape[1:])) for total in self.totals
-            )
+            else tuple(found.logsumexp.new_empty((self.count, *total.shape[1:])) for total in self.totals)
         )
 
     def launch(self, kernel: Kernel) -> Launch:

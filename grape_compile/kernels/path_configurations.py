@@ -6,7 +6,7 @@ Those for 16 bits are the largest tiles whose machine code does not spill; none 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal, cast
 
 import torch
@@ -15,7 +15,6 @@ from grape_compile.kernels.attention_configurations import Configuration
 from grape_compile.kernels.configuration import capability_of, record_of
 from grape_compile.operators.call import AttendCall
 from grape_compile.operators.path import Path
-
 
 Kernel = Literal["forward", "by_query", "by_edge_query", "by_key", "by_edge_key"]
 #: In the order in which they run.
@@ -42,7 +41,7 @@ class Tiles(Configuration):
         lanes, split = record.get("lanes"), record.get("split")
         if found is None or lanes not in (1, 4) or split not in (1, 2, 4):
             return None
-        return cls(*astuple(found), cast(int, lanes), cast(int, split))
+        return cls(**asdict(found), lanes=cast(int, lanes), split=cast(int, split))
 
 
 #: Tiles by compute capability, for heads of up to 128 coordinates and beyond, in the order of `KERNELS`.

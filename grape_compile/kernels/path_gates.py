@@ -30,5 +30,8 @@ def _launch(kernel: Kernel, normalised: str) -> Callable[[int], Launch]:
 
 GATES: Final = (
     KernelGate("path_forward_bounded", _launch("forward", "both"), matrix=True),
-    *(KernelGate(f"path_{kernel}", _launch(kernel, "keys"), matrix=True) for kernel in ("forward", *BACKWARD)),
+    *(
+        KernelGate(f"path_{kernel}", _launch(kernel, "keys"), matrix=True)
+        for kernel in ("forward", *BACKWARD)
+    ),
 )

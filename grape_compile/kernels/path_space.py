@@ -41,10 +41,11 @@ def cases(shape: Shape, encoding: Encoding) -> Sequence[Case]:
 
 def space() -> list[Tiles]:
     """Return the tiles that a kernel could have."""
+    found = product(QUERIES, KEYS, WARPS, STAGES, SHARED)
     return [
-        Tiles(*numbers, *shared)
-        for *numbers, shared in product(QUERIES, KEYS, WARPS, STAGES, SHARED)
-        if numbers[0] >= 16 * numbers[2] or numbers[0] == 32
+        Tiles(queries, keys, warps, stages, lanes, split)
+        for queries, keys, warps, stages, (lanes, split) in found
+        if queries >= 16 * warps or queries == min(QUERIES)
     ]
 
 

@@ -36,7 +36,5 @@ def mask_arguments(mask: Tensor | None, nothing: Tensor) -> dict[str, Any]:
         return {"MASK": nothing, "MASKED": NONE, **{f"mask_{axis}": 0 for axis in axes}}
     kind = BYTES if mask.dtype == torch.bool else NUMBERS
     numbers = mask.view(torch.uint8) if kind == BYTES else mask
-    steps = {
-        f"mask_{axis}": 0 if mask.shape[at] == 1 else numbers.stride(at) for at, axis in enumerate(axes)
-    }
+    steps = {f"mask_{axis}": 0 if mask.shape[at] == 1 else numbers.stride(at) for at, axis in enumerate(axes)}
     return {"MASK": numbers, "MASKED": kind, **steps}

@@ -263,9 +263,7 @@ def _path(bias: PathBias, slots: Slots, query: Tensor, key: Tensor) -> Path:
         (by_key,) = rotated([by_key], bias.turn, slots)
     slopes = _slopes(bias, bias.slopes, slots, query)
     bounded = bias.normalised == "both" and _keeps_length(bias.turn)
-    return Path(
-        bias.link, slopes, by_query / bias.dim, by_key, bounded, constants=_constants(bias.slopes)
-    )
+    return Path(bias.link, slopes, by_query / bias.dim, by_key, bounded, constants=_constants(bias.slopes))
 
 
 def _keeps_length(turn: Rotation | None) -> bool:

@@ -102,7 +102,10 @@ def path_by_key(
             mask=there[:, None] & (inner < HEAD if HEAD < HEAD_BLOCK else inner >= 0)[None, :],
         )
         tl.store(
-            BY_VALUE + (local.to(tl.int64) * keys + first) * VALUES + places[:, None] * VALUES + outer[None, :],
+            BY_VALUE
+            + (local.to(tl.int64) * keys + first) * VALUES
+            + places[:, None] * VALUES
+            + outer[None, :],
             by_value.to(BY_VALUE.dtype.element_ty),
             mask=there[:, None] & (outer < VALUES if VALUES < VALUE_BLOCK else outer >= 0)[None, :],
         )
@@ -114,7 +117,8 @@ def key_step(
     LEVELS, begin, first, row, places, there, inner, outer, edge, query_token, gradient_token, edge_query_token,
     mask_query, mask_key, queries, keys, window, scale, slope, size,
     HEAD: tl.constexpr, VALUES: tl.constexpr, EDGE_BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr,
-    KEY_BLOCK: tl.constexpr, LANES: tl.constexpr, SPLIT: tl.constexpr, LINK: tl.constexpr, NEAR: tl.constexpr, CAUSAL: tl.constexpr,
+    KEY_BLOCK: tl.constexpr, LANES: tl.constexpr, SPLIT: tl.constexpr, LINK: tl.constexpr, NEAR: tl.constexpr,
+    CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, EDGES: tl.constexpr,
 ):  # fmt: skip
     """Add a tile of queries to all sums of all keys."""
@@ -124,7 +128,9 @@ def key_step(
     query = rows_of(QUERY, query_token, begin, row, queries, inner, HEAD, True)
     edge_query = rows_of(EDGE_QUERY, edge_query_token, begin, row, queries, edge, EDGE_BLOCK, True)
     # A row that has not come this far has no weights here.
-    walked_over = there_row & (tl.load(LEVELS + 2 * queries + begin + row, mask=there_row, other=0.0) <= carry_tile)
+    walked_over = there_row & (
+        tl.load(LEVELS + 2 * queries + begin + row, mask=there_row, other=0.0) <= carry_tile
+    )
     left_behind = walked_over
     if CAUSAL:
         # Tiles ahead of a row have no sums.
@@ -159,8 +165,6 @@ def key_step(
             tl.trans(by_product.to(edge_query.dtype)), edge_query, by_key, input_precision=PRECISION
         )
     else:
-        by_value = tl.dot(
-            tl.trans(weights.to(gradient.dtype)), gradient, by_value, input_precision=PRECISION
-        )
+        by_value = tl.dot(tl.trans(weights.to(gradient.dtype)), gradient, by_value, input_precision=PRECISION)
         by_key = tl.dot(tl.trans(changes.to(query.dtype)), query, by_key, input_precision=PRECISION)
     return by_key, by_value

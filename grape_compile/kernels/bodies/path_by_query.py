@@ -1,6 +1,7 @@
 """Attention with a path bias, backward: all sums over keys, from the diagonal backwards; first heads, then edges.
 
-The sums over queries start in the middle of a walk. So these leave behind, for every row and tile of keys, what they had
+The sums over queries start in the middle of a walk. So these leave behind, for every row and tile of keys, what they
+had
 summed before that tile.
 """
 
@@ -31,7 +32,8 @@ def path_by_query(
     base, heads, queries, keys, window, scale, rounded_away,
     GROUPS: tl.constexpr, HEAD: tl.constexpr, HEAD_BLOCK: tl.constexpr, VALUES: tl.constexpr,
     VALUE_BLOCK: tl.constexpr, EDGE_BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr,
-    KEY_BLOCK: tl.constexpr, LANES: tl.constexpr, SPLIT: tl.constexpr, CHUNK: tl.constexpr, LINK: tl.constexpr, CAUSAL: tl.constexpr,
+    KEY_BLOCK: tl.constexpr, LANES: tl.constexpr, SPLIT: tl.constexpr, CHUNK: tl.constexpr, LINK: tl.constexpr,
+    CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, MASKED: tl.constexpr, LEAVES: tl.constexpr, PRECISION: tl.constexpr, EDGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of QUERY_BLOCK queries of one head, or with EDGES of their side of the path; heads count from `base`.
@@ -109,7 +111,8 @@ def path_by_query(
     sums = tl.zeros([QUERY_BLOCK, EDGE_BLOCK if EDGES else HEAD_BLOCK], tl.float32)
     for index in tl.range(0, stop - near):
         carry, walked, by_slope, sums = back_step(
-            carry, walked, by_slope, sums, query, edge_query, gradient, level, delta, key_start, value_start, edge_start,
+            carry, walked, by_slope, sums, query, edge_query, gradient, level, delta, key_start, value_start,
+            edge_start,
             mask_start, carries, stop - 1 - index, places, at, row, there_row, inner, outer, edge, key_token,
             value_token, edge_key_token, mask_query, mask_key, queries, keys, window, scale, slope, size, HEAD, VALUES,
             EDGE_BLOCK, QUERY_BLOCK, KEY_BLOCK, LANES, SPLIT, LINK, True, CAUSAL, WINDOW, MASKED, PRECISION, EDGES,
@@ -142,7 +145,9 @@ def path_by_query(
         tl.store(levels, level, mask=there_row)
         tl.store(levels + queries, delta + walked, mask=there_row)
         tl.store(levels + 2 * queries, (start + left + row * 0).to(tl.float32), mask=there_row)
-        by_query_start = BY_QUERY + batch * by_query_batch + head * by_query_head + wide_begin * by_query_token
+        by_query_start = (
+            BY_QUERY + batch * by_query_batch + head * by_query_head + wide_begin * by_query_token
+        )
         tl.store(
             by_query_start + row[:, None] * by_query_token + inner[None, :],
             (sums * scale).to(BY_QUERY.dtype.element_ty),
@@ -152,10 +157,12 @@ def path_by_query(
 
 @triton.jit
 def back_step(
-    carry, walked, by_slope, sums, query, edge_query, gradient, level, delta, KEY, VALUE, EDGE_KEY, MASK, CARRIES, tile, places, at, row, there_row, inner, outer, edge,
+    carry, walked, by_slope, sums, query, edge_query, gradient, level, delta, KEY, VALUE, EDGE_KEY, MASK, CARRIES,
+    tile, places, at, row, there_row, inner, outer, edge,
     key_token, value_token, edge_key_token, mask_query, mask_key, queries, keys, window, scale, slope, size,
     HEAD: tl.constexpr, VALUES: tl.constexpr, EDGE_BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr,
-    KEY_BLOCK: tl.constexpr, LANES: tl.constexpr, SPLIT: tl.constexpr, LINK: tl.constexpr, NEAR: tl.constexpr, CAUSAL: tl.constexpr,
+    KEY_BLOCK: tl.constexpr, LANES: tl.constexpr, SPLIT: tl.constexpr, LINK: tl.constexpr, NEAR: tl.constexpr,
+    CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, EDGES: tl.constexpr,
 ):  # fmt: skip
     """Add a tile of keys to all sums of all rows, and leave behind what the sums were before it."""

@@ -23,7 +23,8 @@ def path_forward(
     heads, queries, keys, window, scale, rounded_away,
     GROUPS: tl.constexpr, HEAD: tl.constexpr, HEAD_BLOCK: tl.constexpr, VALUES: tl.constexpr,
     VALUE_BLOCK: tl.constexpr, EDGE_BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr,
-    KEY_BLOCK: tl.constexpr, LANES: tl.constexpr, SPLIT: tl.constexpr, CHUNK: tl.constexpr, LINK: tl.constexpr, CAUSAL: tl.constexpr,
+    KEY_BLOCK: tl.constexpr, LANES: tl.constexpr, SPLIT: tl.constexpr, CHUNK: tl.constexpr, LINK: tl.constexpr,
+    CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, MASKED: tl.constexpr, LEAVES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output and logsumexp of QUERY_BLOCK queries of one head; the longest walks start first.
@@ -78,7 +79,8 @@ def path_forward(
         best, total, carry, sums = step(
             best, total, carry, sums, query, edge_query, key_start, value_start, edge_start, mask_start, first, places,
             at, row, there_row, inner, outer, edge, key_token, value_token, edge_key_token, mask_query, mask_key, keys,
-            window, scale, slope, size, HEAD, VALUES, EDGE_BLOCK, QUERY_BLOCK, KEY_BLOCK, LANES, SPLIT, LINK, True, CAUSAL, WINDOW,
+            window, scale, slope, size, HEAD, VALUES, EDGE_BLOCK, QUERY_BLOCK, KEY_BLOCK, LANES, SPLIT, LINK, True,
+            CAUSAL, WINDOW,
             MASKED, PRECISION,
         )  # fmt: skip
     left = near - start
@@ -92,7 +94,8 @@ def path_forward(
             best, total, carry, sums = step(
                 best, total, carry, sums, query, edge_query, key_start, value_start, edge_start, mask_start, first,
                 places, at, row, there_row, inner, outer, edge, key_token, value_token, edge_key_token, mask_query,
-                mask_key, keys, window, scale, slope, size, HEAD, VALUES, EDGE_BLOCK, QUERY_BLOCK, KEY_BLOCK, LANES, SPLIT, LINK,
+                mask_key, keys, window, scale, slope, size, HEAD, VALUES, EDGE_BLOCK, QUERY_BLOCK, KEY_BLOCK, LANES,
+                SPLIT, LINK,
                 False, CAUSAL, WINDOW, MASKED, PRECISION,
             )  # fmt: skip
         left -= count
@@ -119,8 +122,10 @@ def path_forward(
 def step(
     best, total, carry, sums, query, edge_query, KEY, VALUE, EDGE_KEY, MASK, first, places, at, row, there_row, inner,
     outer, edge, key_token, value_token, edge_key_token, mask_query, mask_key, keys, window, scale, slope, size,
-    HEAD: tl.constexpr, VALUES: tl.constexpr, EDGE_BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr,
-    LANES: tl.constexpr, SPLIT: tl.constexpr, LINK: tl.constexpr, NEAR: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    HEAD: tl.constexpr, VALUES: tl.constexpr, EDGE_BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
+    LANES: tl.constexpr, SPLIT: tl.constexpr, LINK: tl.constexpr, NEAR: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add a tile of keys to the largest logits, the weights, the sums of edges and the weighted values of all rows."""

@@ -164,7 +164,8 @@ def path_behind(
     product, carry, at, key_at, LINK: tl.constexpr, NEAR: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     LANES: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Return the sums of the edges behind each key and behind the tile; NEAR tiles have keys that lie ahead of some row.
+    """Return the sums of the edges behind each key and behind the tile; NEAR tiles have keys that lie ahead of some
+    row.
 
     A key behind which a row stands no more has no edge to it.
     """
@@ -205,8 +206,10 @@ def edge_changes(
 ):  # fmt: skip
     """Return the gradients of the products of a tile, and the sum of all `changes` walked over so far.
 
-    `steep` is minus the slope times the derivative of the link. The edge of a key is part of the bias of all keys before
-    it. Its gradient is the sum of theirs, which is minus that of the key itself and of all behind it, as the gradients of
+    `steep` is minus the slope times the derivative of the link. The edge of a key is part of the bias of all keys
+    before
+    it. Its gradient is the sum of theirs, which is minus that of the key itself and of all behind it, as the gradients
+    of
     a row's logits add up to zero.
     """
     behind, walked = sums_behind(changes, walked, ROWS, BLOCK, LANES, SPLIT)
