@@ -54,6 +54,12 @@ def supports(call: AttendCall) -> Literal[True] | str:
         return "needs one path bias and no other"
     if call.query.dtype == torch.float64:
         return "float64 has no matrix instruction here"
+    if call.cap is not None:
+        return "a soft cap under a path bias"
+    if call.sinks is not None:
+        return "a sink beside a path bias: the logit gradients of a row do not add up to zero"
+    if call.segments is not None:
+        return "segments under a path bias"
     if call.wants_mask_gradient:
         return "the gradient of a mask needs every logit's gradient"
     sizes = call.query.shape[3], call.value.shape[3]

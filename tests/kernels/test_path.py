@@ -138,6 +138,13 @@ REFUSED: dict[str, tuple[Encoding, dict[str, Any], str]] = {
     "float64": (AP, {"dtype": torch.float64}, "float64"),
     "wide": (replace(AP, dim=40, turn=None), {}, "40 coordinates, more than 32"),
     "scale": (AP, {"options": {"is_causal": True, "scale": -1.0}}, "not positive"),
+    "cap": (AP, {"options": {"is_causal": True, "cap": 5.0}}, "soft cap"),
+    "sinks": (AP, {"options": {"is_causal": True, "sinks": torch.zeros(HEADS)}}, "sink"),
+    "segments": (
+        AP,
+        {"options": {"is_causal": True, "segments": torch.zeros(5, dtype=torch.int32)}},
+        "segments",
+    ),
 }
 
 
@@ -149,8 +156,11 @@ def test_a_call_for_another_provider(name: str) -> None:
     shapes = {"slopes": (HEADS,), "log_forget": (5,)}
     slots = {slot: tensor(*shapes.get(slot, (1, HEADS, 5, dim))).to(DEVICE) for slot in encoding.slots}
     query, key, value = heads_of(case)
+    options = {
+        name: each.to(DEVICE) if isinstance(each, Tensor) else each for name, each in case.options.items()
+    }
     with kernels_only(), pytest.raises(Exception, match=sentence):
-        attend(query, key, value, encoding, slots, **case.options)
+        attend(query, key, value, encoding, slots, **options)
 
 
 def test_the_same_call_has_the_same_result() -> None:

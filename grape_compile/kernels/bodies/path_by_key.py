@@ -6,7 +6,8 @@ No two programs add to the same number, so that results are the same at every ru
 import triton
 import triton.language as tl
 
-from grape_compile.kernels.bodies.attention_tiles import LOG2E, NONE, masked
+from grape_compile.kernels.bodies.attention_operands import LOG2E, NONE
+from grape_compile.kernels.bodies.attention_tiles import masked
 from grape_compile.kernels.bodies.path_tiles import (
     BOUNDED_LOG_SIGMOID,
     edge_changes,

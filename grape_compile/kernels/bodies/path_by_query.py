@@ -8,7 +8,8 @@ summed before that tile.
 import triton
 import triton.language as tl
 
-from grape_compile.kernels.bodies.attention_tiles import LN2, LOG2E, NONE, masked
+from grape_compile.kernels.bodies.attention_operands import LN2, LOG2E, NONE
+from grape_compile.kernels.bodies.attention_tiles import masked
 from grape_compile.kernels.bodies.path_tiles import (
     BOUNDED_LOG_SIGMOID,
     any_gains,

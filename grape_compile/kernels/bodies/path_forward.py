@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from grape_compile.kernels.bodies.attention_tiles import LN2, LOG2E, LOWEST, NONE, masked
+from grape_compile.kernels.bodies.attention_operands import LN2, LOG2E, NONE
+from grape_compile.kernels.bodies.attention_tiles import LOWEST, masked
 from grape_compile.kernels.bodies.path_tiles import (
     BOUNDED_LOG_SIGMOID,
     any_gains,

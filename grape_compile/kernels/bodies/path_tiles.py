@@ -12,7 +12,7 @@ Edges are logarithms to the base two, as logits are.
 import triton
 import triton.language as tl
 
-from grape_compile.kernels.bodies.attention_tiles import LOG2E, visible
+from grape_compile.kernels.bodies.attention_operands import LOG2E
 
 #: What an edge is made of the product of query and key.
 LOG_SIGMOID = tl.constexpr(0)
@@ -179,7 +179,11 @@ def path_behind(
 def hidden(logits, at, key_at, keys, window, NEAR: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
     """Return logits without those of keys that a row may not see."""
     if NEAR or WINDOW:
-        seen = visible(at[:, None], key_at[None, :], keys, window, CAUSAL, WINDOW)
+        seen = key_at[None, :] < keys
+        if CAUSAL:
+            seen = seen & (key_at[None, :] <= at[:, None])
+        if WINDOW:
+            seen = seen & (key_at[None, :] > at[:, None] - window)
         logits = tl.where(seen, logits, -float("inf"))
     return logits
 
