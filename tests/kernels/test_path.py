@@ -156,7 +156,7 @@ def test_a_call_for_another_provider(name: str) -> None:
     shapes = {"slopes": (HEADS,), "log_forget": (5,)}
     slots = {slot: tensor(*shapes.get(slot, (1, HEADS, 5, dim))).to(DEVICE) for slot in encoding.slots}
     query, key, value = heads_of(case)
-    options = {
+    options: dict[str, Any] = {
         name: each.to(DEVICE) if isinstance(each, Tensor) else each for name, each in case.options.items()
     }
     with kernels_only(), pytest.raises(Exception, match=sentence):
