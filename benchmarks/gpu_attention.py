@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, scaled_dot_product_attention, softplus
 
 from benchmarks.gpu_timing import Timed, timed
-from grape_compile.encoding import Encoding, alibi, fox, gated_alibi, nope
+from grape_compile.encoding import Encoding, alibi, fox, gated_alibi, grape_ap, nope
 from grape_compile.operators import attend, reference_attend
 
 Way = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -31,6 +31,11 @@ PROMISED_COST: Final = 1.10
 PROMISED_OVER_FLEX: Final = 1.3
 #: A dense bias of more tokens does not fit beside its gradients.
 LONGEST_DENSE: Final = 8192
+#: GRAPE-AP over ours without a bias, walked whole and with walks that end, and the dense way over GRAPE-AP.
+PROMISED_PATH: Final = 1.6
+PROMISED_OVER_DENSE: Final = 10.0
+#: The dense way holds several matrices of float32 for a path.
+LONGEST_DENSE_PATH: Final = 4096
 #: Errors are taken where all logits fit in float64.
 LONGEST_EXACT: Final = 2048
 #: From here on tiles that do not count pay for the bias: below the floor.
@@ -61,6 +66,7 @@ class Row:
             "alibi": alibi(self.heads),
             "fox": fox(),
             "gated": gated_alibi(self.heads),
+            "path": grape_ap(self.heads),
         }
         return kinds[self.bias]
 
@@ -73,7 +79,7 @@ ROWS: Final = tuple(
     Row(bias, tokens, head_dim, max(1, 16384 // tokens))
     for head_dim in (64, 128)
     for tokens in (1024, 2048, 4096, 8192, 16384, 32768, 65536)
-    for bias in ("none", "alibi", "fox", "gated")
+    for bias in ("none", "alibi", "fox", "gated", "path")
 )
 
 
@@ -113,6 +119,8 @@ class Layer:
             "log_forget": lambda: logsigmoid(normal(*shape) + 4.0),
             "gate_query": lambda: softplus(normal(*shape)),
             "gate_key": lambda: softplus(normal(*shape)),
+            "path_query": lambda: normal(*shape, 8).to(torch.bfloat16),
+            "path_key": lambda: normal(*shape, 8).to(torch.bfloat16),
         }
         self.slots = {name: made[name]().requires_grad_() for name in row.encoding.slots}
         self.slopes = torch.tensor(
@@ -129,8 +137,12 @@ class Layer:
         found: dict[str, Way] = {OURS: self.ours}
         if self.row.bias != "none":
             found |= {WHOLE: self.whole, BARE: self.bare}
-        found |= {FLEX: _flex(self), FLOOR: self.floor}
-        if self.row.bias != "none" and self.row.tokens <= LONGEST_DENSE:
+        found[FLOOR] = self.floor
+        if self.row.bias != "path":
+            # Its modification of a score sees one key, not those between it and the query.
+            found[FLEX] = _flex(self)
+        longest = LONGEST_DENSE_PATH if self.row.bias == "path" else LONGEST_DENSE
+        if self.row.bias != "none" and self.row.tokens <= longest:
             found[DENSE] = self.dense
         return found
 
@@ -140,7 +152,8 @@ class Layer:
 
     def whole(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend without leaving out a tile."""
-        with mock.patch("grape_compile.kernels.attention_reach.SHORTEST", math.inf):
+        room = "path" if self.row.bias == "path" else "attention_reach"
+        with mock.patch(f"grape_compile.kernels.{room}.SHORTEST", math.inf):
             return self.ours(query, key, value)
 
     def bare(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -160,7 +173,9 @@ class Layer:
         """Return the bias under the causal mask, [1 or B, H, T, T]."""
         count = torch.arange(self.row.tokens, device=self.slopes.device)
         apart = (count - count[:, None]).float()
-        if self.row.bias == "fox":
+        if self.row.bias == "path":
+            bias = self._along()
+        elif self.row.bias == "fox":
             sums = self.slots["log_forget"].cumsum(-1)
             bias = sums[..., :, None] - sums[..., None, :]
         else:
@@ -168,6 +183,20 @@ class Layer:
             if self.row.bias == "gated":
                 bias = bias * (self.slots["gate_query"][..., None] + self.slots["gate_key"][..., None, :])
         return bias.masked_fill(apart > 0, -math.inf).reshape(-1, *bias.shape[-3:])
+
+    def _along(self) -> Tensor:
+        """Return the sums of edges as the authors' code writes them, [B, H, T, T]."""
+        query, key = self.slots["path_query"], self.slots["path_key"]
+        key = key.float() * (key.float().square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+        angle = torch.arange(self.row.tokens, device=key.device, dtype=torch.float32)[:, None, None]
+        # Every plane of neighbours by one radian a token.
+        pairs = torch.view_as_complex(key.unflatten(-1, (-1, 2))) * torch.polar(
+            torch.ones_like(angle[..., 0]), angle[..., 0]
+        )
+        key = torch.view_as_real(pairs).flatten(-2).to(query.dtype)
+        edges = logsigmoid((query @ key.mT).float() / query.shape[-1]).tril()
+        sums = edges.flip(-1).cumsum(-1).flip(-1) - edges
+        return self.slopes[:, None, None] * sums
 
     def step(self, way: Way) -> tuple[Tensor | None, ...]:
         """Attend and go back, also through the bias where the way has one."""
@@ -239,13 +268,17 @@ def _result(
     # Two products of T (T + 1) / 2 logits forward, five more backward.
     products = 2 if direction == "forward" else 7
     flops = products * row.batch * row.heads * row.tokens**2 * row.head_dim
-    kept = times[FLEX] >= PROMISED_OVER_FLEX * times[OURS]
-    if row.bias != "none":
+    kept = FLEX not in times or times[FLEX] >= PROMISED_OVER_FLEX * times[OURS]
+    if row.bias == "path":
+        kept &= times[WHOLE] <= PROMISED_PATH * times[BARE]
+        kept &= DENSE not in times or times[DENSE] >= PROMISED_OVER_DENSE * times[OURS]
+        kept &= row.tokens < PRUNED_FROM or times[OURS] < times[BARE]
+    elif row.bias != "none":
         kept &= times[WHOLE] <= PROMISED_COST * times[BARE]
     if row.bias == "alibi" and row.tokens >= PRUNED_FROM:
         kept &= times[OURS] < times[FLOOR]
     if errors:
-        kept &= errors[OURS] <= errors[FLEX]
+        kept &= errors[OURS] <= errors[DENSE if row.bias == "path" else FLEX]
     ratios = ", ".join(f"{time / times[OURS]:.2f} x {name}" for name, time in times.items() if name != OURS)
     return {
         "name": f"{row.name}, {direction}",

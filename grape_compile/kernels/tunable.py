@@ -11,7 +11,11 @@ import torch
 from grape_compile.kernels.launch import Launch
 
 #: Modules that define `FAMILIES`, a tuple of `Family`.
-MODULES: Final = ("grape_compile.kernels.attention_space", "grape_compile.kernels.turning_space")
+MODULES: Final = (
+    "grape_compile.kernels.attention_space",
+    "grape_compile.kernels.path_space",
+    "grape_compile.kernels.turning_space",
+)
 
 
 @dataclass(frozen=True)

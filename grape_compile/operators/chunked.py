@@ -5,7 +5,7 @@ Also what the fast providers fall back on for the rows that need the logits them
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -42,6 +42,33 @@ def backward(call: AttendCall, gradient: Tensor, output: Tensor, logsumexp: Tens
     for rows in row_chunks(call):
         Weights(call, rows).add_gradients(gradient[:, :, rows], sums)
     return sums.gradients()
+
+
+def without_faint_rows(
+    call: AttendCall,
+    gradient: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    found: Callable[[Tensor], Gradients],
+) -> Gradients:
+    """Return the gradients that are `found` with the logsumexp that is handed over, and of faint rows those from here.
+
+    A logsumexp of minus infinity leaves a row out.
+    """
+    faint = (logsumexp < FAINT) & (logsumexp > -torch.inf)
+    if call.mask is None or call.mask.dtype == torch.bool or not bool(faint.any()):
+        return found(logsumexp)
+    ours = found(logsumexp.masked_fill(faint, -torch.inf))
+    rest = backward(call, gradient.where(faint[..., None], 0.0), output, logsumexp)
+    return Gradients(
+        ours.query + rest.query,
+        ours.key + rest.key,
+        ours.value + rest.value,
+        tuple(
+            tuple(one + other for one, other in zip(*pair, strict=True))
+            for pair in zip(ours.biases, rest.biases, strict=True)
+        ),
+    )
 
 
 def empty_result(call: AttendCall) -> tuple[Tensor, Tensor]:

@@ -25,13 +25,14 @@ class Path(Leaves):
     """b[t, j] = slope * sum_{l = j+1 ... t} g(<p_t, r_l>), queries being the last keys; zero for j >= t.
 
     `slopes` [1 or B, 1 or H], `query` p / dim [1 or B, 1 or H, T_q, dim] and `key` r, turned,
-    [1 or B, 1 or H, T_k, dim], have the compute dtype.
+    [1 or B, 1 or H, T_k, dim], have the compute dtype. `is_bounded`: no product is larger than one.
     """
 
     link: Link
     slopes: Tensor
     query: Tensor
     key: Tensor
+    is_bounded: bool = False
 
     #: No product of a number of the query and one of the key, however many are summed.
     is_signed = False

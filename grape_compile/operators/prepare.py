@@ -262,7 +262,13 @@ def _path(bias: PathBias, slots: Slots, query: Tensor, key: Tensor) -> Path:
     if bias.turn is not None:
         (by_key,) = rotated([by_key], bias.turn, slots)
     slopes = _slopes(bias, bias.slopes, slots, query)
-    return Path(bias.link, slopes, by_query / bias.dim, by_key, constants=_constants(bias.slopes))
+    bounded = bias.normalised == "both" and _keeps_length(bias.turn)
+    return Path(bias.link, slopes, by_query / bias.dim, by_key, bounded, constants=_constants(bias.slopes))
+
+
+def _keeps_length(turn: Rotation | None) -> bool:
+    """Whether no vector gets longer: not so for tables and bases, which may hold anything."""
+    return turn is None or not (isinstance(turn.clock, Tables) or turn.basis or abs(turn.scale) > 1)
 
 
 def _edges(bias: PathBias, name: str, slots: Slots, query: Tensor, length: int) -> Tensor:

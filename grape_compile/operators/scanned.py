@@ -57,27 +57,33 @@ def forward(call: AttendCall) -> tuple[Tensor, Tensor]:
     output, logsumexp = chunked.empty_result(call)
     back = _Back(call)
     for rows in _row_chunks(call):
-        walk = _Walk(back, rows)
-        shape = (*call.query.shape[:2], rows.stop - rows.start, 1)
-        # The largest of no logits is the lowest finite number, so that differences of it are numbers.
-        largest = call.query.new_full(shape, torch.finfo(call.dtype).min, dtype=call.dtype)
-        total = torch.zeros_like(largest)
-        if call.sinks is not None:
-            largest = torch.maximum(largest, call.sinks[..., None, None])
-            total += (call.sinks[..., None, None] - largest).exp_()
-        sums = call.query.new_zeros((*shape[:3], call.value.shape[3]), dtype=call.dtype)
-        for step in walk:
-            heads = step.heads
-            best = torch.maximum(largest[:, heads], step.logits.amax(-1, keepdim=True))
-            weights = step.logits.sub_(best).exp_()
-            shrink = (largest[:, heads] - best).exp_()
-            total[:, heads] = total[:, heads].mul_(shrink).add_(weights.sum(-1, keepdim=True))
-            sums[:, heads] = sums[:, heads].mul_(shrink).add_(weights @ step.values)
-            largest[:, heads] = best
-            walk.leave(largest)
-        output[:, :, rows] = (sums / torch.where(total == 0, 1.0, total)).to(output.dtype)
-        logsumexp[:, :, rows] = torch.where(total == 0, -math.inf, largest + total.log()).squeeze(-1)
+        wide, level = _attended(back, rows)
+        output[:, :, rows], logsumexp[:, :, rows] = wide.to(output.dtype), level.squeeze(-1)
     return output, logsumexp
+
+
+def _attended(back: _Back, rows: slice) -> tuple[Tensor, Tensor]:
+    """Return output [B, H, rows, D_v] and logsumexp [B, H, rows, 1] of some queries in the compute dtype."""
+    call, walk = back.call, _Walk(back, rows)
+    shape = (*call.query.shape[:2], rows.stop - rows.start, 1)
+    # The largest of no logits is the lowest finite number, so that differences of it are numbers.
+    largest = call.query.new_full(shape, torch.finfo(call.dtype).min, dtype=call.dtype)
+    total = torch.zeros_like(largest)
+    if call.sinks is not None:
+        largest = torch.maximum(largest, call.sinks[..., None, None])
+        total += (call.sinks[..., None, None] - largest).exp_()
+    sums = call.query.new_zeros((*shape[:3], call.value.shape[3]), dtype=call.dtype)
+    for step in walk:
+        heads = step.heads
+        best = torch.maximum(largest[:, heads], step.logits.amax(-1, keepdim=True))
+        weights = step.logits.sub_(best).exp_()
+        shrink = (largest[:, heads] - best).exp_()
+        total[:, heads] = total[:, heads].mul_(shrink).add_(weights.sum(-1, keepdim=True))
+        sums[:, heads] = sums[:, heads].mul_(shrink).add_(weights @ step.values)
+        largest[:, heads] = best
+        walk.leave(largest)
+    level = torch.where(total == 0, -math.inf, largest + total.log())
+    return sums / torch.where(total == 0, 1.0, total), level
 
 
 def backward(call: AttendCall, gradient: Tensor, output: Tensor, logsumexp: Tensor) -> Gradients:
@@ -86,7 +92,11 @@ def backward(call: AttendCall, gradient: Tensor, output: Tensor, logsumexp: Tens
     (number,) = (at for at, bias in enumerate(call.biases) if isinstance(bias, Path))
     for rows in _row_chunks(call):
         wide = gradient[:, :, rows].to(call.dtype)
-        delta = (wide * output[:, :, rows].to(call.dtype)).sum(-1, keepdim=True)
+        exact = output[:, :, rows]
+        if exact.dtype != call.dtype and call.wants_bias_gradients:
+            # Sums along a path would add up what the output was rounded by.
+            exact, _ = _attended(back, rows)
+        delta = (wide * exact).sum(-1, keepdim=True)
         level = logsumexp[:, :, rows, None]
         if bool(((level < chunked.FAINT) & (level > -math.inf)).any()):
             for some in chunked.row_chunks(call, rows):

@@ -102,7 +102,10 @@ def test_the_report_says_what_computes_a_layer() -> None:
         call = attend_call(query, query, query, [], str(nope()), None, True, None, None)
         assert attend_lowering(call) == "grape::attend by triton"
         call = attend_call(query, query, query, [], str(nope()), None, True, -1.0, None)
-        assert attend_lowering(call) == "grape::attend by flex (triton: a scale of -1.0, not positive)"
+        assert attend_lowering(call) == (
+            "grape::attend by flex (triton: a scale of -1.0, not positive; "
+            "triton path: needs one path bias and no other)"
+        )
         query = torch.empty(1, HEADS, 5, HEAD)
         call = attend_call(query, query, query, [], str(alibi(HEADS)), None, True, None, None)
         assert attend_lowering(call) == "grape::attend"

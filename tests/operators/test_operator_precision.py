@@ -28,6 +28,7 @@ from grape_compile.encoding import (
     Steps,
     alibi,
     fox,
+    grape_ap,
     nope,
     rope,
 )
@@ -388,4 +389,25 @@ def test_gradients_of_a_steep_link() -> None:
     ours, dense = (
         float((gradient(function, torch.float32) - exact).norm()) for function in (attend, reference_attend)
     )
+    assert ours <= 1.25 * dense + 1e-7 * float(exact.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_along_a_path_in_few_bits(dtype: torch.dtype) -> None:
+    """They are no worse than those of the definition, whose output is rounded after its sums."""
+    length, heads = 200, 2
+    encoding = grape_ap(heads, dim=4)
+    parts = [tensor(1, heads, length, size, seed=seed) for seed, size in enumerate((8, 8, 8, 4))]
+    cotangent = tensor(1, heads, length, 8, seed=7)
+
+    def gradient(function: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
+        query, key, value, path = (part.to(dtype) for part in parts)
+        path.requires_grad_()
+        result = function(query, key, value, encoding, dict.fromkeys(encoding.slots, path), is_causal=True)
+        (found,) = torch.autograd.grad(result, path, cotangent.to(dtype))
+        return found.double()
+
+    parts = [part.to(dtype).double() for part in parts]
+    exact = gradient(reference_attend, torch.float64)
+    ours, dense = (float((gradient(each, dtype) - exact).norm()) for each in (attend, reference_attend))
     assert ours <= 1.25 * dense + 1e-7 * float(exact.norm())

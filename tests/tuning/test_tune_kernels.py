@@ -37,6 +37,7 @@ from grape_compile.kernels.configuration import (
     default_configuration,
     source_hash,
 )
+from grape_compile.kernels.path_configurations import KERNELS
 from grape_compile.kernels.tunable import Case
 from grape_compile.records import Key, read, write
 from grape_compile.tuning import Shape, tune_kernels
@@ -92,7 +93,10 @@ def test_biases_tune_the_kernels_of_attention() -> None:
 
 def test_each_case_is_tuned_once_and_unknown_encodings_not_at_all() -> None:
     assert len(all_cases([LAYER, LAYER, Shape(8, 8192, 32, 8, 128)])) == 2
-    assert all_cases([LAYER], [grape_ap(32, 8)]) == []
+    paths = all_cases([LAYER], [grape_ap(32, 8)])
+    assert [case.name.split()[:2] for case in paths] == [["path", kernel] for kernel in KERNELS]
+    assert all(case.default(90) in case.space for case in paths)
+    assert all_cases([LAYER], [Compose((grape_ap(32, 8), fox()))]) == []
     encodings = [rope(128), Rotation(Half(128), Learned("theta"), Accumulated("rates", True))]
     assert {case.name.split()[2] for case in all_cases([LAYER], encodings)} == {
         "angles=steps",
