@@ -134,15 +134,15 @@ def files(model: nn.Module, folder: Path) -> Iterator[tuple[str, Path | str]]:
         )
         ir.save(made.program, path)
 
+    def by_us(target: str) -> Callable[[Path], Any]:
+        return lambda path: export(model, (), given, path, target=target, verify=False)
+
     ways: dict[str, Callable[[Path], Any]] = {
         PLAIN: lambda path: by_torch(20, path),
         "torch opset 23": lambda path: by_torch(23, path),
         "onnxscript": by_onnxscript,
         "transformers": by_transformers,
-        **{
-            name: lambda path, target=target: export(model, (), given, path, target=target, verify=False)
-            for name, target in OURS.items()
-        },
+        **{name: by_us(target) for name, target in OURS.items()},
     }
     for at, (name, way) in enumerate(ways.items()):
         path = folder / f"{at}.onnx"

@@ -28,12 +28,28 @@ def share_heads(graph: ir.Graph) -> None:
     for node in list(graph):
         if node.domain != PRIVATE or node.op_type not in (ATTEND, FUSED):
             continue
+        for place in range(3):
+            source = _before_views(node.inputs[place])
+            if source is not node.inputs[place]:
+                node.replace_input_with(place, source)
         key, value = node.inputs[1], node.inputs[2]
         sources = [_unrepeated(part) for part in (key, value)]
         if sources[0] is None or sources[1] is None or sizes(sources[0])[1] != sizes(sources[1])[1]:
             continue
         for place, source in zip((1, 2), sources, strict=True):
             node.replace_input_with(place, source)
+
+
+def _before_views(value: ir.Value | None) -> ir.Value | None:
+    """The value of the same shape that `value` is another view of and back, such as by batch and heads in one axis."""
+    own, found = value, value
+    while own is not None and (node := own.producer()) is not None and node.op_type == "Reshape":
+        own = node.inputs[0]
+        if own is None or own.shape is None or value is None or value.shape is None:
+            break
+        if sizes(own) == sizes(value) and None not in sizes(own):
+            found = own
+    return found
 
 
 def _unrepeated(value: ir.Value | None) -> ir.Value | None:

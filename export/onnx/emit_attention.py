@@ -81,7 +81,7 @@ class Call:
 def attend(builder: Builder, call: Call, target: Target) -> Emitted:
     """Return [B, H, T_q, D_v]; what `grape::attend` computes, but for rows without a key."""
     lengths = Lengths(
-        builder.size(call.query, 2), builder.size(call.key, 2), sizes(call.query)[2], sizes(call.key)[2]
+        builder.size(call.query, 2), _count(builder, call.key), sizes(call.query)[2], sizes(call.key)[2]
     )
     call = _turned(builder, call, lengths, target)
     call, told = _added(builder, call, lengths, target)
@@ -158,6 +158,15 @@ def _added(builder: Builder, call: Call, lengths: Lengths, target: Target) -> tu
         )
         call = replace(call, mask=mask)
     return _with_columns(builder, call, lifted) if lifted else call, told
+
+
+def _count(builder: Builder, keys: ir.Value) -> ir.Value:
+    """Return how many keys there are, [1]; of a cache without reading what the operator is to append."""
+    source = keys.producer()
+    if not _is_grown(keys) or source is None:
+        return builder.size(keys, 2)
+    parts = [builder.size(part, 2) for part in source.inputs if part is not None]
+    return total(builder, parts)
 
 
 def _is_grown(keys: ir.Value) -> bool:

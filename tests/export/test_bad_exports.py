@@ -20,12 +20,14 @@ class _Line(nn.Module):
         self.inner = nn.Linear(3, 5, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x)
+        result: Tensor = self.inner(x)
+        return result
 
 
 class _Unknown(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return torch.special.bessel_j0(x)
+        result: Tensor = torch.special.bessel_j0(x)
+        return result
 
 
 X = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
@@ -69,7 +71,7 @@ def test_a_file_that_computes_something_else_is_not_kept(
     """Weights are changed behind the exporter's back: verification has to see it, and the old file has to stay."""
     place = tmp_path / "model.onnx"
     place.write_text("an older file")
-    genuine = exporter.write
+    genuine = files.write
 
     def spoiled(model: Any, path: Path, above: int | None) -> Path | None:
         for value in model.graph.initializers.values():
