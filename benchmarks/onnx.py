@@ -124,7 +124,7 @@ def files(model: nn.Module, folder: Path) -> Iterator[tuple[str, Path | str]]:
 
         by_torch(20, path)
         optimized = optimize_for_ort(ir.load(path))
-        ir.save(optimized[0] if isinstance(optimized, tuple) else optimized, path)
+        ir.save(optimized[0], path)
 
     def by_transformers(path: Path) -> None:
         from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
