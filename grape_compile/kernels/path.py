@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
-from grape_compile.encoding import Identity
+from grape_compile.encoding import Identity, NegativeExp
 from grape_compile.kernels.launch import Launch, missing_triton
 from grape_compile.kernels.path_configurations import (
     BACKWARD,
@@ -62,6 +62,8 @@ def supports(call: AttendCall) -> Literal[True] | str:
         return "segments under a path bias"
     if call.wants_mask_gradient:
         return "the gradient of a mask needs every logit's gradient"
+    if call.wants_bias_gradients and isinstance(call.biases[0].link, NegativeExp):
+        return "the gradient of -exp magnifies the rounding of what has been walked"
     sizes = call.query.shape[3], call.value.shape[3]
     if max(sizes) > MAX_HEAD:
         return f"heads of {max(sizes)} coordinates, more than {MAX_HEAD}"
