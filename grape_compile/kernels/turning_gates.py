@@ -89,19 +89,20 @@ def _plane(capability: int) -> Launch:
     return turn_launch(TurnCall(tensors, rank2, slots))
 
 
-#: Registers of a rotation: 48 leave ten blocks of 128 threads to a multiprocessor, enough loads in flight.
+#: Registers of a rotation: 48 leave ten blocks of 128 threads to a multiprocessor, enough loads in flight. On the way
+#: back with gradients of angles a thread keeps a sum for each of its eight planes, and reads two tensors: 64.
 FEW: Final = 48
 
 GATES: Final = (
     KernelGate("turn half", _turn(Half(HEAD_DIM)), registers=FEW, wide=True),
     KernelGate("turn interleaved", _turn(Interleaved(HEAD_DIM)), registers=FEW, wide=True),
-    KernelGate("turn partial", _turn(Partial(Half(64), 0, HEAD_DIM)), registers=64, wide=True),
+    KernelGate("turn partial", _turn(Partial(Half(64), 0, HEAD_DIM)), registers=FEW, wide=True),
     KernelGate("turn exactly", _turn(Half(HEAD_DIM), torch.float64), registers=FEW, wide=True),
     KernelGate("turn by tables", _turn(Half(HEAD_DIM), None), registers=FEW, wide=True),
-    KernelGate("turn normed before", _normed("before"), registers=64, wide=True),
-    KernelGate("turn normed after", _normed("after"), registers=64, wide=True),
-    KernelGate("turn normed across", _normed("across"), registers=80, wide=True),
-    KernelGate("turn in a plane", _plane, registers=64, wide=True),
-    KernelGate("turn back", _back(Half(HEAD_DIM)), registers=80, wide=True),
-    KernelGate("turn back interleaved", _back(Interleaved(HEAD_DIM)), registers=80, wide=True),
+    KernelGate("turn normed before", _normed("before"), registers=FEW, wide=True),
+    KernelGate("turn normed after", _normed("after"), registers=FEW, wide=True),
+    KernelGate("turn normed across", _normed("across"), registers=FEW, wide=True),
+    KernelGate("turn in a plane", _plane, registers=FEW, wide=True),
+    KernelGate("turn back", _back(Half(HEAD_DIM)), registers=64, wide=True),
+    KernelGate("turn back interleaved", _back(Interleaved(HEAD_DIM)), registers=64, wide=True),
 )

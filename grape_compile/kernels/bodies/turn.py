@@ -83,20 +83,26 @@ def places(table, planes, turning, COUNT: tl.constexpr, START: tl.constexpr, RUN
 def take_planes(
     at, seen, planes, turning, table,
     COUNT: tl.constexpr, WIDTH: tl.constexpr, START: tl.constexpr, RUN: tl.constexpr, STEP: tl.constexpr,
-    APART: tl.constexpr,
+    APART: tl.constexpr, KEEP: tl.constexpr = "",
 ):  # fmt: skip
-    """First and second coordinate of every plane [rows, WIDTH] of the heads that `at` [rows, 1] points to, float32."""
+    """First and second coordinate of every plane [rows, WIDTH] of the heads that `at` [rows, 1] points to, float32.
+
+    `KEEP` tells the cache; what is read with another word is read again.
+    """
     if RUN == 1 and STEP == 2 and APART == 1:
         pairs = tl.arange(0, 2 * WIDTH)
         whole = tl.load(
-            at + (START + pairs)[None, :], mask=seen[:, None] & (pairs < 2 * COUNT)[None, :], other=0.0
+            at + (START + pairs)[None, :],
+            mask=seen[:, None] & (pairs < 2 * COUNT)[None, :],
+            other=0.0,
+            eviction_policy=KEEP,
         )
         first, second = tl.split(tl.reshape(whole, (seen.shape[0], WIDTH, 2)))
     else:
         one, two = places(table, planes, turning, COUNT, START, RUN, STEP, APART)
         both = seen[:, None] & turning[None, :]
-        first = tl.load(at + one[None, :], mask=both, other=0.0)
-        second = tl.load(at + two[None, :], mask=both, other=0.0)
+        first = tl.load(at + one[None, :], mask=both, other=0.0, eviction_policy=KEEP)
+        second = tl.load(at + two[None, :], mask=both, other=0.0, eviction_policy=KEEP)
     return first.to(tl.float32), second.to(tl.float32)
 
 
@@ -163,11 +169,18 @@ def weights_of(weight, place, there, offset):
 
 @triton.jit
 def squares_of(
-    first, second, at, seen, rest_in,
-    REST_0: tl.constexpr, REST_0_WIDTH: tl.constexpr, REST_0_IN: tl.constexpr,
+    at, seen, planes, turning, cos, sin, in_table, rest_in,
+    COUNT: tl.constexpr, WIDTH: tl.constexpr, START: tl.constexpr, RUN: tl.constexpr, STEP: tl.constexpr,
+    APART: tl.constexpr, REST_0: tl.constexpr, REST_0_WIDTH: tl.constexpr, REST_0_IN: tl.constexpr,
     REST_1: tl.constexpr, REST_1_WIDTH: tl.constexpr, REST_1_IN: tl.constexpr, TABLED: tl.constexpr,
+    NORM: tl.constexpr,
 ):  # fmt: skip
-    """Sum of squares of the heads that `at` points to, the coordinates of their planes given, [rows]."""
+    """Sum of squares of the heads that `at` points to, [rows]: as they are, or turned where NORM is AFTER."""
+    first, second = take_planes(
+        at, seen, planes, turning, in_table, COUNT, WIDTH, START, RUN, STEP, APART, "evict_last"
+    )
+    if NORM == AFTER:
+        first, second = first * cos - second * sin, second * cos + first * sin
     total = tl.sum(first * first + second * second, 1)
     if REST_0 > 0:
         rest = take_rest(at, seen, rest_in, REST_0, REST_0_WIDTH, REST_0_IN, TABLED)
@@ -205,32 +218,26 @@ def turn_head(
     REST_1: tl.constexpr, REST_1_WIDTH: tl.constexpr, REST_1_IN: tl.constexpr, REST_1_OUT: tl.constexpr,
     TABLED: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """Turn one head of a block of tokens; `squares` is given where NORM is ACROSS; the mean is over SIZE."""
+    """Turn one head of a block of tokens; where it is normalised, by the mean of `squares` over SIZE."""
     first, second = take_planes(
         source, seen, planes, turning, in_table, COUNT, WIDTH, IN_START, IN_RUN, IN_STEP, IN_APART
     )
     factor = 1.0
-    if NORM == BEFORE:
-        squares = squares_of(
-            first, second, source, seen, rest_in,
-            REST_0, REST_0_WIDTH, REST_0_IN, REST_1, REST_1_WIDTH, REST_1_IN, TABLED,
-        )  # fmt: skip
-    if NORM == BEFORE or NORM == ACROSS:
+    if NORM != PLAIN:
         factor = tl.rsqrt(squares / SIZE + epsilon)[:, None]
+    if NORM == BEFORE or NORM == ACROSS:
         one, two = places(in_table, planes, turning, COUNT, IN_START, IN_RUN, IN_STEP, IN_APART)
         first *= factor * weights_of(weight, one, turning, offset)
         second *= factor * weights_of(weight, two, turning, offset)
+    if NORM == AFTER:
+        first *= factor
+        second *= factor
     out_first = first * cos - second * sin
     out_second = second * cos + first * sin
     if NORM == AFTER:
-        squares = squares_of(
-            out_first, out_second, source, seen, rest_in,
-            REST_0, REST_0_WIDTH, REST_0_IN, REST_1, REST_1_WIDTH, REST_1_IN, TABLED,
-        )  # fmt: skip
-        factor = tl.rsqrt(squares / SIZE + epsilon)[:, None]
         one, two = places(out_table, planes, turning, COUNT, OUT_START, OUT_RUN, OUT_STEP, OUT_APART)
-        out_first *= factor * weights_of(weight, one, turning, offset)
-        out_second *= factor * weights_of(weight, two, turning, offset)
+        out_first *= weights_of(weight, one, turning, offset)
+        out_second *= weights_of(weight, two, turning, offset)
     put_planes(
         target, out_first, out_second, seen, planes, turning, out_table,
         COUNT, WIDTH, OUT_START, OUT_RUN, OUT_STEP, OUT_APART,
@@ -266,12 +273,10 @@ def turn_heads(
     if NORM == ACROSS:
         for head in range(HEADS):
             at = source + tl.cast(head, tl.int64) * x_head
-            first, second = take_planes(
-                at, seen, planes, turning, in_table, COUNT, WIDTH, IN_START, IN_RUN, IN_STEP, IN_APART
-            )
             squares += squares_of(
-                first, second, at, seen, rest_in,
-                REST_0, REST_0_WIDTH, REST_0_IN, REST_1, REST_1_WIDTH, REST_1_IN, TABLED,
+                at, seen, planes, turning, cos, sin, in_table, rest_in,
+                COUNT, WIDTH, IN_START, IN_RUN, IN_STEP, IN_APART,
+                REST_0, REST_0_WIDTH, REST_0_IN, REST_1, REST_1_WIDTH, REST_1_IN, TABLED, NORM,
             )  # fmt: skip
         for head in range(HEADS):
             far = tl.cast(head, tl.int64)
@@ -284,12 +289,22 @@ def turn_heads(
                 TABLED, NORM,
             )  # fmt: skip
     else:
-        for number in tl.static_range(GROUP):
+        # Loads of several heads at once want registers, which a norm or coordinates beside the planes have taken.
+        unrolled: tl.constexpr = GROUP if NORM == PLAIN and REST_0 == 0 else 1
+        for number in tl.range(0, GROUP, loop_unroll_factor=unrolled):
             head = group * GROUP + number
             far = tl.cast(head, tl.int64)
+            there = seen & (head < HEADS)
+            at = source + far * x_head
+            if NORM != PLAIN:
+                squares = squares_of(
+                    at, there, planes, turning, cos, sin, in_table, rest_in,
+                    COUNT, WIDTH, IN_START, IN_RUN, IN_STEP, IN_APART,
+                    REST_0, REST_0_WIDTH, REST_0_IN, REST_1, REST_1_WIDTH, REST_1_IN, TABLED, NORM,
+                )  # fmt: skip
             turn_head(
-                source + far * x_head, target + far * y_head, weight,
-                seen & (head < HEADS), planes, turning, cos, sin, squares, in_table, out_table, rest_in, rest_out,
+                at, target + far * y_head, weight,
+                there, planes, turning, cos, sin, squares, in_table, out_table, rest_in, rest_out,
                 epsilon, offset, HEAD_DIM, COUNT, WIDTH,
                 IN_START, IN_RUN, IN_STEP, IN_APART, OUT_START, OUT_RUN, OUT_STEP, OUT_APART,
                 REST_0, REST_0_WIDTH, REST_0_IN, REST_0_OUT, REST_1, REST_1_WIDTH, REST_1_IN, REST_1_OUT,

@@ -19,7 +19,7 @@ def heads_back(
     OUT_START: tl.constexpr, OUT_RUN: tl.constexpr, OUT_STEP: tl.constexpr, OUT_APART: tl.constexpr,
     REST_0: tl.constexpr, REST_0_WIDTH: tl.constexpr, REST_0_IN: tl.constexpr, REST_0_OUT: tl.constexpr,
     REST_1: tl.constexpr, REST_1_WIDTH: tl.constexpr, REST_1_IN: tl.constexpr, REST_1_OUT: tl.constexpr,
-    TABLED: tl.constexpr,
+    TABLED: tl.constexpr, TABLED_ANGLES: tl.constexpr,
 ):  # fmt: skip
     """Add the gradients of cosine and sine over all heads; store that of the heads where `d` points somewhere."""
     source = x + start * x_token + rows[:, None] * x_token
@@ -43,8 +43,11 @@ def heads_back(
         one, two = take_planes(
             at, seen, planes, turning, out_table, COUNT, WIDTH, OUT_START, OUT_RUN, OUT_STEP, OUT_APART
         )
-        cos_sum += one * first + two * second
-        sin_sum += two * first - one * second
+        if TABLED_ANGLES:
+            cos_sum += one * first + two * second
+            sin_sum += two * first - one * second
+        else:
+            sin_sum += cos * (two * first - one * second) - sin * (one * first + two * second)
         if d is not None:
             target = d + start * d_token + rows[:, None] * d_token + far * d_head
             put_planes(
@@ -110,7 +113,7 @@ def turn_back(
         g0 + outer * g0_outer + inner * g0_inner, g0_head, g0_token, d0, d0_head, d0_token,
         start, rows, seen, planes, turning, cos, sin, in_table, out_table, rest_in, rest_out, HEADS_0, COUNT, WIDTH,
         IN_START, IN_RUN, IN_STEP, IN_APART, OUT_START, OUT_RUN, OUT_STEP, OUT_APART,
-        REST_0, REST_0_WIDTH, REST_0_IN, REST_0_OUT, REST_1, REST_1_WIDTH, REST_1_IN, REST_1_OUT, TABLED,
+        REST_0, REST_0_WIDTH, REST_0_IN, REST_0_OUT, REST_1, REST_1_WIDTH, REST_1_IN, REST_1_OUT, TABLED, SOURCE == TABLES,
     )  # fmt: skip
     if HEADS_1 > 0:
         if d1 is not None:
@@ -121,7 +124,7 @@ def turn_back(
             start, rows, seen, planes, turning, cos, sin, in_table, out_table, rest_in, rest_out,
             HEADS_1, COUNT, WIDTH,
             IN_START, IN_RUN, IN_STEP, IN_APART, OUT_START, OUT_RUN, OUT_STEP, OUT_APART,
-            REST_0, REST_0_WIDTH, REST_0_IN, REST_0_OUT, REST_1, REST_1_WIDTH, REST_1_IN, REST_1_OUT, TABLED,
+            REST_0, REST_0_WIDTH, REST_0_IN, REST_0_OUT, REST_1, REST_1_WIDTH, REST_1_IN, REST_1_OUT, TABLED, SOURCE == TABLES,
         )  # fmt: skip
     to = (place.to(tl.int64) * tokens + start + rows)[:, None] * COUNT + planes[None, :]
     both = seen[:, None] & turning[None, :]
@@ -129,4 +132,4 @@ def turn_back(
         tl.store(by_cos + to, cos_sum, mask=both)
         tl.store(by_sin + to, sin_sum, mask=both)
     else:
-        tl.store(by_sin + to, cos * sin_sum - sin * cos_sum, mask=both)
+        tl.store(by_sin + to, sin_sum, mask=both)
