@@ -27,6 +27,7 @@ SHARED_LIMIT: Final[Mapping[int, int]] = {80: 166912, 90: 232448, 100: 232448}
 MODULES: Final[tuple[str, ...]] = (
     "grape_compile.kernels.attention_gates",
     "grape_compile.kernels.path_gates",
+    "grape_compile.kernels.decoding_gates",
     "grape_compile.kernels.turning_gates",
 )
 

@@ -14,6 +14,7 @@ from grape_compile.kernels.launch import Launch
 MODULES: Final = (
     "grape_compile.kernels.attention_space",
     "grape_compile.kernels.path_space",
+    "grape_compile.kernels.decoding_space",
     "grape_compile.kernels.turning_space",
 )
 

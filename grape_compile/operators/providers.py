@@ -67,6 +67,7 @@ class Provider:
 
 
 PROVIDERS: tuple[Provider, ...] = (
+    Provider("triton decoding", "grape_compile.kernels.decoding", priority=30, devices=("cuda",)),
     Provider("triton", "grape_compile.kernels.attention", priority=20, devices=("cuda",), turns_queries=True),
     Provider("triton path", "grape_compile.kernels.path", priority=18, devices=("cuda",)),
     Provider("flex", "grape_compile.operators.flex", priority=15, devices=("cuda",)),

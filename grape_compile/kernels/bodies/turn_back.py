@@ -21,7 +21,10 @@ def heads_back(
     REST_1: tl.constexpr, REST_1_WIDTH: tl.constexpr, REST_1_IN: tl.constexpr, REST_1_OUT: tl.constexpr,
     TABLED: tl.constexpr, TABLED_ANGLES: tl.constexpr,
 ):  # fmt: skip
-    """Add the gradients of cosine and sine over all heads; store that of the heads where `d` points somewhere."""
+    """Add what the angles receive over all heads; store the gradient of the heads where `d` points somewhere.
+
+    For TABLED_ANGLES in both sums, those of cosine and sine; else that of the angle in the second.
+    """
     source = x + start * x_token + rows[:, None] * x_token
     cotangent = g + start * g_token + rows[:, None] * g_token
     for head in range(HEADS):
@@ -113,7 +116,8 @@ def turn_back(
         g0 + outer * g0_outer + inner * g0_inner, g0_head, g0_token, d0, d0_head, d0_token,
         start, rows, seen, planes, turning, cos, sin, in_table, out_table, rest_in, rest_out, HEADS_0, COUNT, WIDTH,
         IN_START, IN_RUN, IN_STEP, IN_APART, OUT_START, OUT_RUN, OUT_STEP, OUT_APART,
-        REST_0, REST_0_WIDTH, REST_0_IN, REST_0_OUT, REST_1, REST_1_WIDTH, REST_1_IN, REST_1_OUT, TABLED, SOURCE == TABLES,
+        REST_0, REST_0_WIDTH, REST_0_IN, REST_0_OUT, REST_1, REST_1_WIDTH, REST_1_IN, REST_1_OUT,
+        TABLED, SOURCE == TABLES,
     )  # fmt: skip
     if HEADS_1 > 0:
         if d1 is not None:
@@ -124,7 +128,8 @@ def turn_back(
             start, rows, seen, planes, turning, cos, sin, in_table, out_table, rest_in, rest_out,
             HEADS_1, COUNT, WIDTH,
             IN_START, IN_RUN, IN_STEP, IN_APART, OUT_START, OUT_RUN, OUT_STEP, OUT_APART,
-            REST_0, REST_0_WIDTH, REST_0_IN, REST_0_OUT, REST_1, REST_1_WIDTH, REST_1_IN, REST_1_OUT, TABLED, SOURCE == TABLES,
+            REST_0, REST_0_WIDTH, REST_0_IN, REST_0_OUT, REST_1, REST_1_WIDTH, REST_1_IN, REST_1_OUT,
+            TABLED, SOURCE == TABLES,
         )  # fmt: skip
     to = (place.to(tl.int64) * tokens + start + rows)[:, None] * COUNT + planes[None, :]
     both = seen[:, None] & turning[None, :]

@@ -1,0 +1,180 @@
+"""A provider of `grape::attend` for decoding on GPUs: few queries over many keys, in two launches of Triton kernels.
+
+The keys are split among programs by their number alone, which a cache of fixed capacity never changes: nothing is read
+back, so that a step can be kept in a CUDA graph. Keys that one mask hides from all queries are not read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor
+
+from grape_compile.kernels import attention
+from grape_compile.kernels.attention import MASK_AXES, NUMBERS
+from grape_compile.kernels.attention_terms import NONE, Term, Terms
+from grape_compile.kernels.decoding_configurations import Configuration, configuration
+from grape_compile.kernels.launch import Launch
+from grape_compile.operators import chunked
+from grape_compile.operators.call import AttendCall
+
+#: Queries of a sequence that are few, and rows of a tile: queries times heads that share a key.
+MOST_QUERIES: Final = 16
+MOST_ROWS: Final = 64
+#: The least rows of a matrix product.
+LEAST_ROWS: Final = 16
+#: Parts that the second kernel reads at once.
+PARTS_BLOCK: Final = 16
+
+
+def supports(call: AttendCall) -> Literal[True] | str:
+    """Calls of few queries that the kernels of attention take."""
+    queries = call.query.shape[2]
+    if type(queries) is not int:
+        return "a number of queries that is a symbol"
+    if queries > MOST_QUERIES:
+        return f"{queries} queries, more than {MOST_QUERIES}"
+    if (taken := attention.supports(call)) is not True:
+        return taken
+    if queries * call.groups > MOST_ROWS:
+        return f"{queries} queries of {call.groups} heads for each key, more than {MOST_ROWS} rows"
+    return True
+
+
+def forward(call: AttendCall) -> tuple[Tensor, Tensor]:
+    """Return the output [B, H, T_q, D_v] and logsumexp [B, H, T_q] of a call."""
+    output, logsumexp = chunked.empty_result(call)
+    decoding = Decoding(call)
+    decoding.split_launch().run()
+    decoding.merge_launch(output, logsumexp).run()
+    return output, logsumexp
+
+
+#: Few queries have few gradients: the kernels for many compute them.
+backward = attention.backward
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the parts of the keys leave of each query, in float32; `carries` [B, H, T_q, splits] are for paths.
+
+    `sums` [B, H, T_q, splits, D_v], `levels` [B, H, T_q, 2, splits]: the largest logit and the sum of weights.
+    """
+
+    sums: Tensor
+    levels: Tensor
+    carries: Tensor | None = None
+
+    @classmethod
+    def of(cls, call: AttendCall, splits: int) -> Parts:
+        """Return memory for the parts of a call."""
+        rows, like = call.query.shape[:3], call.query
+        sums = like.new_empty((*rows, splits, call.value.shape[3]), dtype=torch.float32)
+        return cls(sums, like.new_empty((*rows, 2, splits), dtype=torch.float32))
+
+
+class Decoding:
+    """The two launches of one call."""
+
+    def __init__(self, call: AttendCall, chosen: Configuration | None = None) -> None:
+        self.call = call
+        self.chosen = chosen or configuration(call)
+        self.parts = Parts.of(call, self.chosen.splits)
+
+    def split_launch(self) -> Launch:
+        """Return the launch over all parts of the keys; it comes first."""
+        from grape_compile.kernels.bodies.decode import decode_split
+
+        call, chosen = self.call, self.chosen
+        query, key, value = map(attention._in_line, (call.query, call.key, call.value))
+        terms = Terms(call)
+        batch, key_heads, keys, _ = key.shape
+        other = terms.term
+        arguments = {
+            **{
+                "QUERY": query,
+                "KEY": key,
+                "VALUE": value,
+                "PARTS": self.parts.sums,
+                "LEVELS": self.parts.levels,
+            },
+            **attention._strides("query", query),
+            **attention._strides("key", key),
+            **attention._strides("value", value),
+            **_mask(call, query),
+            **_term("LEVEL", terms.level, query),
+            **_term("TERM", other, query),
+            **_gate("QUERY", None if other is None else other.gate_query, query),
+            **_gate("KEY", None if other is None else other.gate_key, query),
+            **{"key_heads": key_heads, "queries": query.shape[2], "keys": keys, "window": call.window or 0},
+            **{"splits": chosen.splits, "scale": call.scale, "GROUPS": call.groups},
+            "ROWS": max(LEAST_ROWS, attention._block(call.groups * query.shape[2])),
+            "HEAD": query.shape[3],
+            "HEAD_BLOCK": attention._block(query.shape[3]),
+            "VALUES": value.shape[3],
+            "VALUE_BLOCK": attention._block(value.shape[3]),
+            "KEY_BLOCK": chosen.key_block,
+            "CAUSAL": call.is_causal,
+            "WINDOW": call.window is not None,
+            "ABSOLUTE": other is not None and other.is_absolute,
+            "PRECISION": "tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee",
+        }
+        return Launch(decode_split, (chosen.splits * batch * key_heads,), arguments, chosen.options)
+
+    def merge_launch(self, output: Tensor, logsumexp: Tensor) -> Launch:
+        """Return the launch that weighs the parts."""
+        return merge_launch(self.parts, output, logsumexp)
+
+
+def merge_launch(parts: Parts, output: Tensor, logsumexp: Tensor) -> Launch:
+    """Return the launch that makes output [B, H, T_q, D_v] and logsumexp [B, H, T_q] of all parts of the keys."""
+    from grape_compile.kernels.bodies.decode import decode_merge
+
+    batch, heads, queries, values = output.shape
+    splits = parts.levels.shape[-1]
+    arguments = {
+        **{"PARTS": parts.sums, "LEVELS": parts.levels, "CARRIES": parts.carries},
+        **{"OUTPUT": output, "LOGSUMEXP": logsumexp, "heads": heads, "queries": queries, "splits": splits},
+        **attention._strides("output", output),
+        "VALUES": values,
+        "VALUE_BLOCK": attention._block(values),
+        "SPLIT_BLOCK": attention._block(splits),
+        "PARTS_BLOCK": PARTS_BLOCK,
+    }
+    return Launch(decode_merge, (batch * heads * queries,), arguments, {"num_warps": 4})
+
+
+def _mask(call: AttendCall, nothing: Tensor) -> dict[str, Any]:
+    mask = call.mask
+    if mask is None:
+        strides = attention._broadcast("mask", None, MASK_AXES)
+        return {"MASK": nothing, "MASKED": NONE, "ONE_MASK": False, **strides}
+    kind = attention.BYTES if mask.dtype == torch.bool else NUMBERS
+    numbers = mask.view(torch.uint8) if kind == attention.BYTES else mask
+    one = mask.shape[1] == mask.shape[2] == 1
+    strides = attention._broadcast("mask", numbers, MASK_AXES)
+    return {"MASK": numbers, "MASKED": kind, "ONE_MASK": one, **strides}
+
+
+def _term(name: str, term: Term | None, nothing: Tensor) -> dict[str, Any]:
+    """Return slopes [1 or B, 1 or H] and times [1 or B, 1 or H, T_k] of a term, with their strides."""
+    slopes, times = (None, None) if term is None else (term.slopes, term.clock)
+    small = name.lower()
+    return {
+        f"{name}_SLOPES": nothing if slopes is None else slopes,
+        f"{name}_TIMES": nothing if times is None else times,
+        name: NONE if term is None else term.kind,
+        **attention._broadcast(f"{small}_slopes", slopes, ("batch", "head")),
+        **attention._broadcast(f"{small}_times", times, ("batch", "head", "token")),
+    }
+
+
+def _gate(side: str, gate: Tensor | None, nothing: Tensor) -> dict[str, Any]:
+    """Return a gate [1 or B, 1 or H, T] with its strides."""
+    return {
+        f"GATES_{side}": nothing if gate is None else gate,
+        f"GATE_{side}": gate is not None,
+        **attention._broadcast(f"gates_{side.lower()}", gate, ("batch", "head", "token")),
+    }
