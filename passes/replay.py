@@ -1,6 +1,7 @@
 """Replay parts of a program in fp64: the oracle of detection and verification.
 
-Casts to a lower precision become casts to fp64, asserts are skipped, inputs keep their own (stored) values.
+Casts to a lower precision become casts to fp64, asserts are skipped, inputs keep their own (stored) values. Everything
+is on the CPU, wherever the model is: so are the random numbers it is compared on.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ _LARGEST = 1 << 27
 
 
 def exact(value: Any) -> Any:
-    """The same value in fp64 or complex128; integers and booleans unchanged."""
+    """The same value on the CPU in fp64 or complex128; integers and booleans unchanged."""
     if isinstance(value, Tensor):
-        if value.is_complex():
-            return value.detach().to(torch.complex128)
-        return value.detach().to(torch.float64) if value.is_floating_point() else value.detach()
+        return value.detach().to("cpu", exact(value.dtype))
+    if isinstance(value, torch.device):
+        return torch.device("cpu")
     if isinstance(value, torch.dtype):
         return torch.complex128 if value.is_complex else torch.float64 if value.is_floating_point else value
     if isinstance(value, list | tuple):
@@ -157,7 +158,7 @@ class Replay:
             return self.sizes(item)
         if isinstance(item, torch.SymFloat):
             return self.sizes.real(item)
-        return exact(item) if isinstance(item, torch.dtype) else item
+        return exact(item) if isinstance(item, torch.dtype | torch.device) else item
 
     def _input(self, node: fx.Node) -> Any:
         value = self.program.values.get(node)

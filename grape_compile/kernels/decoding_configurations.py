@@ -56,9 +56,14 @@ _INTERPRETED: Final = Configuration(16, 3, 4, 1)
 
 
 def case_of(call: AttendCall) -> str:
-    """Return what a call is called in the records: as for attention, with the number of sequences and key heads."""
+    """Return what a call is called in the records: as for attention, and how many key heads there are in all.
+
+    What hides the future of few queries, a mask or their place, is the same to them.
+    """
     batch, key_heads = call.key.shape[:2]
-    return f"{attention_configurations.case_of('forward', call)} decode {call.query.shape[2]} x {batch * key_heads}"
+    words = attention_configurations.case_of("forward", call).split()[2:]
+    told = " ".join(word for word in words if word != "causal")
+    return f"decode {call.query.shape[2]} x {batch * key_heads} {told}"
 
 
 def configuration(call: AttendCall, capability: int | None = None) -> Configuration:

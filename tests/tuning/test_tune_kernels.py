@@ -88,7 +88,13 @@ def test_biases_tune_the_kernels_of_attention() -> None:
         for kind in ("steps", "clock")
         for kernel in ("forward", "by_query", "by_key")
     ]
-    assert all(case.default(90) in case.space for case in cases if case.name.startswith("attention"))
+    assert [case.name for case in cases if case.name.startswith("decode")] == [
+        f"decode 1 x {keys} {kind} bfloat16 128 128 x4 4096"
+        for keys in (32, 64)
+        for kind in ("steps", "clock")
+    ]
+    shared = [case for case in cases if case.name.startswith(("attention", "decode"))]
+    assert all(case.default(90) in case.space for case in shared)
 
 
 def test_each_case_is_tuned_once_and_unknown_encodings_not_at_all() -> None:
