@@ -1,17 +1,19 @@
-"""Join RMSNorm of queries and keys with the rotation behind it, where a kernel takes both in one pass.
+"""Join RMSNorm of queries and keys with the rotation beside it, where a kernel takes both in one pass.
 
 What: every `grape::rotate` whose tensors are all normalised alike becomes `grape::rotate_normed`: each head by itself
-    (Qwen3, Gemma 3), or all heads of a token together (OLMo 2).
-Leaves alone: devices without such a kernel, norms that something else reads, graphs that write into their values.
+    before (Qwen3, Gemma 3) or after it turns (HunYuan), or all heads of a token together (OLMo 2).
+Leaves alone: devices without such a kernel, norms that something else reads, graphs that write into their values, and
+    what differs from the operator when both are replayed in fp64.
 Ensures: the same numbers but for roundings that are left out: the operator rounds once.
-Cost: one pass; each norm is read node by node.
+Cost: one pass; each norm is read node by node, and each distinct one is replayed once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,24 +25,11 @@ from grape_compile.operators.providers import choose_turn
 from grape_compile.operators.turn_call import Norm, TurnCall
 from grape_compile.passes.base import Outcome, Pass
 from grape_compile.passes.graph import Program, Sizes, Unreadable, op_name, require_fake
+from grape_compile.passes.norms import NormRead, norm_after, norm_before
 from grape_compile.passes.operands import Emitter
+from grape_compile.passes.replay import Replay
 from grape_compile.passes.rewrite_rotations import remove_unused
-
-aten = torch.ops.aten
-
-_CASTS = {"aten::to", "aten::_to_copy", "aten::type_as"}
-_MOVES = {"aten::transpose", "aten::permute", "aten::view", "aten::reshape", "aten::unflatten"}
-
-
-@dataclass(frozen=True)
-class _Read:
-    """A norm as it was found: of `source` by `weight`; `moves` lead from its result to the tensor that turns."""
-
-    source: fx.Node
-    weight: fx.Node
-    epsilon: float
-    offset: float
-    moves: tuple[fx.Node, ...] = ()
+from grape_compile.passes.verify import difference
 
 
 @dataclass(frozen=True)
@@ -50,31 +39,136 @@ class FuseNorms(Pass):
     def run(self, program: Program) -> Outcome:
         if program.mutations:
             return Outcome()
-        emitter = Emitter(program, Sizes())
+        program.representatives  # noqa: B018 - what is known of the nodes is found before others join them
+        fusing = _Fusing(program, Emitter(program, Sizes()))
         for node in program.graph.find_nodes(op="call_function", target=torch.ops.grape.rotate.default):
-            with suppress(Unreadable):
-                _fuse(emitter, node)
+            for found in (_before(node), _after(node)):
+                with suppress(Unreadable):
+                    if found is not None and fusing.join(node, found):
+                        break
         return Outcome()
 
 
-def _fuse(emitter: Emitter, node: fx.Node) -> None:
-    tensors, slots, text = node.args
-    assert isinstance(tensors, list | tuple)
-    assert isinstance(slots, list | tuple)
-    reads = [_read(tensor) for tensor in tensors if isinstance(tensor, fx.Node)]
-    found = [read for read in reads if read is not None]
-    if len(found) < len(tensors) or len({(read.epsilon, read.offset) for read in found}) > 1:
-        return
-    place = _place(found, [require_fake(tensor) for tensor in tensors if isinstance(tensor, fx.Node)])
-    if place is None:
-        return
-    sources = [_moved(emitter, read) for read in found]
-    weights = [read.weight for read in found]
-    arguments = (sources, weights, slots, text, place, found[0].epsilon, found[0].offset)
-    if _takes(arguments):
+@dataclass(frozen=True)
+class _Found:
+    """The norms of all tensors of a rotation: where they stand, how each was read, and what they are computed from.
+
+    `sources` and the results of `reads` are what the operator is given and what it stands for.
+    """
+
+    place: str
+    reads: tuple[NormRead, ...]
+    sources: tuple[fx.Node, ...]
+
+
+def _before(node: fx.Node) -> _Found | None:
+    tensors = _tensors(node)
+    reads = _alike([norm_before(tensor) for tensor in tensors])
+    place = _place(reads, [require_fake(tensor) for tensor in tensors]) if reads else None
+    return None if place is None else _Found(place, reads, tuple(read.source for read in reads))
+
+
+def _after(node: fx.Node) -> _Found | None:
+    turned = _results(node)
+    if not turned or any(result is None for result in turned):
+        return None
+    reads = _alike([norm_after(result) for result in turned if result is not None])
+    size = require_fake(_tensors(node)[0]).shape[-1]
+    if not reads or any(tuple(require_fake(read.weight).shape) != (size,) for read in reads):
+        return None
+    return _Found("after", reads, _tensors(node))
+
+
+def _alike(reads: Sequence[NormRead | None]) -> tuple[NormRead, ...]:
+    """Return the norms of one operator, or none where a tensor has none or another."""
+    found = tuple(read for read in reads if read is not None)
+    alike = len(found) == len(reads) and len({(read.epsilon, read.offset) for read in found}) == 1
+    return found if alike else ()
+
+
+@dataclass
+class _Fusing:
+    """Joins what was found, each distinct function of its inputs verified once."""
+
+    program: Program
+    emitter: Emitter
+    verified: set[object] = field(default_factory=set)
+
+    def join(self, node: fx.Node, found: _Found) -> bool:
+        """Put the operator in the place of norms and rotation, if a kernel takes it and it gives the same."""
+        emitter, first, after = self.emitter, found.reads[0], found.place == "after"
+        sources = [
+            source if after else self._moved(source, read)
+            for source, read in zip(found.sources, found.reads, strict=True)
+        ]
+        weights = [read.weight for read in found.reads]
+        arguments = (sources, weights, node.args[1], node.args[2], found.place, first.epsilon, first.offset)
+        if not _takes(arguments):
+            remove_unused(emitter.program.graph, sources)
+            return False
         fused = emitter.call(node, torch.ops.grape.rotate_normed.default, arguments)
-        node.replace_all_uses_with(fused)
-    remove_unused(emitter.program.graph, [node, *sources])
+        results = [read.result for read in found.reads] if after else _results(node)
+        old, new = [], []
+        for position, (read, result) in enumerate(zip(found.reads, results, strict=True)):
+            if result is not None:
+                value = emitter.call(fused, operator.getitem, (fused, position))
+                old.append(result)
+                new.append(self._moved(value, read) if after else value)
+        try:
+            self._verify(found, node, old, new)
+        except Unreadable:
+            emitter.cache.clear()
+            remove_unused(emitter.program.graph, [*new, fused, *sources])
+            return False
+        for one, other in zip(old, new, strict=True):
+            one.replace_all_uses_with(other)
+        remove_unused(emitter.program.graph, [*old, node, *sources])
+        return True
+
+    def _moved(self, node: fx.Node, read: NormRead) -> fx.Node:
+        """Return a value where the result or the source of a norm was moved to."""
+        for move in read.moves:
+            node = self.emitter.call(node, move.target, (node, *move.args[1:]), dict(move.kwargs))
+        return node
+
+    def _verify(self, found: _Found, node: fx.Node, old: Sequence[fx.Node], new: Sequence[fx.Node]) -> None:
+        """Compare both in fp64 on random tensors, weights and slots; Unreadable where they differ."""
+        inputs = [*found.sources, *(read.weight for read in found.reads), *_nodes(node.args[1])]
+        inputs = list(dict.fromkeys(inputs))
+        key = (self.program.signature(old, inputs), str(node.args[2]), found.place)
+        if key in self.verified:
+            return
+        sizes, generator = self.emitter.sizes, torch.Generator().manual_seed(0)
+        bound = {each: _random(each, sizes, generator) for each in inputs}
+        replay = Replay(self.program, sizes, bound)
+        for one, other in zip(old, new, strict=True):
+            difference(replay.tensor(one), replay.tensor(other))
+        self.verified.add(key)
+
+
+def _random(node: fx.Node, sizes: Sizes, generator: torch.Generator) -> torch.Tensor:
+    shape, like = sizes.shape(node), require_fake(node)
+    if like.is_floating_point():
+        return torch.randn(shape, dtype=torch.float64, generator=generator)
+    return torch.randint(0, 64, shape, generator=generator).to(like.dtype)
+
+
+def _tensors(node: fx.Node) -> tuple[fx.Node, ...]:
+    return _nodes(node.args[0])
+
+
+def _nodes(group: Any) -> tuple[fx.Node, ...]:
+    assert isinstance(group, list | tuple)
+    return tuple(each for each in group if isinstance(each, fx.Node))
+
+
+def _results(node: fx.Node) -> list[fx.Node | None]:
+    """Return what reads each turned tensor, None where nothing does."""
+    found: list[fx.Node | None] = [None] * len(_tensors(node))
+    for user in node.users:
+        if op_name(user) == "getitem":
+            found[int(user.args[1])] = user  # type: ignore[arg-type] # the position in a list
+    return found
 
 
 def _takes(arguments: tuple[Any, ...]) -> bool:
@@ -91,7 +185,7 @@ def _takes(arguments: tuple[Any, ...]) -> bool:
         return False
 
 
-def _place(found: Sequence[_Read], tensors: Sequence[torch.Tensor]) -> str | None:
+def _place(found: Sequence[NormRead], tensors: Sequence[torch.Tensor]) -> str | None:
     """Return what the means are taken over, or None where it is neither a head nor all heads of a token."""
     places = set()
     for read, tensor in zip(found, tensors, strict=True):
@@ -112,7 +206,7 @@ def _place(found: Sequence[_Read], tensors: Sequence[torch.Tensor]) -> str | Non
     return places.pop() if len(places) == 1 else None
 
 
-def _splits_heads(read: _Read, tensor: torch.Tensor) -> bool:
+def _splits_heads(read: NormRead, tensor: torch.Tensor) -> bool:
     """Whether [B, T, H * D] becomes [B, T, H, D] and then [B, H, T, D]: head by head, in the order of the weights."""
     if [op_name(move) for move in read.moves][1:] != ["aten::transpose"] or tensor.dim() != 4:
         return False
@@ -120,117 +214,3 @@ def _splits_heads(read: _Read, tensor: torch.Tensor) -> bool:
     batch, heads, tokens, size = tensor.shape
     axes = {int(axis) % 4 for axis in exchanged.args[1:3]}  # type: ignore[arg-type] # axes are numbers
     return tuple(require_fake(split).shape) == (batch, tokens, heads, size) and axes == {1, 2}
-
-
-def _moved(emitter: Emitter, read: _Read) -> fx.Node:
-    """Return the source of a norm where its result was moved to."""
-    node = read.source
-    for move in read.moves:
-        node = emitter.call(node, move.target, (node, *move.args[1:]), dict(move.kwargs))
-    return node
-
-
-def _read(node: fx.Node) -> _Read | None:
-    """Read x * rsqrt(mean(x^2) + epsilon) * (weight + offset) back from its result, or give up."""
-    moves: list[fx.Node] = []
-    while op_name(node) in _MOVES | _CASTS:
-        if len(node.users) != 1 or not _keeps_last(node):
-            return None
-        if op_name(node) in _MOVES:
-            moves.insert(0, node)
-        node = _first(node)
-    if len(node.users) != 1:
-        return None
-    for read in _candidates(node):
-        return replace(read, moves=tuple(moves))
-    return None
-
-
-def _keeps_last(node: fx.Node) -> bool:
-    """Whether a move leaves the last axis the last; a view is looked at where its shapes are known."""
-    rank = require_fake(node).dim()
-    if op_name(node) == "aten::transpose":
-        return rank - 1 not in {int(axis) % rank for axis in node.args[1:3]}  # type: ignore[arg-type] # numbers
-    if op_name(node) == "aten::permute":
-        order = node.args[1]
-        return isinstance(order, list | tuple) and int(order[-1]) % rank == rank - 1  # type: ignore[arg-type] # numbers
-    return require_fake(node).is_floating_point()
-
-
-def _candidates(node: fx.Node) -> Iterator[_Read]:
-    if op_name(node) == "aten::rms_norm":
-        source, shape, weight, epsilon = (*node.args, None, None)[:4]
-        known = isinstance(source, fx.Node) and isinstance(weight, fx.Node) and isinstance(epsilon, float)
-        if known and isinstance(shape, list | tuple) and len(shape) == 1:
-            yield _Read(source, weight, epsilon, 0.0)  # type: ignore[arg-type] # checked above
-        return
-    for normed, scaled in _factors(node):
-        weight, offset = _weight(scaled)
-        found = _normalised(_uncast(normed))
-        if weight is not None and found is not None:
-            yield _Read(found[0], weight, found[1], offset)
-
-
-def _weight(node: fx.Node) -> tuple[fx.Node | None, float]:
-    """Return the vector behind weight + offset and the offset, or None where it is none."""
-    node, offset = _uncast(node), 0.0
-    if op_name(node) == "aten::add" and not node.kwargs:
-        numbers = [each for each in node.args if isinstance(each, int | float)]
-        vectors = [each for each in node.args if isinstance(each, fx.Node)]
-        if len(numbers) != 1 or len(vectors) != 1:
-            return None, 0.0
-        node, offset = _uncast(vectors[0]), float(numbers[0])
-    return (node if node.op in ("placeholder", "get_attr") else None), offset
-
-
-def _normalised(node: fx.Node) -> tuple[fx.Node, float] | None:
-    """Return x and epsilon of x * rsqrt(mean(x^2, -1) + epsilon)."""
-    for wide, factor in _factors(node):
-        if op_name(factor) != "aten::rsqrt":
-            continue
-        total = _first(factor)
-        if op_name(total) != "aten::add" or total.kwargs or not isinstance(total.args[1], float):
-            continue
-        mean = _first(total)
-        if op_name(mean) != "aten::mean" or mean.kwargs or not _is_last_mean(mean):
-            continue
-        if _is_square(_first(mean), wide):
-            return _uncast(wide), total.args[1]
-    return None
-
-
-def _is_last_mean(mean: fx.Node) -> bool:
-    rank = require_fake(_first(mean)).dim()
-    return len(mean.args) >= 3 and mean.args[1] in ([-1], [rank - 1], (-1,)) and mean.args[2] is True
-
-
-def _is_square(node: fx.Node, of: fx.Node) -> bool:
-    if op_name(node) == "aten::pow":
-        return node.args == (of, 2)
-    if op_name(node) == "aten::mul":
-        return node.args == (of, of)
-    return op_name(node) == "aten::square" and node.args == (of,)
-
-
-def _factors(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
-    if op_name(node) != "aten::mul":
-        return
-    one, two = node.args
-    if isinstance(one, fx.Node) and isinstance(two, fx.Node):
-        yield one, two
-        yield two, one
-
-
-def _uncast(node: fx.Node) -> fx.Node:
-    """Skip casts between floating dtypes."""
-    while op_name(node) in _CASTS and require_fake(_first(node)).is_floating_point():
-        if not require_fake(node).is_floating_point():
-            return node
-        node = _first(node)
-    return node
-
-
-def _first(node: fx.Node) -> fx.Node:
-    operand = node.args[0]
-    assert isinstance(operand, fx.Node)
-    return operand

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from kernel_cases import DEVICE, kernels_first, worst
 
 from grape_compile import grape_compile
 from grape_compile.operators.sample import tensor
+from grape_compile.passes import fuse_norms, norms
 
 HEADS, SIZE = 2, 16
 
@@ -65,13 +67,21 @@ def by_content(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class Layer(nn.Module):
-    """Queries and keys normalised and turned; `whole`: all heads of a token together, before they are apart."""
+    """Queries and keys normalised and turned; `whole`: all heads of a token together, before they are apart.
+
+    `after`: each head when it has turned.
+    """
 
     def __init__(
-        self, norm: Callable[[Tensor, Tensor], Tensor], *, whole: bool, read_twice: bool = False
+        self,
+        norm: Callable[[Tensor, Tensor], Tensor],
+        *,
+        whole: bool = False,
+        read_twice: bool = False,
+        after: bool = False,
     ) -> None:
         super().__init__()
-        self.norm, self.whole, self.read_twice = norm, whole, read_twice
+        self.norm, self.whole, self.read_twice, self.after = norm, whole, read_twice, after
         width = HEADS * SIZE
         self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
         size = width if whole else SIZE
@@ -87,10 +97,14 @@ class Layer(nn.Module):
             x = project(hidden)
             x = self.norm(x, weight) if self.whole else x
             x = x.view(batch, length, HEADS, SIZE)
-            x = (x if self.whole else self.norm(x, weight)).transpose(1, 2)
-            extra = extra + x.sum() if self.read_twice else extra
+            x = (x if self.whole or self.after else self.norm(x, weight)).transpose(1, 2)
+            extra = extra + x.sum() if self.read_twice and not self.after else extra
             half = torch.cat((-x[..., SIZE // 2 :], x[..., : SIZE // 2]), -1)
-            turned.append(x * wide.cos() + half * wide.sin())
+            x = x * wide.cos() + half * wide.sin()
+            turned.append(x)
+        if self.after:
+            extra = extra + (turned[0].sum() + turned[1].sum() if self.read_twice else 0.0)
+            turned = [self.norm(x, weight) for x, weight in zip(turned, self.weights, strict=True)]
         return (
             nn.functional.scaled_dot_product_attention(turned[0], turned[1], turned[1], is_causal=True)
             + extra
@@ -104,10 +118,21 @@ def compiled(model: nn.Module, *arguments: Any, **named: Any) -> tuple[Any, list
     return result, counting.names
 
 
-@pytest.mark.parametrize("whole", [False, True], ids=["heads", "tokens"])
-@pytest.mark.parametrize("norm", [rms, gemma, fused, centred], ids=lambda norm: norm.__name__)
-def test_norms_join(norm: Callable[[Tensor, Tensor], Tensor], whole: bool) -> None:
-    model = Layer(norm, whole=whole).to(DEVICE)
+PLACES = {"heads": {}, "tokens": {"whole": True}, "turned heads": {"after": True}}
+
+
+@pytest.mark.parametrize(
+    ("norm", "place"),
+    [
+        pytest.param(norm, place, id=f"{norm.__name__} of {name}")
+        for norm in (rms, gemma, fused, centred)
+        for name, place in PLACES.items()
+        # The mean of what has turned is read beside the norm.
+        if norm is not centred or name != "turned heads"
+    ],
+)
+def test_norms_join(norm: Callable[[Tensor, Tensor], Tensor], place: dict[str, bool]) -> None:
+    model = Layer(norm, **place).to(DEVICE)
     hidden = tensor(2, 5, HEADS * SIZE, dtype=torch.float32).to(DEVICE)
     wanted = model(hidden)
     gradients = torch.autograd.grad(wanted.square().sum(), list(model.parameters()))
@@ -125,12 +150,35 @@ def test_norms_join(norm: Callable[[Tensor, Tensor], Tensor], whole: bool) -> No
         Layer(of_another, whole=False),
         Layer(by_content, whole=False),
         Layer(rms, whole=False, read_twice=True),
+        Layer(of_another, after=True),
+        Layer(by_content, after=True),
+        Layer(rms, after=True, read_twice=True),
+        Layer(centred, after=True),
     ],
-    ids=["by the mean size", "by content", "read twice"],
+    ids=lambda model: f"{model.norm.__name__}{' read twice' * model.read_twice}{' after' * model.after}",
 )
 def test_what_is_no_norm_stays(model: Layer) -> None:
     hidden = tensor(2, 5, HEADS * SIZE, dtype=torch.float32).to(DEVICE)
     wanted = model.to(DEVICE)(hidden)
+    found, names = compiled(model, hidden)
+    assert names == ["grape.rotate.default"]
+    assert worst([found], [wanted]) < 1e-5
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_a_norm_that_was_misread_stays(after: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are replayed: a reading that is wrong is found, and the graph is as it was."""
+    reader = "norm_after" if after else "norm_before"
+    read = getattr(norms, reader)
+
+    def misread(node: fx.Node) -> norms.NormRead | None:
+        found = read(node)
+        return None if found is None else replace(found, epsilon=1e-3)
+
+    monkeypatch.setattr(fuse_norms, reader, misread)
+    model = Layer(rms, after=after).to(DEVICE)
+    hidden = tensor(2, 5, HEADS * SIZE, dtype=torch.float32).to(DEVICE)
+    wanted = model(hidden)
     found, names = compiled(model, hidden)
     assert names == ["grape.rotate.default"]
     assert worst([found], [wanted]) < 1e-5
