@@ -38,6 +38,7 @@ from grape_compile.passes.regions import outline_regions
 from grape_compile.passes.site import Refusal
 from grape_compile.passes.stand_ins import guarded, settle
 from grape_compile.passes.trace_run import capture_run, untouched
+from grape_compile.passes.turn_into_caches import TurnIntoCaches
 from grape_compile.reporting import GraphReport, Report, over_graphs
 
 Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
@@ -260,6 +261,7 @@ def _rewritten(module: fx.GraphModule, examples: Sequence[Any]) -> Rewritten:
     tables = origins_of(program)
     if found.sites:
         FuseNorms()(program)
+        TurnIntoCaches()(program)
         ShareAngles()(program)
         outline_regions(program.module)
     return Rewritten(program.module, found, tables, bool(program.stands))

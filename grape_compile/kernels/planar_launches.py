@@ -33,7 +33,8 @@ def launches(
         assert isinstance(frame, Frame), "`supports` refuses other calls"
         sources = [action.in_basis(call.slots, tensor) for tensor in tensors]
         weights = [] if call.norm is None else [call.norm.weights[place] for place in at]
-        yield _launch(call, frame, sources, [outputs[place] for place in at], angles, weights, configuration)
+        targets = [outputs[place] for place in at]
+        yield _launch(call, at, frame, sources, targets, angles, weights, configuration)
 
 
 def back_launch(
@@ -93,6 +94,7 @@ def back_launch(
 
 def _launch(
     call: TurnCall,
+    at: Sequence[int],
     frame: Frame,
     sources: Sequence[Tensor],
     outputs: Sequence[Tensor],
@@ -121,6 +123,12 @@ def _launch(
         arguments |= tensor_arguments(f"x{number}", source, frame) | tensor_arguments(
             f"y{number}", output, frame
         )
+        arguments |= _place_arguments(
+            f"places{number}", call.place(at[number]) if there else None, output, frame
+        )
+        if arguments[f"places{number}_token"]:
+            # The place of a token takes the part of its number.
+            arguments[f"y{number}_token"] = 0
         arguments[f"weight{number}"] = weights[number] if weights and there else None
         arguments[f"weight{number}_head"] = rotation.head_dim if place == body.ACROSS else 0
         arguments[f"HEADS_{number}"] = heads[number] if there else 0
@@ -135,6 +143,19 @@ def _launch(
     groups = sum(-(-count // group) for count in heads)
     grid = groups * -(-sizes[3] // chosen.block) * sizes[0] * sizes[1]
     return Launch(body.turn, (grid,), arguments, {"num_warps": chosen.warps})
+
+
+def _place_arguments(name: str, place: Tensor | None, output: Tensor | None, frame: Frame) -> dict[str, Any]:
+    """Return the rows that tokens are written to, and their stride; one token may be walked as another axis."""
+    if place is None or output is None:
+        return {name: None, f"{name}_token": 0, f"{name}_row": 0, f"{name}_rows": 0}
+    each = frame.token == output.dim() - 2
+    return {
+        name: place,
+        f"{name}_token": place.stride(0) if each else 0,
+        f"{name}_row": output.stride(-2),
+        f"{name}_rows": output.shape[-2],
+    }
 
 
 def _shared_arguments(

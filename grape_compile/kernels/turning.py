@@ -50,25 +50,40 @@ def supports(call: TurnCall, outputs: Sequence[Tensor] | None = None) -> Literal
         frame = frame_of_call(call, tensors)
         if isinstance(frame, str):
             return frame
+        if any(call.place(place) is not None for place in places) and (
+            refusal := _place_refusal(call, frame)
+        ):
+            return refusal
         if call.norm is not None and (refusal := _norm_refusal(call, frame, tensors[0].dim())):
             return refusal
     return True
 
 
+def _memory(tensor: Tensor) -> int:
+    """Return what tells one piece of memory from another, also of tensors that only stand for some."""
+    storage = tensor.untyped_storage()
+    return storage._cdata if is_traced(tensor) else storage.data_ptr()
+
+
 def _output_refusal(call: TurnCall, outputs: Sequence[Tensor]) -> str:
     if any(output.stride(-1) != 1 for output in outputs):
         return "outputs whose coordinates are not neighbours in memory"
-    memory = {tensor.untyped_storage().data_ptr() for tensor in call.tensors}
-    shared = [
-        pair
-        for pair in zip(call.tensors, outputs, strict=True)
-        if pair[1].untyped_storage().data_ptr() in memory
-    ]
+    memory = set(map(_memory, call.tensors))
+    shared = [pair for pair in zip(call.tensors, outputs, strict=True) if _memory(pair[1]) in memory]
     if not shared:
         return ""
     if isinstance(call.encoding, Rotation) and not layout_of(call.encoding).stays:
         return "planes that move cannot turn in place"
     return "" if all(starmap(is_same, shared)) else "outputs that share memory with tensors but are not those"
+
+
+def _place_refusal(call: TurnCall, frame: Frame) -> str:
+    if not isinstance(call.encoding, Rotation):
+        return "rows of a cache beside a rotation in the plane of two vectors"
+    like = call.tensors[0]
+    if frame.token != like.dim() - 2 and like.shape[-2] != 1:
+        return "rows of a cache along another axis than tokens"
+    return ""
 
 
 def _norm_refusal(call: TurnCall, frame: Frame, rank: int) -> str:

@@ -39,7 +39,13 @@ def forward(call: TurnCall, outputs: Sequence[Tensor] | None = None) -> list[Ten
         results.append(turned.to(tensor.dtype))
     if outputs is None:
         return results
-    return [output.copy_(result) for output, result in zip(outputs, results, strict=True)]
+    for number, (output, result) in enumerate(zip(outputs, results, strict=True)):
+        place = call.place(number)
+        if place is None:
+            output.copy_(result)
+        else:
+            output.index_copy_(-2, torch.where(place < 0, place + output.shape[-2], place), result)
+    return list(outputs)
 
 
 def normalised(norm: Norm, tensor: Tensor, number: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from grape_compile.operators.operands import slot_list
 from grape_compile.operators.providers import choose_turn
 from grape_compile.operators.rotation import turn_call
 
-SCHEMA = "(Tensor[] tensors, Tensor[] slots, str encoding, Tensor(a!)[] outputs) -> ()"
+SCHEMA = "(Tensor[] tensors, Tensor[] slots, str encoding, Tensor(a!)[] outputs, Tensor?[] places) -> ()"
 
 
 def rotate_into(
@@ -21,27 +22,47 @@ def rotate_into(
     tensors: Sequence[Tensor],
     encoding: Multiplicative,
     slots: Mapping[str, Tensor] | None = None,
+    *,
+    places: Sequence[Tensor | None] = (),
 ) -> None:
     """Write every tensor turned by `encoding` into one of `outputs`, as `rotate` would return it.
 
     An output may be its own tensor, or a place in a cache: a key is turned on its way there and read no second time.
+    `places` gives for an output [..., C, D] the rows [T], int64, that the tokens of its tensor [..., T, D] go to; they
+    are read on the device. A negative one counts from the end, and what lies outside is the caller's error.
     Nothing is differentiated. Raises OperandError for outputs of another shape, or tensors that require a gradient.
     """
     given = list(tensors)
-    _check(given, list(outputs))
-    torch.ops.grape.rotate_into(given, slot_list(encoding, slots or {}), str(encoding), list(outputs))
+    _check(given, list(outputs), list(places))
+    torch.ops.grape.rotate_into(
+        given, slot_list(encoding, slots or {}), str(encoding), list(outputs), list(places)
+    )
 
 
 def _body(
-    tensors: Sequence[Tensor], slots: Sequence[Tensor], encoding: str, outputs: Sequence[Tensor]
+    tensors: Sequence[Tensor],
+    slots: Sequence[Tensor],
+    encoding: str,
+    outputs: Sequence[Tensor],
+    places: Sequence[Tensor | None],
 ) -> None:
-    call = turn_call(tensors, slots, encoding)
+    call = replace(turn_call(tensors, slots, encoding), places=tuple(places))
     if tensors:
         choose_turn(call, outputs).turn_kernel().forward(call, outputs)
 
 
-def _check(tensors: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+def _check(tensors: Sequence[Tensor], outputs: Sequence[Tensor], places: Sequence[Tensor | None]) -> None:
     found, wanted = ([(tuple(each.shape), each.dtype) for each in group] for group in (outputs, tensors))
+    for at, place in enumerate(places if len(places) == len(found) == len(wanted) else ()):
+        if place is not None and tuple(place.shape) == wanted[at][0][-2:-1] and len(found[at][0]) > 1:
+            # Any number of rows, in which those of the tokens are named.
+            wanted[at] = (*wanted[at][0][:-2], found[at][0][-2], wanted[at][0][-1]), wanted[at][1]
+    if places and (len(places) != len(tensors) or any(_is_no_place(place) for place in places)):
+        raise OperandError(
+            "rows to rotate into",
+            f"places {[place if place is None else (tuple(place.shape), place.dtype) for place in places]}",
+            "None, or an int64 tensor of one row for each token, for each tensor",
+        )
     if found != wanted:
         raise OperandError(
             "to rotate into memory", f"outputs {found}", f"outputs {wanted}, one for each tensor"
@@ -52,5 +73,9 @@ def _check(tensors: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         )
 
 
+def _is_no_place(place: Tensor | None) -> bool:
+    return place is not None and (place.dim() != 1 or place.dtype != torch.int64)
+
+
 _operator = torch.library.custom_op("grape::rotate_into", _body, mutates_args=("outputs",), schema=SCHEMA)
-_operator.register_fake(lambda tensors, slots, encoding, outputs: None)
+_operator.register_fake(lambda tensors, slots, encoding, outputs, places: None)

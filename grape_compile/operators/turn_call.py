@@ -30,6 +30,7 @@ class Norm:
 class TurnCall:
     """Tensors [..., head_dim] and the slots of the encoding that turns them.
 
+    `places` names for each output, where one is given, the rows [T] along axis -2 that its tokens are written to.
     `notes` are for providers, who are asked first and called then: what one found out about the call.
     """
 
@@ -37,9 +38,14 @@ class TurnCall:
     encoding: Multiplicative
     slots: Mapping[str, Tensor]
     norm: Norm | None = None
+    places: tuple[Tensor | None, ...] = ()
     notes: dict[object, Any] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
         """Where the first tensor is."""
         return self.tensors[0].device
+
+    def place(self, number: int) -> Tensor | None:
+        """Return the rows that output `number` takes tokens in, or None where it has a row for each."""
+        return self.places[number] if self.places else None

@@ -256,7 +256,7 @@ def turn_head(
 
 @triton.jit
 def turn_heads(
-    x, x_head, x_token, y, y_head, y_token, weight, weight_head,
+    x, x_head, x_token, y, y_head, y_token, to_rows, place_token, place_row, rows_there, weight, weight_head,
     group, start, rows, seen, planes, turning, cos, sin,
     in_table, out_table, rest_in, rest_out, epsilon, offset,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr,
@@ -269,6 +269,12 @@ def turn_heads(
     """Turn the heads of one group; x and y point to the first head of the tensor at this place of the batch."""
     source = x + start * x_token + rows[:, None] * x_token
     target = y + start * y_token + rows[:, None] * y_token
+    if to_rows is not None:
+        place = tl.load(to_rows + (start + rows) * place_token, mask=seen, other=0)
+        place = tl.where(place < 0, place + rows_there, place)
+        # Nothing outside of the memory that was given is written to.
+        seen &= (place >= 0) & (place < rows_there)
+        target += (place * place_row)[:, None]
     squares = tl.zeros((seen.shape[0],), tl.float32)
     if NORM == ACROSS:
         for head in range(HEADS):
@@ -316,6 +322,7 @@ def turn_heads(
 def turn(
     x0, x0_outer, x0_inner, x0_head, x0_token, y0, y0_outer, y0_inner, y0_head, y0_token,
     x1, x1_outer, x1_inner, x1_head, x1_token, y1, y1_outer, y1_inner, y1_head, y1_token,
+    places0, places0_token, places0_row, places0_rows, places1, places1_token, places1_row, places1_rows,
     a, a_outer, a_inner, a_token, a_plane, b, b_outer, b_inner, b_token, b_plane, axis,
     weight0, weight0_head, weight1, weight1_head,
     in_table, out_table, rest_in, rest_out,
@@ -328,7 +335,10 @@ def turn(
     REST_1: tl.constexpr, REST_1_WIDTH: tl.constexpr, REST_1_IN: tl.constexpr, REST_1_OUT: tl.constexpr,
     TABLED: tl.constexpr, SOURCE: tl.constexpr, BY_TOKEN: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """y = scale R(sign a b) x for both tensors; grid (groups of both * blocks * outer * inner,)."""
+    """y = scale R(sign a b) x for both tensors; grid (groups of both * blocks * outer * inner,).
+
+    `places` name the rows of y that tokens are written to, where it has more rows than tokens.
+    """
     groups_0: tl.constexpr = (HEADS_0 + GROUP - 1) // GROUP
     groups_1: tl.constexpr = (HEADS_1 + GROUP - 1) // GROUP
     program = tl.program_id(0)
@@ -352,7 +362,8 @@ def turn(
     if group < groups_0:
         turn_heads(
             x0 + outer * x0_outer + inner * x0_inner, x0_head, x0_token,
-            y0 + outer * y0_outer + inner * y0_inner, y0_head, y0_token, weight0, weight0_head,
+            y0 + outer * y0_outer + inner * y0_inner, y0_head, y0_token,
+            places0, places0_token, places0_row, places0_rows, weight0, weight0_head,
             group, start, rows, seen, planes, turning, cos, sin, in_table, out_table, rest_in, rest_out,
             epsilon, offset, HEADS_0, GROUP, HEAD_DIM, COUNT, WIDTH,
             IN_START, IN_RUN, IN_STEP, IN_APART, OUT_START, OUT_RUN, OUT_STEP, OUT_APART,
@@ -361,7 +372,8 @@ def turn(
     elif groups_1 > 0:
         turn_heads(
             x1 + outer * x1_outer + inner * x1_inner, x1_head, x1_token,
-            y1 + outer * y1_outer + inner * y1_inner, y1_head, y1_token, weight1, weight1_head,
+            y1 + outer * y1_outer + inner * y1_inner, y1_head, y1_token,
+            places1, places1_token, places1_row, places1_rows, weight1, weight1_head,
             group - groups_0, start, rows, seen, planes, turning, cos, sin, in_table, out_table, rest_in, rest_out,
             epsilon, offset, HEADS_1, GROUP, HEAD_DIM, COUNT, WIDTH,
             IN_START, IN_RUN, IN_STEP, IN_APART, OUT_START, OUT_RUN, OUT_STEP, OUT_APART,

@@ -1,0 +1,166 @@
+"""Turn keys straight into their cache, where a kernel writes them there in the launch that turns them.
+
+What: a `grape::rotate` one of whose results is only copied into memory that is there (`index_copy_`, `index_put_`
+    along the tokens, `copy_` into a slice) becomes `grape::rotate_into`, at the place of the copy.
+Leaves alone: devices without such a kernel, graphs that may be differentiated, results that something else reads or
+    that are wanted before the copy, and memory that is written to in between.
+Ensures: the same numbers in the same memory, written at the same place of the graph.
+Cost: one pass over the rotations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from grape_compile.encoding import Multiplicative, parse
+from grape_compile.errors import GrapeError
+from grape_compile.operators.providers import choose_turn
+from grape_compile.operators.turn_call import TurnCall
+from grape_compile.passes.base import Outcome, Pass
+from grape_compile.passes.graph import Program, Unreadable, op_name, require_fake
+from grape_compile.passes.memory import owner, written
+from grape_compile.passes.operands import fake_value
+from grape_compile.passes.rewrite_rotations import mutation_between
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class TurnIntoCaches(Pass):
+    """Rotations that end in a cache write there themselves."""
+
+    def run(self, program: Program) -> Outcome:
+        if torch.is_grad_enabled():
+            return Outcome()
+        for node in program.graph.find_nodes(op="call_function", target=torch.ops.grape.rotate.default):
+            copy = _copy(program, node)
+            if copy is not None and _takes(node, copy):
+                _replace(program.graph, node, copy)
+                program.forget()
+        return Outcome()
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """A copy of result `number` into `memory`: whole, or into the rows `place` along the tokens."""
+
+    node: fx.Node
+    number: int
+    memory: fx.Node
+    place: fx.Node | None
+    others: dict[int, fx.Node]
+
+
+def _copy(program: Program, node: fx.Node) -> _Copy | None:
+    """Return the copy that a rotation can make itself, or None where there is none, or where it is not the same."""
+    results = {int(user.args[1]): user for user in node.users if op_name(user) == "getitem"}  # type: ignore[arg-type]
+    found = [copy for number, result in results.items() if (copy := _copied(number, result)) is not None]
+    tensors, slots = node.args[:2]
+    assert isinstance(tensors, list | tuple)
+    assert isinstance(slots, list | tuple)
+    if len(found) != 1 or len(node.users) != len(results):
+        return None
+    number, write, memory, place = found[0]
+    others = {at: result for at, result in results.items() if at != number}
+    order = program.order
+    late = all(order[user] > order[write] for result in others.values() for user in result.users)
+    read = {owner(each) for each in (*tensors, *slots, *(() if place is None else (place,)))}
+    if not late or program.marks[write] is not program.marks[node] or owner(memory) in read:
+        return None
+    if mutation_between(program, [node], write) is not None or len(written(write)) != 1:
+        return None
+    return _Copy(write, number, memory, place, others)
+
+
+def _copied(number: int, result: fx.Node) -> tuple[int, fx.Node, fx.Node, fx.Node | None] | None:
+    """Return the write that alone reads a result, the memory it writes to, and the rows there, or None."""
+    (write,) = result.users if len(result.users) == 1 else (None,)
+    if write is None:
+        return None
+    memory, place = write.args[0], None
+    name, rank = op_name(write), require_fake(result).dim()
+    if name == "aten::copy_":
+        same = write.args[1] is result
+    elif name == "aten::index_copy_":
+        memory, axis, place, source = write.args
+        same = source is result and isinstance(axis, int) and axis % rank == rank - 2
+    elif name == "aten::index_put_":
+        memory, places, source, *rest = write.args
+        assert isinstance(places, list | tuple)
+        same = source is result and not any(rest) and len(places) == rank - 1 and not any(places[:-1])
+        place = places[-1]
+    else:
+        return None
+    if not same or not isinstance(memory, fx.Node) or not (place is None or isinstance(place, fx.Node)):
+        return None
+    return (number, write, memory, place) if _fits(result, memory, place) else None
+
+
+def _fits(result: fx.Node, memory: fx.Node, place: fx.Node | None) -> bool:
+    """Whether sizes and dtypes are those of a copy that converts and repeats nothing."""
+    turned, there = require_fake(result), require_fake(memory)
+    if turned.dtype != there.dtype or turned.dim() != there.dim():
+        return False
+    if place is None:
+        return _sizes(turned) == _sizes(there)
+    rows = require_fake(place)
+    apart = _sizes(turned)[:-2] == _sizes(there)[:-2] and _sizes(turned)[-1] == _sizes(there)[-1]
+    return apart and rows.dtype == torch.int64 and _sizes(rows) == _sizes(turned)[-2:-1]
+
+
+def _sizes(tensor: Tensor) -> list[object]:
+    """Sizes, symbols as their expressions: equal ones are equal at every size."""
+    return [size.node.expr if isinstance(size, torch.SymInt) else size for size in tensor.shape]
+
+
+def _takes(node: fx.Node, copy: _Copy) -> bool:
+    """Whether a kernel of the device writes where the copy does."""
+    tensors, slots, text = node.args
+    assert isinstance(tensors, list | tuple)
+    assert isinstance(slots, list | tuple)
+    encoding = parse(str(text))
+    assert isinstance(encoding, Multiplicative)
+    given = [require_fake(each) for each in tensors]
+    outputs = [torch.empty_like(each, memory_format=torch.contiguous_format) for each in given]
+    outputs[copy.number] = require_fake(copy.memory)
+    places: list[Tensor | None] = [None] * len(given)
+    places[copy.number] = None if copy.place is None else require_fake(copy.place)
+    named = dict(zip(encoding.slots, map(require_fake, slots), strict=True))
+    call = TurnCall(tuple(given), encoding, named, places=tuple(places))
+    try:
+        return call.device.type in choose_turn(call, outputs).devices
+    except (GrapeError, Unreadable):
+        return False
+
+
+def _replace(graph: fx.Graph, node: fx.Node, copy: _Copy) -> None:
+    """Rotate at the place of the copy: into the memory, and into new memory for the other results."""
+    tensors, slots, text = node.args
+    assert isinstance(tensors, list | tuple)
+    write = copy.node
+    outputs, places = [], []
+    with graph.inserting_before(write):
+        for number, tensor in enumerate(tensors):
+            if number == copy.number:
+                outputs.append(copy.memory)
+            else:
+                kwargs = {"memory_format": torch.contiguous_format}
+                fresh = graph.call_function(aten.empty_like.default, (tensor,), kwargs)
+                fresh.meta = {**copy.others.get(number, node).meta, "val": fake_value(fresh)}
+                outputs.append(fresh)
+            places.append(copy.place if number == copy.number else None)
+        call = graph.call_function(
+            torch.ops.grape.rotate_into.default, (tensors, slots, text, outputs, places)
+        )
+        call.meta = {**node.meta, "val": None}
+    for number, result in copy.others.items():
+        result.replace_all_uses_with(outputs[number])
+        graph.erase_node(result)
+    write.replace_all_uses_with(copy.memory)
+    graph.erase_node(write)
+    for result in list(node.users):
+        graph.erase_node(result)
+    graph.erase_node(node)
