@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := test
-.PHONY: demo test test-all lint format bench bench-gpu gates coverage figures models clean
+.PHONY: demo test test-all lint format bench bench-gpu gpu-page gates coverage figures models clean
 
 demo: $(READY)
 	$(BIN)/python examples/quickstart.py
@@ -44,7 +44,12 @@ models: $(READY)
 
 # Needs a GPU.
 bench-gpu: $(READY)
-	$(BIN)/python -m benchmarks.gpu rotation --out benchmarks/results/
+	$(BIN)/python -m benchmarks.gpu rotation attention decoding --out benchmarks/results/
+
+# What they measured, as a page with figures.
+gpu-page: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python -m benchmarks.gpu_page
 
 # Compiles every kernel for three GPUs that need not be there, and writes down what each costs.
 gates: $(READY)

@@ -16,10 +16,15 @@ import torch
 
 from benchmarks.cases import keep
 from benchmarks.gpu_attention import attention
+from benchmarks.gpu_decoding import decoding
 from benchmarks.gpu_rotation import rotation
 from benchmarks.gpu_timing import gpu
 
-CASES: dict[str, Callable[[bool], Iterator[dict[str, Any]]]] = {"attention": attention, "rotation": rotation}
+CASES: dict[str, Callable[[bool], Iterator[dict[str, Any]]]] = {
+    "attention": attention,
+    "decoding": decoding,
+    "rotation": rotation,
+}
 
 
 def main() -> None:
