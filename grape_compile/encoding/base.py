@@ -6,6 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from grape_compile.errors import EncodingError
@@ -42,7 +43,13 @@ class Term:
     @property
     def slots(self) -> tuple[str, ...]:
         """Names of the tensors this value needs: depth first in the order of the fields, each name once."""
-        return tuple(dict.fromkeys(name for name, _ in slot_roles(self)))
+        return _slots(self)
+
+
+@lru_cache(maxsize=4096)
+def _slots(term: Term) -> tuple[str, ...]:
+    """Return the slots of a value; every call of an operator asks for them."""
+    return tuple(dict.fromkeys(name for name, _ in slot_roles(term)))
 
 
 @dataclass(frozen=True, slots=True)

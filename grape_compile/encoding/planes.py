@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from grape_compile.encoding import checks
 from grape_compile.encoding.base import Term
@@ -29,7 +30,7 @@ class Planes(Term, ABC):
     @property
     def count(self) -> int:
         """Number of planes, which is the number of frequencies."""
-        return len(self.pairs())
+        return _count(self)
 
     def axes(self) -> tuple[int, ...]:
         """Return the number of the position axis that turns plane j (GRAPE App. G)."""
@@ -38,12 +39,22 @@ class Planes(Term, ABC):
     @property
     def axis_count(self) -> int:
         """Number of position axes: one more than the largest axis in use."""
-        return max(self.axes()) + 1
+        return _axis_count(self)
 
     def canonical(self) -> Planes:
         """Return the simplest planes with the same pairs and axes."""
         plain = planes_of(self.pairs(), self.head_dim)
         return Axes(plain, self.axes()) if any(self.axes()) else plain
+
+
+@lru_cache(maxsize=1024)
+def _count(planes: Planes) -> int:
+    return len(planes.pairs())
+
+
+@lru_cache(maxsize=1024)
+def _axis_count(planes: Planes) -> int:
+    return max(planes.axes()) + 1
 
 
 @dataclass(frozen=True, slots=True)

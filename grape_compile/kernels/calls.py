@@ -91,6 +91,13 @@ def _varying(call: TurnCall, tensor: Tensor) -> list[bool]:
 
 def places_of(call: TurnCall) -> list[tuple[int, ...]]:
     """Return the tensors that one launch takes: two neighbours where they agree but for their heads, else one."""
+    if "places" not in call.notes:
+        call.notes["places"] = _places_of(call)
+    found: list[tuple[int, ...]] = call.notes["places"]
+    return found
+
+
+def _places_of(call: TurnCall) -> list[tuple[int, ...]]:
     found: list[tuple[int, ...]] = []
     at = 0
     while at < len(call.tensors):
