@@ -6,7 +6,8 @@ back, so that a step can be kept in a CUDA graph. Keys that one mask hides from 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any, Final, Literal
 
 import torch
@@ -27,6 +28,19 @@ MOST_ROWS: Final = 64
 LEAST_ROWS: Final = 16
 #: Parts that the second kernel reads at once.
 PARTS_BLOCK: Final = 16
+#: What these kernels know of a call.
+KNOWN: Final = (
+    *("query", "key", "value", "biases", "mask", "is_causal", "scale", "window"),
+    *("wants_bias_gradients", "wants_mask_gradient"),
+)
+
+#: The arguments of a step of decoding where it neither turns nor appends.
+NO_STEP: Final[Mapping[str, Any]] = {
+    **dict.fromkeys(("LENGTHS", "NEW_KEY", "NEW_VALUE", "COORDINATES", "A", "B")),
+    **{f"new_{part}_{axis}": 0 for part in ("key", "value") for axis in ("batch", "head", "token")},
+    **{f"{part}_{axis}": 0 for part in ("a", "b") for axis in ("batch", "token", "plane")},
+    **{"cos_factor": 1.0, "sin_factor": 1.0, "SOURCE": 0},
+}
 
 
 def supports(call: AttendCall) -> Literal[True] | str:
@@ -38,6 +52,8 @@ def supports(call: AttendCall) -> Literal[True] | str:
         return f"{queries} queries, more than {MOST_QUERIES}"
     if (taken := attention.supports(call)) is not True:
         return taken
+    if name := _unknown(call):
+        return f"{name}, which decoding does not know"
     if queries * call.groups > MOST_ROWS:
         return f"{queries} queries of {call.groups} heads for each key, more than {MOST_ROWS} rows"
     return True
@@ -50,6 +66,12 @@ def forward(call: AttendCall) -> tuple[Tensor, Tensor]:
     decoding.split_launch().run()
     decoding.merge_launch(output, logsumexp).run()
     return output, logsumexp
+
+
+def _unknown(call: AttendCall) -> str:
+    """Return what is asked of a call that these kernels do not know, or nothing."""
+    asked = [each.name for each in fields(call) if each.name not in KNOWN]
+    return next((name for name in asked if getattr(call, name) is not None), "")
 
 
 #: Few queries have few gradients: the kernels for many compute them.
@@ -76,10 +98,12 @@ class Parts:
 
 
 class Decoding:
-    """The two launches of one call."""
+    """The two launches of one call; `step` are the arguments of one that also turns and appends."""
 
-    def __init__(self, call: AttendCall, chosen: Configuration | None = None) -> None:
-        self.call = call
+    def __init__(
+        self, call: AttendCall, chosen: Configuration | None = None, step: Mapping[str, Any] | None = None
+    ) -> None:
+        self.call, self.step = call, step
         self.chosen = chosen or configuration(call)
         self.parts = Parts.of(call, self.chosen.splits)
 
@@ -108,6 +132,7 @@ class Decoding:
             **_term("TERM", other, query),
             **_gate("QUERY", None if other is None else other.gate_query, query),
             **_gate("KEY", None if other is None else other.gate_key, query),
+            **(self.step or NO_STEP),
             **{"key_heads": key_heads, "queries": query.shape[2], "keys": keys, "window": call.window or 0},
             **{"splits": chosen.splits, "scale": call.scale, "GROUPS": call.groups},
             "ROWS": max(LEAST_ROWS, attention._block(call.groups * query.shape[2])),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -247,9 +247,8 @@ def _angle_operands(call: TurnCall) -> _Angles:
     if isinstance(clock, Tables):
         cos, sin = (_on(slots[name], like) for name in (clock.cos, clock.sin))
         return _Angles(int(body.TABLES), _with_axis(cos), _with_axis(sin), False, 1)
-    assert rotation.spectrum is not None, "only tables have no spectrum"
     dtype = phase_dtype(clock, slots, like)
-    theta = _with_axis(_theta(rotation.spectrum, layout.count, call, dtype))
+    theta = theta_of(rotation, slots, like, dtype)
     if isinstance(clock, Steps):
         return _Angles(int(body.STEPS), None, theta, True, 1)
     assert isinstance(clock, Positions | Accumulated)
@@ -260,12 +259,14 @@ def _angle_operands(call: TurnCall) -> _Angles:
     return _Angles(int(source), times, theta, True, axes)
 
 
-def _theta(spectrum: Spectrum, count: int, call: TurnCall, dtype: torch.dtype) -> Tensor:
-    like = call.tensors[0]
+def theta_of(rotation: Rotation, slots: Mapping[str, Tensor], like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the frequencies of a rotation, [..., planes]; those in closed form are kept for the next call."""
+    spectrum, count = rotation.spectrum, rotation.planes.count
+    assert spectrum is not None, "only tables have no spectrum"
     if isinstance(spectrum, Learned | Table):
-        return _on(call.slots[spectrum.slot], like)
+        return _with_axis(_on(slots[spectrum.slot], like))
     if is_traced(like):
-        return frequencies(spectrum, count, call.slots, like, dtype)
+        return frequencies(spectrum, count, slots, like, dtype)
     return _stored_theta(spectrum, count, like.device, dtype)
 
 

@@ -1,9 +1,10 @@
 """What an encoding computes: `grape::rotate`, `grape::attend`, and their definitions in plain torch.
 
-Importing this package registers the operators as `torch.ops.grape.rotate` and `torch.ops.grape.attend`.
+Importing this package registers the operators as `torch.ops.grape.rotate`, `torch.ops.grape.attend` and others.
 """
 
 from grape_compile.operators.attention import attend
+from grape_compile.operators.decode import decode
 from grape_compile.operators.normed import rotate_normed
 from grape_compile.operators.reference import reference_attend, reference_bias, reference_rotate
 from grape_compile.operators.rotate_into import rotate_into
@@ -11,6 +12,7 @@ from grape_compile.operators.rotation import decompositions, rotate, rotate_deco
 
 __all__ = [
     "attend",
+    "decode",
     "decompositions",
     "reference_attend",
     "reference_bias",

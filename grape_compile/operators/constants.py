@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from enum import Enum, auto
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -41,8 +42,17 @@ def constant(values: Sequence[float] | Sequence[int], dtype: torch.dtype, like: 
     """Return the values as a tensor on the device of `like`."""
     if _use.get() is Use.DECOMPOSED:
         return torch.stack([torch.full((), value, dtype=dtype, device=like.device) for value in values])
+    if like.is_cuda and _use.get() is Use.RUN and type(like) is Tensor:
+        return _kept(tuple(values), dtype, like.device)
     # `torch.tensor` would add a mutation (detach_) to a graph that is being traced.
     return torch.as_tensor(values, dtype=dtype, device=like.device)
+
+
+@lru_cache(maxsize=256)
+def _kept(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return values in the memory of a GPU: put there once, as a CUDA graph cannot."""
+    with torch.inference_mode(False):
+        return torch.as_tensor(values, dtype=dtype, device=device)
 
 
 def closed_form(spectrum: Spectrum, count: int, dtype: torch.dtype, like: Tensor) -> Tensor:

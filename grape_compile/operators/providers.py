@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Literal, Protocol, cast
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from torch import Tensor
 from grape_compile.errors import OperandError
 from grape_compile.operators.call import AttendCall, Gradients
 from grape_compile.operators.turn_call import TurnCall
+
+if TYPE_CHECKING:
+    from grape_compile.operators.decode_call import DecodeCall
 
 
 class AttendKernel(Protocol):
@@ -43,9 +46,19 @@ class TurnKernel(Protocol):
         """Return the gradients of the tensors (where asked) and of the floating slots."""
 
 
+class DecodeKernel(Protocol):
+    """What a provider of `grape::decode` defines."""
+
+    def supports(self, call: DecodeCall) -> Literal[True] | str:
+        """Return True, or a sentence that says why this call is not for this provider."""
+
+    def forward(self, call: DecodeCall) -> Tensor:
+        """Append the new tokens to the caches and return what they see."""
+
+
 @dataclass(frozen=True)
 class Provider:
-    """One way to compute an operator: the `module` defines what `AttendKernel` or `TurnKernel` names.
+    """One way to compute an operator: the `module` defines what the protocol of its table names.
 
     It is asked about calls on its `devices` only (none named: all), the highest priority first. A provider of
     `grape::attend` that `turns_queries` itself is given them as they are.
@@ -65,6 +78,10 @@ class Provider:
         """Import the module of a row of `TURN_PROVIDERS` on first use."""
         return cast(TurnKernel, import_module(self.module))
 
+    def decode_kernel(self) -> DecodeKernel:
+        """Import the module of a row of `DECODE_PROVIDERS` on first use."""
+        return cast(DecodeKernel, import_module(self.module))
+
 
 PROVIDERS: tuple[Provider, ...] = (
     Provider("triton decoding", "grape_compile.kernels.decoding", priority=30, devices=("cuda",)),
@@ -83,6 +100,12 @@ TURN_PROVIDERS: tuple[Provider, ...] = (
 )
 
 
+DECODE_PROVIDERS: tuple[Provider, ...] = (
+    Provider("triton decoding", "grape_compile.kernels.decoding_step", priority=10, devices=("cuda",)),
+    Provider("torch", "grape_compile.operators.plain_decode", priority=0),
+)
+
+
 def choose(call: AttendCall, providers: Sequence[Provider] | None = None) -> Provider:
     """Return the provider of highest priority that takes the call, or raise OperandError with all reasons."""
     table = PROVIDERS if providers is None else providers
@@ -94,6 +117,12 @@ def choose_turn(call: TurnCall, outputs: Sequence[Tensor] | None = None) -> Prov
     return _first(
         "grape::rotate", call.device, TURN_PROVIDERS, lambda row: row.turn_kernel().supports(call, outputs)
     )
+
+
+def choose_decode(call: DecodeCall) -> Provider:
+    """Return the provider of highest priority that takes a step of decoding."""
+    device = call.query.device
+    return _first("grape::decode", device, DECODE_PROVIDERS, lambda row: row.decode_kernel().supports(call))
 
 
 def computes_angles(device: torch.device) -> bool:

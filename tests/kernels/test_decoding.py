@@ -35,13 +35,16 @@ def decoding_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(providers, "PROVIDERS", (row,))
 
 
-def heads_of(case: Case) -> list[Tensor]:
+def heads_of(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     shapes = (
         (case.batch, HEADS, case.queries, case.head),
         (case.batch, case.key_heads, case.keys, case.head),
         (case.batch, case.key_heads, case.keys, case.values),
     )
-    return [tensor(*shape, seed=seed, dtype=case.dtype).to(DEVICE) for seed, shape in enumerate(shapes)]
+    query, key, value = (
+        tensor(*shape, seed=seed, dtype=case.dtype).to(DEVICE) for seed, shape in enumerate(shapes)
+    )
+    return query, key, value
 
 
 @pytest.mark.usefixtures("decoding_only")
@@ -49,13 +52,12 @@ def heads_of(case: Case) -> list[Tensor]:
 @pytest.mark.parametrize("name", CASES)
 def test_decoding(name: str, queries: int) -> None:
     case = replace(CASES[name], queries=queries, keys=KEYS)
-    heads, slots, mask = heads_of(case), slots_of(case), mask_of(case)
+    (query, key, value), slots, mask = heads_of(case), slots_of(case), mask_of(case)
     with torch.no_grad():
-        found = attend(*heads, case.encoding, slots, mask=mask, **case.options)
+        found = attend(query, key, value, case.encoding, slots, mask=mask, **case.options)
         wide = {each: slot.double() for each, slot in slots.items()}
-        wanted = reference_attend(
-            *(head.double() for head in heads), case.encoding, wide, mask=mask, **case.options
-        )
+        exact = (query.double(), key.double(), value.double())
+        wanted = reference_attend(*exact, case.encoding, wide, mask=mask, **case.options)
     error = float((found.double() - wanted).norm() / wanted.norm())
     # A sum of at most T + D products, as many roundings, and weights and results rounded to the dtype.
     assert error <= 8 * (KEYS + HEAD) * unit_roundoff(torch.float32) + 8 * unit_roundoff(case.dtype)
@@ -79,10 +81,10 @@ def test_gradients_of_few_queries() -> None:
     case = replace(CASES["slopes_window"], queries=2, keys=21)
     results = []
     for way in (attend, reference_attend):
-        parts = leaves(*heads_of(case))
+        query, key, value = leaves(*heads_of(case))
         slots = dict(zip(case.encoding.slots, leaves(*slots_of(case).values()), strict=True))
-        output = way(*parts, case.encoding, slots, **case.options)
-        results.append(torch.autograd.grad(output.square().sum(), [*parts, *slots.values()]))
+        output = way(query, key, value, case.encoding, slots, **case.options)
+        results.append(torch.autograd.grad(output.square().sum(), [query, key, value, *slots.values()]))
     for ours, wanted in zip(*results, strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
 
@@ -91,14 +93,14 @@ def test_gradients_of_few_queries() -> None:
 @pytest.mark.parametrize("kind", ["bytes", "numbers"])
 def test_places_of_a_cache_that_are_free_are_not_read(kind: str) -> None:
     """A cache of fixed capacity, what was never written poisoned: a weight of zero would not hide it."""
-    capacity, filled = 96, 35
+    capacity, filled = 256, 35
     query, key, value = (
-        tensor(2, HEADS, count, HEAD, dtype=torch.float32).to(DEVICE) for count in (1, 96, 96)
+        tensor(2, HEADS, count, HEAD, dtype=torch.float32).to(DEVICE) for count in (1, capacity, capacity)
     )
     there = (torch.arange(capacity, device=DEVICE) < filled)[None, None, None]
     wanted = reference_attend(query, key[:, :, :filled], value[:, :, :filled], alibi(HEADS))
     # Of the last tile that is read all places are there.
-    key[:, :, 48:], value[:, :, 48:] = math.nan, math.nan
+    key[:, :, 128:], value[:, :, 128:] = math.nan, math.nan
     mask = (
         there
         if kind == "bytes"
@@ -113,8 +115,8 @@ def test_what_is_launched_does_not_depend_on_what_is_in_a_cache() -> None:
     """Grids and constants of a step come from sizes: one CUDA graph is right for every step."""
 
     def described(mask: Tensor) -> list[object]:
-        heads = (tensor(1, HEADS, count, HEAD, dtype=torch.float32).to(DEVICE) for count in (1, 64, 64))
-        call = attend_call(*heads, [], str(alibi(HEADS)), mask, False, None, None)
+        query, key = (tensor(1, HEADS, count, HEAD, dtype=torch.float32).to(DEVICE) for count in (1, 64))
+        call = attend_call(query, key, key, [], str(alibi(HEADS)), mask, False, None, None)
         made = Decoding(call)
         launches = made.split_launch(), made.merge_launch(call.query, call.query[..., 0])
         return [
@@ -176,8 +178,8 @@ def call_of(encoding: Encoding, queries: int, groups: int, options: dict[str, An
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_call_for_another_provider(name: str) -> None:
-    *made, sentence = REFUSED[name]
-    assert sentence in str(decoding.supports(call_of(*made)))
+    encoding, queries, groups, options, sentence = REFUSED[name]
+    assert sentence in str(decoding.supports(call_of(encoding, queries, groups, options)))
 
 
 def test_the_parts_fill_a_gpu_and_have_a_tile_each() -> None:

@@ -7,6 +7,7 @@ part of the keys with a running softmax; the second kernel weighs the parts, alw
 import triton
 import triton.language as tl
 
+from grape_compile.kernels.bodies.angles import cos_sin, cos_sin_exact
 from grape_compile.kernels.bodies.attention_tiles import (
     ABSORBING,
     BYTES,
@@ -18,6 +19,7 @@ from grape_compile.kernels.bodies.attention_tiles import (
     spread,
     steepness,
 )
+from grape_compile.kernels.bodies.turn import EXACT, STEPS, TABLES
 
 #: Keys whose mask is looked at in one load before any of them is read.
 SCAN = tl.constexpr(1024)
@@ -50,6 +52,81 @@ def seen_by_mask(mask, KIND: tl.constexpr):
 
 
 @triton.jit
+def turned(
+    heads, known, place, token, batch, COORDINATES, A, a_batch, a_token, a_plane, B, b_batch, b_token, b_plane,
+    cos_factor, sin_factor, HEAD: tl.constexpr, HEAD_BLOCK: tl.constexpr, SOURCE: tl.constexpr,
+):  # fmt: skip
+    """The heads that `heads` [rows, 1] points to, turned: y_i = cos x_i + sign_i sin x_partner(i), float32.
+
+    `COORDINATES` [3, HEAD]: the plane of each coordinate, -1 for none, its partner, and the sign.
+    """
+    inner = tl.arange(0, HEAD_BLOCK)
+    there = inner < HEAD
+    plane = tl.load(COORDINATES + inner, mask=there, other=-1)
+    partner = tl.load(COORDINATES + HEAD + inner, mask=there, other=0)
+    sign = tl.load(COORDINATES + 2 * HEAD + inner, mask=there, other=0).to(tl.float32)
+    turning = (plane >= 0)[None, :]
+    both = known & there[None, :]
+    own = tl.load(heads + inner[None, :], mask=both, other=0.0).to(tl.float32)
+    other = tl.load(heads + partner[None, :], mask=both & turning, other=0.0).to(tl.float32)
+    if SOURCE == TABLES:
+        at = token[:, None] * a_token + plane[None, :] * a_plane
+        cos = tl.load(A + batch * a_batch + at, mask=both & turning, other=1.0).to(tl.float32)
+        at = token[:, None] * b_token + plane[None, :] * b_plane
+        sin = tl.load(B + batch * b_batch + at, mask=both & turning, other=0.0).to(tl.float32)
+    else:
+        frequency = tl.load(B + plane * b_plane, mask=plane >= 0, other=0.0)[None, :]
+        position = place
+        if SOURCE != STEPS:
+            position = tl.load(A + batch * a_batch + token * a_token)
+        if SOURCE == EXACT:
+            cos, sin = cos_sin_exact(position[:, None].to(tl.float64), frequency)
+        else:
+            cos, sin = cos_sin(position[:, None].to(tl.float32) * frequency.to(tl.float32))
+    cos = tl.where(turning, cos * cos_factor, 1.0)
+    return own * cos + other * tl.where(turning, sin * sin_factor, 0.0) * sign[None, :]
+
+
+@triton.jit
+def biased(
+    logits, key_at, there, at, level_slope, LEVEL_TIMES, level_row, level_time, level_token,
+    term_slope, TERM_TIMES, term_row, term_time, term_token, gate_query, gates_key, gate_token, window,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, LEVEL: tl.constexpr, TERM: tl.constexpr, ABSOLUTE: tl.constexpr,
+    GATE_QUERY: tl.constexpr, GATE_KEY: tl.constexpr,
+):  # fmt: skip
+    """Logits of all rows for some keys with their biases, and which of them are seen."""
+    if LEVEL != NONE:
+        logits += level_slope * apart(
+            LEVEL_TIMES, level_row, key_at, at, level_time, level_token, there, LEVEL
+        )
+    if TERM != NONE:
+        gate_key = 0.0
+        if GATE_KEY:
+            gate_key = tl.load(gates_key + key_at * gate_token, mask=there, other=0.0) * term_slope
+        difference = apart(TERM_TIMES, term_row, key_at, at, term_time, term_token, there, TERM)
+        steep = steepness(term_slope, gate_query, gate_key, GATE_QUERY, GATE_KEY)
+        logits += steep * spread(difference, ABSOLUTE)
+    seen = there
+    if CAUSAL:
+        seen = seen & (key_at <= at)
+    if WINDOW:
+        seen = seen & (key_at > at - window)
+    return logits, seen
+
+
+@triton.jit
+def folded(best, total, sums, logits, seen, value, PRECISION: tl.constexpr):
+    """A running softmax with one more tile of keys."""
+    logits = tl.where(seen, logits, -float("inf"))
+    larger = tl.maximum(best, tl.max(logits, 1))
+    weights = tl.exp2(logits - larger[:, None])
+    shrink = tl.exp2(best - larger)
+    total = total * shrink + tl.sum(weights, 1)
+    sums = tl.dot(weights.to(value.dtype), value, sums * shrink[:, None], input_precision=PRECISION)
+    return larger, total, sums
+
+
+@triton.jit
 def decode_split(
     QUERY, KEY, VALUE, PARTS, LEVELS, MASK,
     LEVEL_SLOPES, LEVEL_TIMES, TERM_SLOPES, TERM_TIMES, GATES_QUERY, GATES_KEY,
@@ -58,16 +135,20 @@ def decode_split(
     level_slopes_batch, level_slopes_head, level_times_batch, level_times_head, level_times_token,
     term_slopes_batch, term_slopes_head, term_times_batch, term_times_head, term_times_token,
     gates_query_batch, gates_query_head, gates_query_token, gates_key_batch, gates_key_head, gates_key_token,
+    LENGTHS, NEW_KEY, NEW_VALUE, new_key_batch, new_key_head, new_key_token, new_value_batch, new_value_head,
+    new_value_token, COORDINATES, A, a_batch, a_token, a_plane, B, b_batch, b_token, b_plane, cos_factor, sin_factor,
     key_heads, queries, keys, window, splits, scale,
     GROUPS: tl.constexpr, ROWS: tl.constexpr, HEAD: tl.constexpr, HEAD_BLOCK: tl.constexpr, VALUES: tl.constexpr,
     VALUE_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     LEVEL: tl.constexpr, TERM: tl.constexpr, ABSOLUTE: tl.constexpr, GATE_QUERY: tl.constexpr, GATE_KEY: tl.constexpr,
-    MASKED: tl.constexpr, ONE_MASK: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, ONE_MASK: tl.constexpr, SOURCE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sums of one part of the keys: of values by their weights, of the weights, and the logit that weighs one.
 
     `PARTS` [B, H, T_q, splits, D_v] takes the first, `LEVELS` [B, H, T_q, 2, splits] the largest logit, in powers of
-    two, and the sum of weights; grid (splits * B * key heads,).
+    two, and the sum of weights; grid (splits * B * key heads,). With `LENGTHS` [B], tokens in a cache, there are new
+    keys and values behind them: the last part sees them from where they come and puts them into the cache, and no part
+    reads there. With COORDINATES queries and new keys turn on their way.
     """
     split = tl.program_id(0) % splits
     number = tl.program_id(0) // splits
@@ -86,16 +167,23 @@ def decode_split(
     outer_known = (outer < VALUES if VALUES < VALUE_BLOCK else outer >= 0)[None, :]
     # Queries are the last of the keys.
     first_at = keys - queries
+    if LENGTHS is not None:
+        first_at = tl.load(LENGTHS + batch).to(tl.int32)
     at = (first_at + token)[:, None]
-    query = tl.load(
-        QUERY + batch * query_batch + (head * query_head + token * query_token)[:, None] + inner[None, :],
-        mask=there_row[:, None] & inner_known,
-        other=0.0,
-    )
+    query_heads = QUERY + batch * query_batch + (head * query_head + token * query_token)[:, None]
+    if COORDINATES is not None:
+        query = turned(
+            query_heads, there_row[:, None], first_at + token, token, batch, COORDINATES, A, a_batch, a_token, a_plane,
+            B, b_batch, b_token, b_plane, cos_factor, sin_factor, HEAD, HEAD_BLOCK, SOURCE,
+        ).to(KEY.dtype.element_ty)  # fmt: skip
+    else:
+        query = tl.load(query_heads + inner[None, :], mask=there_row[:, None] & inner_known, other=0.0)
 
     start = 0
     stop = keys
-    if CAUSAL:
+    if LENGTHS is not None:
+        stop = first_at
+    elif CAUSAL:
         stop = tl.minimum(tl.maximum(first_at + queries, 0), keys)
     if WINDOW:
         start = tl.maximum(first_at - window + 1, 0) // KEY_BLOCK * KEY_BLOCK
@@ -156,34 +244,11 @@ def decode_split(
             other=0.0,
         )
         logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2E)
-        if LEVEL != NONE:
-            logits += level_slope * apart(
-                LEVEL_TIMES,
-                level_row,
-                key_at[None, :],
-                at,
-                level_time,
-                level_times_token,
-                there[None, :],
-                LEVEL,
-            )
-        if TERM != NONE:
-            gate_key = 0.0
-            if GATE_KEY:
-                gate_key = tl.load(
-                    gates_key + key_at[None, :] * gates_key_token, mask=there[None, :], other=0.0
-                )
-                gate_key *= term_slope
-            difference = apart(
-                TERM_TIMES, term_row, key_at[None, :], at, term_time, term_times_token, there[None, :], TERM
-            )
-            steep = steepness(term_slope, gate_query, gate_key, GATE_QUERY, GATE_KEY)
-            logits += steep * spread(difference, ABSOLUTE)
-        seen = there[None, :]
-        if CAUSAL:
-            seen = seen & (key_at[None, :] <= at)
-        if WINDOW:
-            seen = seen & (key_at[None, :] > at - window)
+        logits, seen = biased(
+            logits, key_at[None, :], there[None, :], at, level_slope, LEVEL_TIMES, level_row, level_time,
+            level_times_token, term_slope, TERM_TIMES, term_row, term_time, term_times_token, gate_query, gates_key,
+            gates_key_token, window, CAUSAL, WINDOW, LEVEL, TERM, ABSOLUTE, GATE_QUERY, GATE_KEY,
+        )  # fmt: skip
         if MASKED != NONE:
             told = tl.load(mask_start + far[None, :] * mask_key, mask=there[None, :], other=0)
             if MASKED == BYTES:
@@ -191,18 +256,48 @@ def decode_split(
             else:
                 added = told.to(tl.float32)
                 logits += tl.where(added < ABSORBING, added, added * LOG2E)
-        logits = tl.where(seen, logits, -float("inf"))
-        larger = tl.maximum(best, tl.max(logits, 1))
-        weights = tl.exp2(logits - larger[:, None])
-        shrink = tl.exp2(best - larger)
-        total = total * shrink + tl.sum(weights, 1)
         value = tl.load(
             value_start + far[:, None] * value_token + outer[None, :],
             mask=there[:, None] & outer_known,
             other=0.0,
         )
-        sums = tl.dot(weights.to(value.dtype), value, sums * shrink[:, None], input_precision=PRECISION)
-        best = larger
+        best, total, sums = folded(best, total, sums, logits, seen, value, PRECISION)
+    if LENGTHS is not None:
+        if split == splits - 1:
+            new = tl.arange(0, 16)
+            there = new < queries
+            heads = (
+                NEW_KEY + batch * new_key_batch + key_number * new_key_head + (new * new_key_token)[:, None]
+            )
+            if COORDINATES is not None:
+                key = turned(
+                    heads, there[:, None], first_at + new, tl.minimum(new, queries - 1), batch, COORDINATES,
+                    A, a_batch, a_token, a_plane, B, b_batch, b_token, b_plane, cos_factor, sin_factor,
+                    HEAD, HEAD_BLOCK, SOURCE,
+                ).to(KEY.dtype.element_ty)  # fmt: skip
+            else:
+                key = tl.load(heads + inner[None, :], mask=there[:, None] & inner_known, other=0.0)
+            values = NEW_VALUE + batch * new_value_batch + key_number * new_value_head
+            value = tl.load(
+                values + (new * new_value_token)[:, None] + outer[None, :],
+                mask=there[:, None] & outer_known,
+                other=0.0,
+            )
+            key_at = first_at + new
+            far = key_at.to(tl.int64)
+            # Nothing outside of the cache is written to.
+            inside = (there & (key_at >= 0) & (key_at < keys))[:, None]
+            tl.store(key_start + far[:, None] * key_token + inner[None, :], key, mask=inside & inner_known)
+            tl.store(
+                value_start + far[:, None] * value_token + outer[None, :], value, mask=inside & outer_known
+            )
+            logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2E)
+            logits, seen = biased(
+                logits, key_at[None, :], tl.trans(inside), at, level_slope, LEVEL_TIMES, level_row, level_time,
+                level_times_token, term_slope, TERM_TIMES, term_row, term_time, term_times_token, gate_query,
+                gates_key, gates_key_token, window, CAUSAL, WINDOW, LEVEL, TERM, ABSOLUTE, GATE_QUERY, GATE_KEY,
+            )  # fmt: skip
+            best, total, sums = folded(best, total, sums, logits, seen, value, PRECISION)
     places = (batch * key_heads * GROUPS + head) * queries + token
     tl.store(LEVELS + 2 * places * splits + split, best, mask=there_row)
     tl.store(LEVELS + (2 * places + 1) * splits + split, total, mask=there_row)
