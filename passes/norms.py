@@ -85,7 +85,7 @@ def _narrowed(result: fx.Node, node: fx.Node) -> fx.Node | None:
 
 def _leads_to(node: fx.Node, result: fx.Node) -> bool:
     """Whether all that reads a value is part of the result."""
-    stack, seen = [node], set()
+    stack, seen = [node], set[fx.Node]()
     while stack:
         for user in stack.pop().users:
             if user is result or user in seen:

@@ -113,7 +113,8 @@ def _fits(result: fx.Node, memory: fx.Node, place: fx.Node | None) -> bool:
 
 def _sizes(tensor: Tensor) -> list[object]:
     """Sizes, symbols as their expressions: equal ones are equal at every size."""
-    return [size.node.expr if isinstance(size, torch.SymInt) else size for size in tensor.shape]
+    sizes: tuple[object, ...] = tuple(tensor.shape)
+    return [size.node.expr if isinstance(size, torch.SymInt) else size for size in sizes]
 
 
 def _takes(node: fx.Node, copy: _Copy) -> bool:
@@ -123,7 +124,7 @@ def _takes(node: fx.Node, copy: _Copy) -> bool:
     assert isinstance(slots, list | tuple)
     encoding = parse(str(text))
     assert isinstance(encoding, Multiplicative)
-    given = [require_fake(each) for each in tensors]
+    given = [require_fake(each) for each in tensors if isinstance(each, fx.Node)]
     outputs = [torch.empty_like(each, memory_format=torch.contiguous_format) for each in given]
     outputs[copy.number] = require_fake(copy.memory)
     places: list[Tensor | None] = [None] * len(given)
@@ -147,8 +148,8 @@ def _replace(graph: fx.Graph, node: fx.Node, copy: _Copy) -> None:
             if number == copy.number:
                 outputs.append(copy.memory)
             else:
-                kwargs = {"memory_format": torch.contiguous_format}
-                fresh = graph.call_function(aten.empty_like.default, (tensor,), kwargs)
+                form: dict[str, fx.node.Argument] = {"memory_format": torch.contiguous_format}
+                fresh = graph.call_function(aten.empty_like.default, (tensor,), form)
                 fresh.meta = {**copy.others.get(number, node).meta, "val": fake_value(fresh)}
                 outputs.append(fresh)
             places.append(copy.place if number == copy.number else None)

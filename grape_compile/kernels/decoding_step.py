@@ -82,11 +82,10 @@ def step_arguments(call: DecodeCall) -> dict[str, Any]:
 def _angle_arguments(call: DecodeCall, rotation: Rotation) -> dict[str, Any]:
     from grape_compile.kernels.bodies import turn as body
 
-    clock, found = rotation.clock, {}
+    clock = rotation.clock
     if isinstance(clock, Tables):
         source = body.TABLES
-        for name, slot in (("a", clock.cos), ("b", clock.sin)):
-            found |= _angles(name, call.slots[slot], 1)
+        found = _angles("a", call.slots[clock.cos], 1) | _angles("b", call.slots[clock.sin], 1)
     else:
         position = call.slots[clock.slot] if isinstance(clock, Positions) else None
         exact = position is not None and position.dtype == torch.float64

@@ -42,10 +42,19 @@ def forward(call: DecodeCall) -> Tensor:
         one = slice(number, number + 1)
         for cache, new in ((call.key_cache, key), (call.value_cache, call.value)):
             cache[one, :, length:stop] = new[one]
-        kept = (cache[one, :, :stop] for cache in (call.key_cache, call.value_cache))
+        keys, values = (cache[one, :, :stop] for cache in (call.key_cache, call.value_cache))
         slots = _slots_of(call, number, stop)
         rows.append(
-            attend(query[one], *kept, encoding, slots, is_causal=True, scale=call.scale, window=call.window)
+            attend(
+                query[one],
+                keys,
+                values,
+                encoding,
+                slots,
+                is_causal=True,
+                scale=call.scale,
+                window=call.window,
+            )
         )
     return torch.cat(rows)
 

@@ -70,9 +70,10 @@ class Layer(nn.Module):
             half = torch.cat((-x[..., SIZE // 2 :], x[..., : SIZE // 2]), -1)
             turned.append(x * wide.cos() + half * wide.sin())
         query, key = turned
-        early = query.sum() if self.query_first else 0.0
+        early = query.sum() if self.query_first else torch.zeros((), device=query.device)
         keys = self.write(cache, key, at)
-        return query @ keys.transpose(-1, -2) + early
+        scores: Tensor = query @ keys.transpose(-1, -2) + early
+        return scores
 
 
 class Counting:
