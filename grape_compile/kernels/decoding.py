@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from grape_compile.kernels import attention
-from grape_compile.kernels.attention import MASK_AXES, NUMBERS
-from grape_compile.kernels.attention_terms import NONE, Term, Terms
+from grape_compile.kernels.attention_terms import BYTES, NONE, NUMBERS, Term, Terms
 from grape_compile.kernels.decoding_configurations import Configuration, configuration
 from grape_compile.kernels.launch import Launch
 from grape_compile.operators import chunked
@@ -28,10 +27,13 @@ MOST_ROWS: Final = 64
 LEAST_ROWS: Final = 16
 #: Parts that the second kernel reads at once.
 PARTS_BLOCK: Final = 16
+MASK_AXES: Final = ("batch", "head", "query", "key")
+
 #: What these kernels know of a call.
 KNOWN: Final = (
     *("query", "key", "value", "biases", "mask", "is_causal", "scale", "window"),
-    *("wants_bias_gradients", "wants_mask_gradient"),
+    # Queries that have still to turn do so before they are handed over.
+    *("turn", "wants_bias_gradients", "wants_mask_gradient"),
 )
 
 #: The arguments of a step of decoding where it neither turns nor appends.
@@ -176,8 +178,8 @@ def _mask(call: AttendCall, nothing: Tensor) -> dict[str, Any]:
     if mask is None:
         strides = attention._broadcast("mask", None, MASK_AXES)
         return {"MASK": nothing, "MASKED": NONE, "ONE_MASK": False, **strides}
-    kind = attention.BYTES if mask.dtype == torch.bool else NUMBERS
-    numbers = mask.view(torch.uint8) if kind == attention.BYTES else mask
+    kind = BYTES if mask.dtype == torch.bool else NUMBERS
+    numbers = mask.view(torch.uint8) if kind == BYTES else mask
     one = mask.shape[1] == mask.shape[2] == 1
     strides = attention._broadcast("mask", numbers, MASK_AXES)
     return {"MASK": numbers, "MASKED": kind, "ONE_MASK": one, **strides}

@@ -8,17 +8,8 @@ import triton
 import triton.language as tl
 
 from grape_compile.kernels.bodies.angles import cos_sin, cos_sin_exact
-from grape_compile.kernels.bodies.attention_tiles import (
-    ABSORBING,
-    BYTES,
-    CLOCK,
-    LN2,
-    LOG2E,
-    LOWEST,
-    NONE,
-    spread,
-    steepness,
-)
+from grape_compile.kernels.bodies.attention_operands import BYTES, CLOCK, LN2, LOG2E, NONE
+from grape_compile.kernels.bodies.attention_tiles import ABSORBING, LOWEST, spread
 from grape_compile.kernels.bodies.turn import EXACT, STEPS, TABLES
 
 #: Keys whose mask is looked at in one load before any of them is read.
@@ -104,7 +95,9 @@ def biased(
         if GATE_KEY:
             gate_key = tl.load(gates_key + key_at * gate_token, mask=there, other=0.0) * term_slope
         difference = apart(TERM_TIMES, term_row, key_at, at, term_time, term_token, there, TERM)
-        steep = steepness(term_slope, gate_query, gate_key, GATE_QUERY, GATE_KEY)
+        steep = term_slope
+        if GATE_QUERY or GATE_KEY:
+            steep = gate_query + gate_key
         logits += steep * spread(difference, ABSOLUTE)
     seen = there
     if CAUSAL:
