@@ -98,9 +98,12 @@ def test_another_provider_is_given_queries_that_are_turned(monkeypatch: pytest.M
 def test_the_report_says_what_computes_a_layer() -> None:
     """By tensors that only stand for those of a GPU; on a CPU it is the operator."""
     with FakeTensorMode():
-        query = torch.empty(1, HEADS, 5, 16, device="cuda", dtype=torch.float16)
+        query = torch.empty(1, HEADS, 20, 16, device="cuda", dtype=torch.float16)
         call = attend_call(query, query, query, [], str(nope()), None, True, None, None)
         assert attend_lowering(call) == "grape::attend by triton"
+        few = torch.empty(1, HEADS, 5, 16, device="cuda", dtype=torch.float16)
+        call = attend_call(few, query, query, [], str(nope()), None, True, None, None)
+        assert attend_lowering(call) == "grape::attend by triton decoding"
         call = attend_call(query, query, query, [], str(nope()), None, True, -1.0, None)
         assert attend_lowering(call) == (
             "grape::attend by flex (triton: a scale of -1.0, not positive; "
