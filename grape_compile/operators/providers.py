@@ -61,7 +61,8 @@ class Provider:
     """One way to compute an operator: the `module` defines what the protocol of its table names.
 
     It is asked about calls on its `devices` only (none named: all), the highest priority first. A provider of
-    `grape::attend` that `turns_queries` itself is given them as they are.
+    `grape::attend` that `turns_queries` itself is given them as they are. A `special` one is for calls of one kind, and
+    a report does not say of the others why it left them.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Provider:
     priority: int
     devices: tuple[str, ...] = ()
     turns_queries: bool = False
+    special: bool = False
 
     def kernel(self) -> AttendKernel:
         """Import the module of a row of `PROVIDERS` on first use."""
@@ -84,7 +86,9 @@ class Provider:
 
 
 PROVIDERS: tuple[Provider, ...] = (
-    Provider("triton decoding", "grape_compile.kernels.decoding", priority=30, devices=("cuda",)),
+    Provider(
+        "triton decoding", "grape_compile.kernels.decoding", priority=30, devices=("cuda",), special=True
+    ),
     Provider("triton", "grape_compile.kernels.attention", priority=20, devices=("cuda",), turns_queries=True),
     Provider("triton path", "grape_compile.kernels.path", priority=18, devices=("cuda",)),
     Provider("flex", "grape_compile.operators.flex", priority=15, devices=("cuda",)),
@@ -166,7 +170,7 @@ def _lowering(
     better = [row for row in providers if device.type in row.devices and row.priority > chosen.priority]
     if not better and device.type not in chosen.devices:
         return operator
-    reasons = "; ".join(f"{row.name}: {supports(row)}" for row in better)
+    reasons = "; ".join(f"{row.name}: {supports(row)}" for row in better if not row.special)
     return f"{operator} by {chosen.name}" + (f" ({reasons})" if reasons else "")
 
 
