@@ -181,7 +181,11 @@ def call_of(encoding: Encoding, queries: int, groups: int, options: dict[str, An
 @pytest.mark.parametrize("name", ["cap", "sinks", "segments"])
 def test_what_decoding_does_not_know_is_left_to_others(name: str) -> None:
     call = call_of(alibi(8), 1, 1, {"is_causal": True})
-    asked = {"cap": 2.0, "sinks": torch.zeros(1, 8), "segments": torch.zeros(1, 32, dtype=torch.int64)}
+    asked: dict[str, Any] = {
+        "cap": 2.0,
+        "sinks": torch.zeros(1, 8),
+        "segments": torch.zeros(1, 32, dtype=torch.int64),
+    }
     assert decoding.supports(call) is True
     assert f"{name}, which decoding" in str(decoding.supports(replace(call, **{name: asked[name]})))
 
