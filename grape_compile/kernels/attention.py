@@ -15,16 +15,14 @@ from grape_compile.encoding import Half
 from grape_compile.kernels.attention_configurations import Configuration, Kernel, configuration
 from grape_compile.kernels.attention_reach import Reach, leaves_out
 from grape_compile.kernels.attention_terms import (
-    BYTES,
     HALVES,
     NEIGHBOURS,
-    NONE,
-    NUMBERS,
     SightKind,
     Terms,
     unfit,
 )
 from grape_compile.kernels.launch import Launch, missing_triton
+from grape_compile.kernels.pointers import BYTES, NONE, NUMBERS, broadcast, in_line, padded, strides
 from grape_compile.operators import chunked
 from grape_compile.operators.call import AttendCall, Gradients
 
@@ -59,33 +57,14 @@ def forward(call: AttendCall) -> tuple[Tensor, Tensor]:
 
 def backward(call: AttendCall, gradient: Tensor, output: Tensor, logsumexp: Tensor) -> Gradients:
     """Return the gradients of a call for a cotangent of its output, from its output and logsumexp."""
-    faint = _faint(call, logsumexp)
-    if faint is not None:
-        logsumexp = logsumexp.masked_fill(faint, -torch.inf)
-    found = Found(call, gradient, output, logsumexp)
-    found.by_query_launch().run()
-    found.by_key_launch().run()
-    gradients = found.gradients()
-    if faint is None:
-        return gradients
-    rest = chunked.backward(call, gradient.where(faint[..., None], 0.0), output, logsumexp)
-    return Gradients(
-        gradients.query + rest.query,
-        gradients.key + rest.key,
-        gradients.value + rest.value,
-        tuple(
-            tuple(ours + theirs for ours, theirs in zip(*pair, strict=True))
-            for pair in zip(gradients.biases, rest.biases, strict=True)
-        ),
-    )
 
+    def found(logsumexp: Tensor) -> Gradients:
+        pass_back = Found(call, gradient, output, logsumexp)
+        pass_back.by_query_launch().run()
+        pass_back.by_key_launch().run()
+        return pass_back.gradients()
 
-def _faint(call: AttendCall, logsumexp: Tensor) -> Tensor | None:
-    """Return which rows a mask of numbers has pushed down so far that their logsumexp holds no weights, or None."""
-    if call.mask is None or call.mask.dtype == torch.bool:
-        return None
-    faint = (logsumexp < chunked.FAINT) & (logsumexp > -torch.inf)
-    return faint if bool(faint.any()) else None
+    return chunked.without_faint_rows(call, gradient, output, logsumexp, found)
 
 
 class Operands:
@@ -93,7 +72,7 @@ class Operands:
 
     def __init__(self, call: AttendCall) -> None:
         self.call = call
-        self.query, self.key, self.value = map(_in_line, (call.query, call.key, call.value))
+        self.query, self.key, self.value = map(in_line, (call.query, call.key, call.value))
         self.terms = Terms(call)
         # Kernels are handed some tensor where they read none.
         self.nothing = self.query
@@ -110,14 +89,14 @@ class Operands:
             "COLUMNS": self.nothing if columns is None else columns,
             "GATES": self.nothing if terms.gates is None else terms.gates,
             "MASK": self.nothing if mask is None else mask,
-            **_broadcast("mask", mask, ("batch", "head", "query", "key")),
-            **_strides("query", self.query),
-            **_strides("key", self.key),
-            **_strides("value", self.value),
-            **_broadcast("columns", columns, ("batch", "head", "row")),
-            **_broadcast("gates", terms.gates, ("batch", "head")),
+            **broadcast("mask", mask, ("batch", "head", "query", "key")),
+            **strides("query", self.query),
+            **strides("key", self.key),
+            **strides("value", self.value),
+            **broadcast("columns", columns, ("batch", "head", "row")),
+            **broadcast("gates", terms.gates, ("batch", "head")),
             "SEGMENTS": self.nothing if call.segments is None else call.segments,
-            **_broadcast("segments", call.segments, ("batch",)),
+            **broadcast("segments", call.segments, ("batch",)),
             "queries": call.query.shape[2],
             "keys": call.key.shape[2],
             "window": call.window or 0,
@@ -125,9 +104,9 @@ class Operands:
             "cap": call.cap or 1.0,
             "GROUPS": call.groups,
             "HEAD": call.query.shape[3],
-            "HEAD_BLOCK": _block(call.query.shape[3]),
+            "HEAD_BLOCK": padded(call.query.shape[3]),
             "VALUES": call.value.shape[3],
-            "VALUE_BLOCK": _block(call.value.shape[3]),
+            "VALUE_BLOCK": padded(call.value.shape[3]),
             "QUERY_BLOCK": tiles.query_block,
             "KEY_BLOCK": tiles.key_block,
             "BIAS": terms.kind,
@@ -145,7 +124,7 @@ class Operands:
             "SPANS": self._reach(tiles).keys() if leaves_out(self.call) else self.nothing,
             "SINKS": self.nothing if sinks is None else sinks,
             "SINK": sinks is not None,
-            **_broadcast("sinks", sinks, ("batch", "head")),
+            **broadcast("sinks", sinks, ("batch", "head")),
             "heads": self.call.query.shape[1],
         }
 
@@ -183,7 +162,7 @@ def forward_launch(
     arguments = {
         **operands.by_query(tiles),
         **{"OUTPUT": output, "LOGSUMEXP": logsumexp},
-        **_strides("output", output),
+        **strides("output", output),
         **_turn(call, operands.nothing),
     }
     grid = (-(-queries // tiles.query_block) * batch * heads,)
@@ -195,7 +174,7 @@ def _turn(call: AttendCall, nothing: Tensor) -> dict[str, Any]:
     turn = call.turn
     cos, sin = (nothing, nothing) if turn is None else (turn.cos.contiguous(), turn.sin.contiguous())
     kind = NONE if turn is None else HALVES if isinstance(turn.rotation.planes, Half) else NEIGHBOURS
-    strides = _broadcast("turn", None if turn is None else cos, ("batch", "head", "token"))
+    strides = broadcast("turn", None if turn is None else cos, ("batch", "head", "token"))
     return {"COS": cos, "SIN": sin, "TURNED": kind, **strides}
 
 
@@ -211,7 +190,7 @@ class Found:
         tiles: Mapping[Kernel, Configuration] | None = None,
     ) -> None:
         self.call, self.operands = call, Operands(call)
-        self.gradient, self.output, self.logsumexp = _in_line(gradient), _in_line(output), logsumexp
+        self.gradient, self.output, self.logsumexp = in_line(gradient), in_line(output), logsumexp
         batch, heads, queries, _ = call.query.shape
         terms, wanted = self.operands.terms, call.wants_bias_gradients
         self.rows = (terms.wants_apart, terms.wants_query, terms.wants_clock) if wanted else (False,) * 3
@@ -244,9 +223,9 @@ class Found:
                 "ROWS": self.by_row,
             },
             "LEVEL_BLOCK": self.by_key.query_block,
-            **_strides("output", self.output),
-            **_strides("gradient", self.gradient),
-            **_strides("by_query", self.query),
+            **strides("output", self.output),
+            **strides("gradient", self.gradient),
+            **strides("by_query", self.query),
             "WANTS_DELTA": any(self.columns),
             **dict(zip(("WANTS_APART", "WANTS_SPREAD", "WANTS_CLOCK"), self.rows, strict=True)),
         }
@@ -263,9 +242,9 @@ class Found:
             **self.operands.by_key(tiles),
             **{"GRADIENT": self.gradient, "LEVELS": self.levels, "levels_row": self.levels.shape[3]},
             **{"BY_KEY": self.key, "BY_VALUE": self.value, "SUMS": self.by_column},
-            **_strides("gradient", self.gradient),
-            **_strides("by_key", self.key),
-            **_strides("by_value", self.value),
+            **strides("gradient", self.gradient),
+            **strides("by_key", self.key),
+            **strides("by_value", self.value),
             **dict(zip(("WANTS_SUM", "WANTS_SPREAD", "WANTS_CLOCK"), self.columns, strict=True)),
         }
         grid = (-(-keys // tiles.key_block) * batch * heads,)
@@ -303,27 +282,3 @@ def _levels(logsumexp: Tensor, written: int, read: int) -> Tensor:
         levels[:2, ..., ends[0] :] = torch.inf
         levels[2:, ..., ends[0] :] = 0.0
     return levels
-
-
-def _in_line(tensor: Tensor) -> Tensor:
-    """Return a tensor whose last axis is contiguous."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _block(size: int) -> int:
-    """Return the power of two that holds an axis of a matrix product."""
-    return max(16, 1 << (size - 1).bit_length())
-
-
-def _strides(name: str, tensor: Tensor) -> dict[str, int]:
-    return {f"{name}_{axis}": tensor.stride(at) for at, axis in enumerate(("batch", "head", "token"))}
-
-
-def _broadcast(name: str, tensor: Tensor | None, axes: tuple[str, ...]) -> dict[str, int]:
-    """Return the strides of some axes, zero where one entry stands for all."""
-    if tensor is None:
-        return {f"{name}_{axis}": 0 for axis in axes}
-    return {
-        f"{name}_{axis}": tensor.stride(at) if tensor.shape[at] > 1 or axis == "row" else 0
-        for at, axis in enumerate(axes)
-    }

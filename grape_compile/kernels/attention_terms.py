@@ -16,14 +16,12 @@ import torch
 from torch import Tensor
 
 from grape_compile.encoding import Absolute, Euclidean, Signed
+from grape_compile.kernels.pointers import NONE
 from grape_compile.operators.bias import Additive
 from grape_compile.operators.call import AttendCall
 
-NONE: Final = 0
 STEPS: Final = 1
 CLOCK: Final = 2
-BYTES: Final = 1
-NUMBERS: Final = 2
 HALVES: Final = 1
 NEIGHBOURS: Final = 2
 LOG2E: Final = math.log2(math.e)

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from grape_compile.kernels import attention
-from grape_compile.kernels.attention_terms import BYTES, NONE, NUMBERS, Term, Terms
+from grape_compile.kernels.attention_terms import Term, Terms
 from grape_compile.kernels.decoding_configurations import Configuration, configuration
 from grape_compile.kernels.launch import Launch
+from grape_compile.kernels.pointers import NONE, broadcast, in_line, mask_arguments, padded, strides
 from grape_compile.operators import chunked
 from grape_compile.operators.call import AttendCall
 
@@ -27,7 +28,6 @@ MOST_ROWS: Final = 64
 LEAST_ROWS: Final = 16
 #: Parts that the second kernel reads at once.
 PARTS_BLOCK: Final = 16
-MASK_AXES: Final = ("batch", "head", "query", "key")
 
 #: What these kernels know of a call.
 KNOWN: Final = (
@@ -114,7 +114,7 @@ class Decoding:
         from grape_compile.kernels.bodies.decode import decode_split
 
         call, chosen = self.call, self.chosen
-        query, key, value = map(attention._in_line, (call.query, call.key, call.value))
+        query, key, value = map(in_line, (call.query, call.key, call.value))
         terms = Terms(call)
         batch, key_heads, keys, _ = key.shape
         other = terms.term
@@ -126,9 +126,9 @@ class Decoding:
                 "PARTS": self.parts.sums,
                 "LEVELS": self.parts.levels,
             },
-            **attention._strides("query", query),
-            **attention._strides("key", key),
-            **attention._strides("value", value),
+            **strides("query", query),
+            **strides("key", key),
+            **strides("value", value),
             **_mask(call, query),
             **_term("LEVEL", terms.level, query),
             **_term("TERM", other, query),
@@ -137,11 +137,11 @@ class Decoding:
             **(self.step or NO_STEP),
             **{"key_heads": key_heads, "queries": query.shape[2], "keys": keys, "window": call.window or 0},
             **{"splits": chosen.splits, "scale": call.scale, "GROUPS": call.groups},
-            "ROWS": max(LEAST_ROWS, attention._block(call.groups * query.shape[2])),
+            "ROWS": max(LEAST_ROWS, padded(call.groups * query.shape[2])),
             "HEAD": query.shape[3],
-            "HEAD_BLOCK": attention._block(query.shape[3]),
+            "HEAD_BLOCK": padded(query.shape[3]),
             "VALUES": value.shape[3],
-            "VALUE_BLOCK": attention._block(value.shape[3]),
+            "VALUE_BLOCK": padded(value.shape[3]),
             "KEY_BLOCK": chosen.key_block,
             "CAUSAL": call.is_causal,
             "WINDOW": call.window is not None,
@@ -164,10 +164,10 @@ def merge_launch(parts: Parts, output: Tensor, logsumexp: Tensor) -> Launch:
     arguments = {
         **{"PARTS": parts.sums, "LEVELS": parts.levels, "CARRIES": parts.carries},
         **{"OUTPUT": output, "LOGSUMEXP": logsumexp, "heads": heads, "queries": queries, "splits": splits},
-        **attention._strides("output", output),
+        **strides("output", output),
         "VALUES": values,
-        "VALUE_BLOCK": attention._block(values),
-        "SPLIT_BLOCK": attention._block(splits),
+        "VALUE_BLOCK": padded(values),
+        "SPLIT_BLOCK": padded(splits),
         "PARTS_BLOCK": PARTS_BLOCK,
     }
     return Launch(decode_merge, (batch * heads * queries,), arguments, {"num_warps": 4})
@@ -175,14 +175,8 @@ def merge_launch(parts: Parts, output: Tensor, logsumexp: Tensor) -> Launch:
 
 def _mask(call: AttendCall, nothing: Tensor) -> dict[str, Any]:
     mask = call.mask
-    if mask is None:
-        strides = attention._broadcast("mask", None, MASK_AXES)
-        return {"MASK": nothing, "MASKED": NONE, "ONE_MASK": False, **strides}
-    kind = BYTES if mask.dtype == torch.bool else NUMBERS
-    numbers = mask.view(torch.uint8) if kind == BYTES else mask
-    one = mask.shape[1] == mask.shape[2] == 1
-    strides = attention._broadcast("mask", numbers, MASK_AXES)
-    return {"MASK": numbers, "MASKED": kind, "ONE_MASK": one, **strides}
+    one = mask is not None and mask.shape[1] == mask.shape[2] == 1
+    return {**mask_arguments(mask, nothing), "ONE_MASK": one}
 
 
 def _term(name: str, term: Term | None, nothing: Tensor) -> dict[str, Any]:
@@ -193,8 +187,8 @@ def _term(name: str, term: Term | None, nothing: Tensor) -> dict[str, Any]:
         f"{name}_SLOPES": nothing if slopes is None else slopes,
         f"{name}_TIMES": nothing if times is None else times,
         name: NONE if term is None else term.kind,
-        **attention._broadcast(f"{small}_slopes", slopes, ("batch", "head")),
-        **attention._broadcast(f"{small}_times", times, ("batch", "head", "token")),
+        **broadcast(f"{small}_slopes", slopes, ("batch", "head")),
+        **broadcast(f"{small}_times", times, ("batch", "head", "token")),
     }
 
 
@@ -203,5 +197,5 @@ def _gate(side: str, gate: Tensor | None, nothing: Tensor) -> dict[str, Any]:
     return {
         f"GATES_{side}": nothing if gate is None else gate,
         f"GATE_{side}": gate is not None,
-        **attention._broadcast(f"gates_{side.lower()}", gate, ("batch", "head", "token")),
+        **broadcast(f"gates_{side.lower()}", gate, ("batch", "head", "token")),
     }

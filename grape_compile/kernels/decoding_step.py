@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from grape_compile.encoding import Multiplicative, Positions, Rotation, Steps, Tables
-from grape_compile.kernels import attention, decoding
+from grape_compile.kernels import decoding
 from grape_compile.kernels.decoding import Decoding
 from grape_compile.kernels.layouts import table
 from grape_compile.kernels.planar_launches import theta_of
+from grape_compile.kernels.pointers import in_line, strides
 from grape_compile.operators import chunked
 from grape_compile.operators.call import AttendCall
 from grape_compile.operators.decode_call import DecodeCall
@@ -68,12 +69,12 @@ def _attending(call: DecodeCall) -> AttendCall:
 
 def step_arguments(call: DecodeCall) -> dict[str, Any]:
     """Return what the kernel needs to turn queries and new keys and to put them into the caches."""
-    key, value = map(attention._in_line, (call.key, call.value))
+    key, value = map(in_line, (call.key, call.value))
     arguments = {
         **decoding.NO_STEP,
         **{"LENGTHS": call.lengths.contiguous(), "NEW_KEY": key, "NEW_VALUE": value},
-        **attention._strides("new_key", key),
-        **attention._strides("new_value", value),
+        **strides("new_key", key),
+        **strides("new_value", value),
     }
     rotation = next((part for part in parts(call.encoding) if isinstance(part, Rotation)), None)
     return arguments if rotation is None else arguments | _angle_arguments(call, rotation)

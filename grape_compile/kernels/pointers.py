@@ -29,12 +29,21 @@ def strides(name: str, tensor: Tensor) -> dict[str, int]:
     return {f"{name}_batch": batch, f"{name}_head": head, f"{name}_token": tensor.stride(2)}
 
 
+def broadcast(name: str, tensor: Tensor | None, axes: tuple[str, ...]) -> dict[str, int]:
+    """Return the strides of some axes, zero where one entry stands for all, but never of an axis of rows."""
+    if tensor is None:
+        return {f"{name}_{axis}": 0 for axis in axes}
+    return {
+        f"{name}_{axis}": tensor.stride(at) if tensor.shape[at] > 1 or axis == "row" else 0
+        for at, axis in enumerate(axes)
+    }
+
+
 def mask_arguments(mask: Tensor | None, nothing: Tensor) -> dict[str, Any]:
     """Return a mask of four axes, its kind and its strides; `nothing` is the tensor handed over where there is none."""
     axes = ("batch", "head", "query", "key")
     if mask is None:
-        return {"MASK": nothing, "MASKED": NONE, **{f"mask_{axis}": 0 for axis in axes}}
+        return {"MASK": nothing, "MASKED": NONE, **broadcast("mask", None, axes)}
     kind = BYTES if mask.dtype == torch.bool else NUMBERS
     numbers = mask.view(torch.uint8) if kind == BYTES else mask
-    steps = {f"mask_{axis}": 0 if mask.shape[at] == 1 else numbers.stride(at) for at, axis in enumerate(axes)}
-    return {"MASK": numbers, "MASKED": kind, **steps}
+    return {"MASK": numbers, "MASKED": kind, **broadcast("mask", numbers, axes)}
