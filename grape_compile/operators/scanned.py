@@ -6,9 +6,9 @@ on the way, and a head is left behind when all its remaining keys together weigh
 
 Keys stand in the order of the walk, the last one first: its sums are plain cumulative sums.
 
-The backward pass walks the same way. The gradient of the edge at l sums those of the logits of all j < l; as the logit
-gradients of a row sum to zero, that is minus the sum over j >= l: what has been walked already. It keeps the rounding
-of the largest of them, which the slope of a link multiplies: at most 1, but without bound for -exp.
+The backward pass walks the same way, twice where it has to. The gradient of the edge at l sums those of the logits of
+all j < l, which are walked after it: the first walk leaves a sum for each step. (As the logit gradients of a row sum to
+zero it is also minus the sum of what has been walked, but far from the diagonal that is the rounding of large numbers.)
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
-from grape_compile.encoding import Identity, NegativeExp
+from grape_compile.encoding import Identity
 from grape_compile.operators import chunked
 from grape_compile.operators.bias import pull
 from grape_compile.operators.call import AnyBias, AttendCall, Gradients
@@ -43,10 +43,6 @@ def supports(call: AttendCall) -> Literal[True] | str:
         return "a soft cap under a path bias"
     if call.wants_mask_gradient:
         return "the gradient of a mask needs every logit's gradient"
-    if call.wants_bias_gradients and any(
-        isinstance(getattr(b, "link", None), NegativeExp) for b in call.biases
-    ):
-        return "the gradient of -exp magnifies the rounding of what has been walked"
     if 0 in call.query.shape or 0 in call.value.shape or 0 in call.key.shape:
         return "needs at least one element"
     return True
@@ -92,11 +88,7 @@ def backward(call: AttendCall, gradient: Tensor, output: Tensor, logsumexp: Tens
     (number,) = (at for at, bias in enumerate(call.biases) if isinstance(bias, Path))
     for rows in _row_chunks(call):
         wide = gradient[:, :, rows].to(call.dtype)
-        exact = output[:, :, rows]
-        if exact.dtype != call.dtype and call.wants_bias_gradients:
-            # Sums along a path would add up what the output was rounded by.
-            exact, _ = _attended(back, rows)
-        delta = (wide * exact).sum(-1, keepdim=True)
+        delta = (wide * output[:, :, rows].to(call.dtype)).sum(-1, keepdim=True)
         level = logsumexp[:, :, rows, None]
         if bool(((level < chunked.FAINT) & (level > -math.inf)).any()):
             for some in chunked.row_chunks(call, rows):
@@ -104,12 +96,9 @@ def backward(call: AttendCall, gradient: Tensor, output: Tensor, logsumexp: Tens
             continue
         # A row without a key: weights exp(logit - inf) are zero.
         level = torch.where(level == -math.inf, math.inf, level)
+        beyond = _beyond(back, rows, level, wide, delta) if call.wants_bias_gradients else []
         walk = _Walk(back, rows, level)
-        behind = torch.zeros_like(level)
-        if call.sinks is not None:
-            # The logit gradients of a row with a sink sum to what the sink's own has left.
-            behind -= delta * (call.sinks[..., None, None] - level).exp_()
-        for step in walk:
+        for number_of_step, step in enumerate(walk):
             heads, keys = step.heads, step.keys
             weights = step.logits.sub_(level[:, heads]).exp_()
             sums.value[:, heads, keys] += (weights.mT @ wide[:, heads]).flip(2)
@@ -117,13 +106,28 @@ def backward(call: AttendCall, gradient: Tensor, output: Tensor, logsumexp: Tens
             sums.query[:, heads, rows] += (logits @ step.key).mul_(call.scale)
             sums.key[:, heads, keys] += (logits.mT @ step.query).mul_(call.scale).flip(2)
             if call.wants_bias_gradients:
-                walked = logits.cumsum(-1).add_(behind[:, heads])
-                behind[:, heads] = walked[..., -1:]
-                sums.add_bias(number, walk.path_gradients(step, logits, walked.neg_()))
+                by_edge = beyond[number_of_step][:, heads].expand_as(logits).clone()
+                by_edge[..., :-1] += logits[..., 1:].flip(-1).cumsum(-1).flip(-1)
+                sums.add_bias(number, walk.path_gradients(step, logits, by_edge))
                 for at, bias in enumerate(call.biases):
                     if at != number:
                         sums.add_bias(at, walk.bias_gradients(bias, step, logits))
     return sums.gradients()
+
+
+def _beyond(back: _Back, rows: slice, level: Tensor, gradient: Tensor, delta: Tensor) -> list[Tensor]:
+    """Return for each step the sum of the logit gradients of all keys that are walked after it, [B, H, rows, 1]."""
+    sums = []
+    for step in _Walk(back, rows, level):
+        heads = step.heads
+        weights = step.logits.sub_(level[:, heads]).exp_()
+        logits = (gradient[:, heads] @ step.values.mT).sub_(delta[:, heads]).mul_(weights)
+        sums.append(torch.zeros_like(level))
+        sums[-1][:, heads] = logits.sum(-1, keepdim=True)
+    beyond = [torch.zeros_like(level)]
+    for each in reversed(sums[1:]):
+        beyond.append(beyond[-1] + each)
+    return beyond[::-1]
 
 
 def _row_chunks(call: AttendCall) -> Iterator[slice]:

@@ -23,7 +23,7 @@ EXPECTED = """
     compose        reference autograd cache   chunked flash_cpu scanned
     non_commuting  reference autograd cache   flash_cpu
     nope           reference autograd cache   flash_cpu
-    path_bias      reference autograd cache   chunked scanned
+    path_bias      reference autograd cache   scanned
     rank2          reference autograd cache   flash_cpu
     rotation       reference autograd cache   flash_cpu
 """
