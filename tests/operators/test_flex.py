@@ -43,16 +43,18 @@ SAMPLES = [
     for each in (*BIASES, *COMPOSITIONS)
     if each.name in ("gated_both", "euclidean", "dictionary", "contextual_fox")
 ]
+#: More queries than the kernels of decoding take.
+MANY = 100
 GATED = Bias(Learned("slopes"), Steps(), gate=Gate("gate_query", "gate_key"))
 TWO = Compose((GATED, Bias(Uniform(1.0), Positions("r"), distance=Euclidean())))
 
 
 def lowering(encoding: Encoding, size: int = 16, dtype: torch.dtype = torch.float16, **options: Any) -> str:
     """What the table says of a call on a GPU, by tensors that only stand for those of one."""
-    shapes = {"slopes": (2,), "r": (2, 1, 5)}
+    shapes = {"slopes": (2,), "r": (2, 1, MANY)}
     with FakeTensorMode():
-        heads = torch.empty(1, 2, 5, size, device="cuda", dtype=dtype)
-        slots = [torch.empty(shapes.get(name, (5,)), device="cuda") for name in encoding.slots]
+        heads = torch.empty(1, 2, MANY, size, device="cuda", dtype=dtype)
+        slots = [torch.empty(shapes.get(name, (MANY,)), device="cuda") for name in encoding.slots]
         return attend_lowering(attend_call(heads, heads, heads, slots, str(encoding), **options))
 
 
