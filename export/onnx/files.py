@@ -20,6 +20,8 @@ from grape_compile.export.onnx.lower import Lowered
 
 #: What one file of protocol buffers can hold.
 LIMIT: Final = 2 * 1024**3 - 64 * 1024**2
+#: Bytes of a tensor that stays in the file itself.
+SMALL: Final = 1024
 
 
 @contextlib.contextmanager
@@ -67,7 +69,12 @@ def write(model: ir.Model, path: Path, external_above: int | None) -> Path | Non
         ir.save(model, path)
         return None
     data = path.with_name(f"{path.name}.data")
-    ir.save(model, path, external_data=data.name, size_threshold_bytes=1024)
+    for value in model.graph.initializers.values():
+        held = value.const_value
+        if isinstance(held, ir.ExternalTensor) and held.nbytes <= SMALL:
+            # onnx-ir would close the file that it is read from, which a replay may still look into.
+            value.const_value = ir.Tensor(held.numpy().copy(), name=held.name)
+    ir.save(model, path, external_data=data.name, size_threshold_bytes=SMALL)
     return data
 
 

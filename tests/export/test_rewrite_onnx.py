@@ -203,7 +203,7 @@ def test_weights_beside_the_file_stay_beside_it(tmp_path: Path) -> None:
         tmp_path / "apart.onnx",
         save_as_external_data=True,
         location="weights.bin",
-        size_threshold=1024,
+        size_threshold=0,
     )
     out = tmp_path / "out"
     out.mkdir()
