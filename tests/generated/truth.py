@@ -50,12 +50,15 @@ def angles(program: Program) -> Tensor:
 
 
 def turned(program: Program, loaded: Loaded, name: str, x: Tensor, angle: Tensor) -> Tensor:
-    """What `turn_<name>` makes of x [T, H, D] at angles [T, planes]."""
+    """What `turn_<name>` makes of x [T, H, D] at angles [T, planes], called with as many heads as the program has."""
     heads_last = program.shape.heads_last
     given = tables(program, angle.unsqueeze(-2) if heads_last else angle)
     turn: Any = loaded.names[f"turn_{name}"]
-    result: Tensor = turn(x[None] if heads_last else x.transpose(0, 1)[None], *given)
-    return result[0] if heads_last else result[0].transpose(0, 1)
+    results = []
+    for some in x.split(program.shape.heads if name == "query" else program.shape.kv_heads, dim=1):
+        result: Tensor = turn(some[None] if heads_last else some.transpose(0, 1)[None], *given)
+        results.append(result[0] if heads_last else result[0].transpose(0, 1))
+    return torch.cat(results, dim=1)
 
 
 def probe(program: Program) -> Tensor:
