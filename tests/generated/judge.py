@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from generated import graphs
 from generated.clocks import LIMIT
 from generated.program import Loaded, Program, arguments, forget, load
+from generated.spoils import VALUES
 from generated.tally import Tally
 from generated.truth import Truth, of_bias, of_side
 from grape_compile import grape_compile, report, rewrite
@@ -49,6 +50,8 @@ class Expected:
     optional_rotations: int = 0
     optional_biases: int = 0
     near_misses: int = 0
+    #: Near misses made by another value in the place of one: a rotation that is whole may stand before or behind it.
+    around: int = 0
 
 
 def expected(program: Program, loaded: Loaded) -> Expected:
@@ -65,6 +68,7 @@ def expected(program: Program, loaded: Loaded) -> Expected:
             )
         wanted.optional_rotations += truth is Truth.FREE
         wanted.near_misses += truth is Truth.FALSE
+        wanted.around += truth is Truth.FALSE and program.spoil is not None and program.spoil.kind in VALUES
     if program.bias is not None:
         truth = of_bias(program, loaded)
         wanted.biases += truth is Truth.TRUE
@@ -257,6 +261,11 @@ def _widened(model: nn.Module) -> nn.Module:
 def _count(tally: Tally, wanted: Expected, found: Report) -> None:
     rotations = [site for site in found.sites if site.kind == "rotation"]
     biases = [site for site in found.sites if site.kind == "bias"]
+    # That the program computes the same is known by now: what stands around a value is a rotation.
+    inside = min(max(len(rotations) - wanted.rotations.total() - wanted.optional_rotations, 0), wanted.around)
+    wanted.optional_rotations += inside
+    wanted.near_misses -= inside
+    tally.near_misses -= inside
     for sites, truths, optional in (
         (rotations, wanted.rotations.total(), wanted.optional_rotations),
         (biases, wanted.biases, wanted.optional_biases),

@@ -77,6 +77,15 @@ def _value(text: str) -> object:
     return change
 
 
+#: Changes that put something made of a value in its place.
+_MADE = {
+    "token before": _value("x.roll(1, -2)"),
+    "another angle": _value("(x * 1.1)"),
+    "square": _value("(x * x)"),
+    "halves exchanged": _value("x.roll(x.shape[-1] // 2, -1)"),
+    "reversed": _value("x.flip(-1)"),
+}
+VALUES = frozenset(_MADE)
 CHANGES = {
     "sign": _sign,
     "negation": _negation,
@@ -85,11 +94,7 @@ CHANGES = {
     "cosine for sine": _trigonometry,
     "value": _name,
     "number": _number,
-    "token before": _value("x.roll(1, -2)"),
-    "another angle": _value("(x * 1.1)"),
-    "square": _value("(x * x)"),
-    "halves exchanged": _value("x.roll(x.shape[-1] // 2, -1)"),
-    "reversed": _value("x.flip(-1)"),
+    **_MADE,
 }
 KINDS: tuple[str, ...] = tuple(CHANGES)
 
