@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import sympy  # type: ignore[import-untyped]
+import sympy  # type: ignore[import-untyped]  # it has no annotations
 import torch
 
 from grape_compile.errors import GrapeError

@@ -272,3 +272,12 @@ def _wider(first: Size, second: Size) -> Size:
 def compute_dtype(value: ir.Value) -> ir.DataType:
     """Return the element type that an encoding computes in: double for double, else float."""
     return DOUBLE if dtype_of(value) == DOUBLE else FLOAT
+
+
+def joined(builder: Builder, heads: ir.Value) -> ir.Value:
+    """Return [B, T, H * D] from [B, H, T, D]."""
+    batch, count, length, width = sizes(heads)
+    assert isinstance(count, int)
+    assert isinstance(width, int)
+    by_token = builder.transpose(heads, 0, 2, 1, 3)
+    return builder.reshape(by_token, (0, 0, count * width), (batch, length, count * width))

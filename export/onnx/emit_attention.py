@@ -41,6 +41,7 @@ from grape_compile.export.onnx.builder import (
     broadcast,
     compute_dtype,
     dtype_of,
+    joined,
     sizes,
 )
 from grape_compile.export.onnx.emit_bias import Column, Lengths, columns, is_lifted, seen, total, whole
@@ -315,10 +316,10 @@ def _by_multi_head(builder: Builder, call: Call) -> ir.Value:
     batch, _, length, _ = sizes(call.query)
     if width != value_width:
         # By heads, keys and values have to be of one width.
-        key, value = _flat(builder, key), _flat(builder, value)
+        key, value = joined(builder, key), joined(builder, value)
     mixed = builder.op(
         "MultiHeadAttention",
-        *(_flat(builder, call.query), key, value, None, None, bias),
+        *(joined(builder, call.query), key, value, None, None, bias),
         domain=MICROSOFT,
         shape=(batch, length, heads * value_width),
         num_heads=heads,
@@ -327,15 +328,6 @@ def _by_multi_head(builder: Builder, call: Call) -> ir.Value:
     )
     apart = builder.reshape(mixed, (0, 0, heads, value_width), (batch, length, heads, value_width))
     return builder.transpose(apart, 0, 2, 1, 3)
-
-
-def _flat(builder: Builder, heads: ir.Value) -> ir.Value:
-    """Return [B, T, H * D] from [B, H, T, D]."""
-    batch, count, length, width = sizes(heads)
-    assert isinstance(count, int)
-    assert isinstance(width, int)
-    by_token = builder.transpose(heads, 0, 2, 1, 3)
-    return builder.reshape(by_token, (0, 0, count * width), (batch, length, count * width))
 
 
 def _over_all(builder: Builder, bias: ir.Value, call: Call) -> ir.Value:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from grape_compile.export.onnx.builder import MICROSOFT, Builder, sizes
+from grape_compile.export.onnx.builder import MICROSOFT, Builder, joined
 
 #: Where queries, keys, values, the caches and the outputs of keys and values stand.
 _OPERATORS = {("", "Attention"): (4, 5), (MICROSOFT, "MultiHeadAttention"): (6, 7)}
@@ -37,7 +37,7 @@ def _hold(graph: ir.Graph, node: ir.Node) -> bool:
     news = [new_key, new_value]
     if node.domain == MICROSOFT:
         # With a cache the operator takes new keys and values by token.
-        news = [_flat(builder, new) for new in news]
+        news = [joined(builder, new) for new in news]
     inputs[1:3] = news
     held = ir.Node(
         node.domain,
@@ -70,11 +70,3 @@ def _grown(node: ir.Node, place: int) -> ir.Node | None:
     if past is None or not past.is_graph_input() or any(user is not node for user, _ in value.uses()):
         return None
     return source
-
-
-def _flat(builder: Builder, heads: ir.Value) -> ir.Value:
-    batch, count, length, width = sizes(heads)
-    assert isinstance(count, int)
-    assert isinstance(width, int)
-    by_token = builder.transpose(heads, 0, 2, 1, 3)
-    return builder.reshape(by_token, (0, 0, count * width), (batch, length, count * width))

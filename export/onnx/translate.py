@@ -109,7 +109,7 @@ def _record(kind: str, inputs: Sequence[Any], outputs: int, attributes: Mapping[
         num_outputs=outputs,
     )
     # Where torch.onnx collects the nodes of one translation.
-    evaluator.default().nodes.append(node)  # type: ignore[attr-defined]
+    evaluator.default().nodes.append(node)  # type: ignore[attr-defined]  # torch's own evaluator has nodes
     return list(node.outputs)
 
 
