@@ -34,6 +34,7 @@ so. Where the original does not run in fp64 (`o`), ours is compared with the ori
 
 A dash means that the model, torch.export or torch.compile alone does not take that way; the reasons stand
 [below](#ways-a-model-does-not-take). An empty cell was not run yet (`make coverage` goes on where it stopped).
+Cells are kept from run to run and may be older than the code; `make coverage FRESH=1` measures all of them anew.
 """
 
 PROMISED_SECONDS = 1.5
