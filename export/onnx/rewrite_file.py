@@ -12,7 +12,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from grape_compile.export.onnx.agreement import Judge
-from grape_compile.export.onnx.files import check, describe, staged, write
+from grape_compile.export.onnx.files import check, describe, write
 from grape_compile.export.onnx.reading.examples import first_example
 from grape_compile.export.onnx.reading.opening import modernize, open_file, require_opset
 from grape_compile.export.onnx.reading.trace import Imported, import_graph
