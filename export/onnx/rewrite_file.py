@@ -20,6 +20,7 @@ from grape_compile.export.onnx.report import OnnxReport
 from grape_compile.export.onnx.runs import Session, measure
 from grape_compile.export.onnx.splice import splice
 from grape_compile.export.onnx.targets import target_of
+from grape_compile.export.staging import staged
 from grape_compile.passes.pipeline import rewrite_program
 from grape_compile.passes.site import Refusal
 
