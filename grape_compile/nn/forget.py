@@ -21,6 +21,8 @@ class ForgetGate(TrainableEncoding):
     the start. From hidden states [B, T, C] to `log_forget` [B, H, T].
     """
 
+    reads_hidden = True
+
     def __init__(self, hidden_size: int, heads: int, slopes: Sequence[float] | Tensor | None = None) -> None:
         super().__init__()
         self.proj = Projection(hidden_size, heads)

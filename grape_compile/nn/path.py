@@ -21,6 +21,8 @@ class PathEdges(TrainableEncoding):
     `path_key` [B, H, T, dim], one tensor.
     """
 
+    reads_hidden = True
+
     def __init__(
         self,
         hidden_size: int,

@@ -76,6 +76,7 @@ class LearnedRotation(TrainableEncoding):
         clock = rotation.clock
         self.basis = None if basis is None else OrthogonalBasis(rotation.head_dim, basis, heads)
         self.rates = None
+        self.reads_hidden = context is not None
         if context is not None:
             _check_context(rotation)
             clock = Accumulated("rates", False)

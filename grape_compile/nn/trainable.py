@@ -21,11 +21,13 @@ class TrainableEncoding(nn.Module, ABC):
 
     Called with the hidden states [B, T, C] of an attention layer (and with its queries [B, H, T, D] and keys
     [B, H_kv, T, D] where `reads_heads`), it gives the tensors for `rotate`, `attend` or `StreamingCache` under the
-    names of `encoding.slots`. `Positions` are the one slot that it leaves to the caller.
+    names of `encoding.slots`; positions are left to the caller.
     """
 
     encoding: Encoding
-    #: Whether the slots depend on queries and keys, not on hidden states alone.
+    #: Whether the slots depend on the hidden states.
+    reads_hidden: bool = False
+    #: Whether the slots depend on queries and keys.
     reads_heads: bool = False
 
     @abstractmethod
@@ -37,7 +39,7 @@ class TrainableEncoding(nn.Module, ABC):
 
 
 class Fixed(TrainableEncoding):
-    """An encoding without slots, beside the trainable ones: RoPE, ALiBi, none.
+    """An encoding without parameters, beside those that train; the slots it has are left to the caller.
 
     >>> from grape_compile.encoding import alibi
     >>> Fixed(alibi(8))(torch.zeros(1, 4, 16))
@@ -46,12 +48,6 @@ class Fixed(TrainableEncoding):
 
     def __init__(self, encoding: Encoding) -> None:
         super().__init__()
-        if encoding.slots:
-            raise OperandError(
-                f"{encoding} as an encoding without parameters",
-                f"it needs tensors: {', '.join(encoding.slots)}",
-                "one without slots, such as rope(64), alibi(8) or nope()",
-            )
         self.encoding = encoding
 
     def forward(self, hidden: Tensor, query: Tensor | None = None, key: Tensor | None = None) -> Slots:
@@ -77,6 +73,7 @@ class Sum(TrainableEncoding):
                         "encodings of different kinds",
                     )
         self.encoding = Compose(tuple(part.encoding for part in parts.values())).canonical()
+        self.reads_hidden = any(part.reads_hidden for part in parts.values())
         self.reads_heads = any(part.reads_heads for part in parts.values())
 
     def forward(self, hidden: Tensor, query: Tensor | None = None, key: Tensor | None = None) -> Slots:
