@@ -47,7 +47,7 @@ class Settings:
 
 
 PRESETS = {
-    "cpu": Settings(width=128, layers=5, heads=4, length=128, batch=4, steps=2000),
+    "cpu": Settings(width=128, layers=5, heads=4, length=128, batch=4, steps=1200),
     "gpu": Settings(
         width=512, layers=8, heads=8, length=512, batch=64, steps=4000, windows=256, device="cuda"
     ),

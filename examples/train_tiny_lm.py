@@ -67,20 +67,19 @@ def compared(
     if not runs:
         return
     spawn = multiprocessing.get_context("spawn")
+    heard: Any = spawn.SimpleQueue()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
-        spawn.Manager() as manager,
         Progress(*columns, TextColumn("{task.fields[bits]} bits per byte"), console=console) as progress,
-        ProcessPoolExecutor(jobs, mp_context=spawn) as pool,
+        ProcessPoolExecutor(jobs, spawn, initializer=prepare, initargs=(heard, settings.device)) as pool,
     ):
-        heard = manager.Queue()
         tasks = {
             run: progress.add_task(f"{run[0]}, seed {run[1]}", total=settings.steps, start=False, bits="-")
             for run in runs
         }
         listener = threading.Thread(target=listen, args=(heard, progress, tasks), daemon=True)
         listener.start()
-        waiting = [pool.submit(one, run, settings, work, heard, settings.device == "cpu") for run in runs]
+        waiting = [pool.submit(one, run, settings, work) for run in runs]
         for future in as_completed(waiting):
             document = future.result()
             bits = document["bits per byte"]["1"]
@@ -98,14 +97,28 @@ def listen(heard: Any, progress: Progress, tasks: dict[Run, Any]) -> None:
         progress.update(tasks[run], completed=step, bits=f"{bits:.3f}")
 
 
-def one(run: Run, settings: Settings, work: Path, heard: Any, one_thread: bool) -> dict[str, Any]:
-    """Train one run in this process and leave its result beside its checkpoint."""
-    if one_thread:
+class Worker:
+    """What a process that trains knows: where to tell of its progress, and whose child it is."""
+
+    heard: Any = None
+    parent = 0
+
+
+def prepare(heard: Any, device: str) -> None:
+    """Make a process ready for runs."""
+    Worker.heard, Worker.parent = heard, os.getppid()
+    if device == "cpu":
         torch.set_num_threads(1)
 
+
+def one(run: Run, settings: Settings, work: Path) -> dict[str, Any]:
+    """Train one run in this process and leave its result beside its checkpoint; end when the parent has."""
+
     def tell(step: int, bits: float) -> None:
-        if step % 10 == 0:
-            heard.put((run, step, bits))
+        if os.getppid() != Worker.parent:
+            raise SystemExit("the comparison was stopped")
+        if step % 10 == 0 or step == settings.steps:
+            Worker.heard.put((run, step, bits))
 
     document = train(*run, settings, work, tell)
     write(done(run, settings, work), document)
