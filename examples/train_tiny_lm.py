@@ -116,7 +116,8 @@ def one(run: Run, settings: Settings, work: Path) -> dict[str, Any]:
 
     def tell(step: int, bits: float) -> None:
         if os.getppid() != Worker.parent:
-            raise SystemExit("the comparison was stopped")
+            # An exception would be caught by the pool, whose processes then wait for a parent that is not there.
+            os._exit(1)
         if step % 10 == 0 or step == settings.steps:
             Worker.heard.put((run, step, bits))
 
