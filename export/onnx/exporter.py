@@ -22,6 +22,7 @@ from grape_compile.export.contract import Comparison
 from grape_compile.export.kv_cache import cached_cases, with_cache
 from grape_compile.export.onnx.clean import finish, name_axes, share_heads, simplify, widen_arithmetic
 from grape_compile.export.onnx.files import LIMIT, check, describe, write
+from grape_compile.export.onnx.fold_parameters import fold_parameters
 from grape_compile.export.onnx.fuse_attention import fuse_attention
 from grape_compile.export.onnx.hold_past import hold_past
 from grape_compile.export.onnx.lower import Lowered, lower
@@ -131,7 +132,10 @@ def _rewritten(program: ExportedProgram) -> tuple[ExportedProgram, Outcome]:
 
 def _lowered(captured: Captured, target: Target) -> tuple[ir.Model, list[Lowered]]:
     graph = translate(
-        captured.program, target.opset, input_names=captured.input_names, output_names=captured.output_names
+        fold_parameters(captured.program),
+        target.opset,
+        input_names=captured.input_names,
+        output_names=captured.output_names,
     )
     simplify(graph)
     fuse_attention(graph.graph)
