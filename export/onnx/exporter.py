@@ -59,7 +59,8 @@ def export(
     Raises ModelError for something that is no model, CaptureError for one that torch.export or ONNX cannot take, and
     GrapeError for a path that cannot be written and for a file that does not verify, of which nothing is left.
     """
-    wanted, place = target_of(target), Path(path)
+    place = Path(path)
+    wanted = replace(target_of(target), loops=list(providers) == [CPU])
     with staged(place) as draft:
         progress("capture")
         captured, draw = _captured(model, args, kwargs or {}, dynamic_shapes, kv_cache)
@@ -83,7 +84,7 @@ def export(
             place,
             wanted.name,
             tuple(lowered),
-            dict(Counter(node.op_type for node in graph.graph)),
+            dict(Counter(node.op_type for node in graph.graph.all_nodes())),
             tuple(found.sites),
             tuple(found.refusals),
             comparisons,

@@ -10,11 +10,16 @@ from grape_compile.errors import GrapeError
 
 @dataclass(frozen=True)
 class Target:
-    """A kind of file: the opset of its standard operators, and which fused ones it may hold."""
+    """A kind of file: the opset of its standard operators, which fused ones it may hold, and whether loops.
+
+    A loop leaves out what a mask hides: half of the work of causal attention on a CPU. The kernels of a GPU do that
+    themselves, and lose by it.
+    """
 
     name: str
     opset: int
     microsoft: bool = False
+    loops: bool = False
 
     @property
     def fused(self) -> bool:

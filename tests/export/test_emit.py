@@ -12,7 +12,8 @@ from torch import Tensor
 
 from grape_compile.encoding import Encoding
 from grape_compile.export.onnx.builder import Builder
-from grape_compile.export.onnx.emit_attention import Call, attend
+from grape_compile.export.onnx.emit_attention import attend
+from grape_compile.export.onnx.emit_operators import Call
 from grape_compile.export.onnx.emit_rotation import Emitted, rotate
 from grape_compile.export.onnx.targets import TARGETS, Target
 from grape_compile.operators import attend as grape_attend
