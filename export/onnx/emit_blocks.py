@@ -56,7 +56,7 @@ def in_blocks(
         shape=(batch, heads, length, width),
         body=body,
     )
-    return Emitted((result,), f"{how} by blocks of queries")
+    return Emitted((result,), f"a loop over blocks of queries, {how}")
 
 
 def _body(

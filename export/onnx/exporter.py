@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 from grape_compile.errors import GrapeError
 from grape_compile.export.onnx.capturing import Captured, capture
 from grape_compile.export.onnx.cases import Case, drawn_cases
-from grape_compile.export.onnx.clean import finish, name_axes, share_heads, simplify, widen_arithmetic
+from grape_compile.export.onnx.clean import drop_unread, finish, name_axes, share_heads, simplify, widen_arithmetic
 from grape_compile.export.onnx.files import LIMIT, check, describe, staged, write
 from grape_compile.export.onnx.fuse_attention import fuse_attention
 from grape_compile.export.onnx.hold_past import hold_past
@@ -136,6 +136,7 @@ def _lowered(captured: Captured, target: Target) -> tuple[ir.Model, list[Lowered
     fuse_attention(graph.graph)
     share_heads(graph.graph)
     lowered = lower(graph, target)
+    drop_unread(graph)
     hold_past(graph.graph)
     if not _narrow(captured):
         widen_arithmetic(graph.graph)
