@@ -19,9 +19,10 @@ from grape_compile.export.onnx.emit_operators import Call, as_numbers
 from grape_compile.export.onnx.emit_rotation import Emitted
 from grape_compile.export.onnx.visible_keys import Reach, reach
 
-#: Eight blocks leave 9/16 of the work; none is smaller than the one number of queries, or larger than the other.
+#: Eight blocks leave 9/16 of the work; none is smaller than the one number of queries, where a round costs more than it
+#: saves, or larger than the other.
 BLOCKS: Final = 8
-SMALLEST, LARGEST = 16, 256
+SMALLEST, LARGEST = 64, 256
 
 
 def bounded(builder: Builder, call: Call) -> Reach:

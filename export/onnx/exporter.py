@@ -18,7 +18,15 @@ from torch.export import ExportedProgram
 from grape_compile.errors import GrapeError
 from grape_compile.export.onnx.capturing import Captured, capture
 from grape_compile.export.onnx.cases import Case, drawn_cases
-from grape_compile.export.onnx.clean import drop_unread, finish, name_axes, share_heads, simplify, widen_arithmetic
+from grape_compile.export.onnx.clean import (
+    drop_unread,
+    finish,
+    name_axes,
+    share_heads,
+    simplify,
+    widen_arithmetic,
+)
+from grape_compile.export.onnx.emit_blocks import SMALLEST
 from grape_compile.export.onnx.files import LIMIT, check, describe, staged, write
 from grape_compile.export.onnx.fuse_attention import fuse_attention
 from grape_compile.export.onnx.hold_past import hold_past
@@ -71,11 +79,15 @@ def export(
         graph, lowered = _lowered(replace(captured, program=program), wanted)
         describe(graph, wanted.name, lowered)
         progress("write")
+        operators = dict(Counter(node.op_type for node in graph.graph.all_nodes()))
         data = write(graph, draft, external_data_above)
         check(draft)
         comparisons: tuple[Comparison, ...] = ()
         if verify:
             progress("verify")
+            if "Loop" in operators:
+                # Two rounds at least.
+                draw = partial(draw, least=SMALLEST + 3)
             plain = partial(_plain, captured, draft.with_name("plain.onnx"))
             comparisons = verified(draft, captured, draw, providers=providers, plain=plain)
             draft.with_name("plain.onnx").unlink(missing_ok=True)
@@ -84,7 +96,7 @@ def export(
             place,
             wanted.name,
             tuple(lowered),
-            dict(Counter(node.op_type for node in graph.graph.all_nodes())),
+            operators,
             tuple(found.sites),
             tuple(found.refusals),
             comparisons,
@@ -98,7 +110,7 @@ def _captured(
     kwargs: dict[str, Any],
     shapes: Any,
     kv_cache: bool,
-) -> tuple[Captured, Callable[[int], Iterable[Case]]]:
+) -> tuple[Captured, Callable[..., Iterable[Case]]]:
     if kv_cache:
         captured = with_cache(model)
         return captured, partial(cached_cases, captured)
