@@ -311,8 +311,11 @@ def _rest(builder: Builder, tensor: ir.Value, outside: list[int]) -> list[ir.Val
 
 
 def _put(builder: Builder, turned: list[ir.Value], rest: list[ir.Value], planes: Planes) -> ir.Value:
-    together = builder.concat([*turned, *rest])
+    """Return coordinates in their places: what does not turn in front of or behind what does, or else among it."""
     first, second = zip(*planes.pairs(), strict=True)
-    held = [*first, *second, *_outside(planes)]
+    outside, inside = _outside(planes), [*first, *second]
+    if _plain([*outside, *inside]):
+        return builder.concat([*rest, *turned])
+    held = [*inside, *outside]
     order = [held.index(coordinate) for coordinate in range(planes.head_dim)]
-    return builder.permute(together, order)
+    return builder.permute(builder.concat([*turned, *rest]), order)
