@@ -12,6 +12,7 @@ from torch import Tensor
 from grape_compile.errors import GrapeError
 from grape_compile.export.capturing import Captured
 from grape_compile.export.cases import Case
+from grape_compile.export.comparison import Comparison
 from grape_compile.export.oracle import Eager
 
 SEEDS: Final = 3
@@ -20,15 +21,6 @@ FACTOR, FLOOR = 1.25, 1e-7
 
 #: Inputs of a case in, tensors of the result out.
 Run = Callable[[Sequence[Tensor]], list[Tensor]]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Relative root-mean-square errors against the original in float64: of the file and of the original itself."""
-
-    case: str
-    file: float
-    original: float
 
 
 @dataclass

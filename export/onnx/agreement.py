@@ -16,7 +16,8 @@ import sympy  # type: ignore[import-untyped]  # it has no annotations
 import torch
 
 from grape_compile.errors import GrapeError
-from grape_compile.export.contract import FACTOR, FLOOR, Comparison
+from grape_compile.export.comparison import Comparison
+from grape_compile.export.contract import FACTOR, FLOOR
 from grape_compile.export.onnx.reading.examples import Example, Feeds, inputs_of
 from grape_compile.export.onnx.reading.trace import Imported
 from grape_compile.export.onnx.runs import Arrays, Session
