@@ -63,7 +63,9 @@ class Artifact:
         """
         place = Path(path)
         if place.suffix not in _WRITTEN:
-            raise GrapeError(f"write {place}", f"the ending {place.suffix!r}", "model.so, or model.tar for objects")
+            raise GrapeError(
+                f"write {place}", f"the ending {place.suffix!r}", "model.so, or model.tar for objects"
+            )
         with staged(place) as draft:
             machine.write_library(self.code, draft, self.about.target)
             machine.write_weights(self.weights, _behind(draft, WEIGHTS))
@@ -96,11 +98,15 @@ def load(path: str | PathLike[str]) -> Artifact:
     asked = f"load {place}"
     for each in (place, _behind(place, WEIGHTS), _behind(place, ABOUT)):
         if not each.is_file():
-            raise GrapeError(asked, f"no file {each}", "the three files that Artifact.save wrote, side by side")
+            raise GrapeError(
+                asked, f"no file {each}", "the three files that Artifact.save wrote, side by side"
+            )
     about, files = about_of(_behind(place, ABOUT).read_text(encoding="utf-8"), asked)
     if files["sha256"] != _digest(place):
         raise GrapeError(
-            asked, f"{_behind(place, ABOUT).name} describes another library", "files of one save, side by side"
+            asked,
+            f"{_behind(place, ABOUT).name} describes another library",
+            "files of one save, side by side",
         )
     machine.check_versions(about.versions, asked)
     weights = machine.read_weights(_behind(place, WEIGHTS), files["weights"], asked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -79,7 +80,9 @@ def _of_dtype(model: nn.Module | ExportedProgram, dtype: torch.dtype | None) -> 
         return model
     if not isinstance(model, nn.Module):
         raise ModelError(
-            f"a library in {dtype}", f"a {type(model).__name__}", "a torch.nn.Module, or a program in that dtype"
+            f"a library in {dtype}",
+            f"a {type(model).__name__}",
+            "a torch.nn.Module, or a program in that dtype",
         )
     return copy.deepcopy(model).to(dtype)
 
@@ -118,7 +121,7 @@ def _about(captured: Captured, target: Target, found: Outcome, flat: Flat) -> Ab
     return About(
         tuple(_inputs(captured, flat)),
         tuple(_outputs(captured, flat)),
-        {key: value for key, value in target.export().items()},
+        json.loads(str(target)),
         "cpu" if target.kind.name == "llvm" else str(target.kind.name),
         type(getattr(captured.model, "model", captured.model)).__name__,
         versions(),
@@ -142,9 +145,7 @@ def _outputs(captured: Captured, flat: Flat) -> Iterable[Value]:
 
 def _value(name: str, tensor: Tensor, captured: Captured) -> Value:
     named = captured.axes.get(name, (None,) * tensor.dim())
-    sizes = [
-        size if isinstance(size, int) else at for size, at in zip(tensor.shape, named, strict=True)
-    ]
+    sizes = [size if isinstance(size, int) else at for size, at in zip(tensor.shape, named, strict=True)]
     return Value(name, str(tensor.dtype).removeprefix("torch."), tuple(sizes))
 
 

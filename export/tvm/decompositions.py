@@ -24,7 +24,9 @@ def decompositions(keeps: Callable[..., bool]) -> dict[Any, Callable[..., Any]]:
             return NotImplemented
         return rotate_decomposition(tensors, slots, encoding)
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, slots: Sequence[Tensor], encoding: str, *options: Any) -> Any:
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, slots: Sequence[Tensor], encoding: str, *options: Any
+    ) -> Any:
         if keeps(torch.ops.grape.attend.default, query, key, value, slots, encoding, *options):
             return NotImplemented
         return attend_decomposition(query, key, value, list(slots), encoding, *options)
@@ -64,8 +66,10 @@ def _repeat(x: Tensor, repeats: Sequence[int]) -> Tensor:
     sizes = [1] * (len(repeats) - x.dim()) + list(x.shape)
     split = [part for size in sizes for part in (1, size)]
     wide = [part for times, size in zip(repeats, sizes, strict=True) for part in (times, size)]
-    return x.reshape(split).expand(wide).reshape(
-        [times * size for times, size in zip(repeats, sizes, strict=True)]
+    return (
+        x.reshape(split)
+        .expand(wide)
+        .reshape([times * size for times, size in zip(repeats, sizes, strict=True)])
     )
 
 
@@ -86,13 +90,17 @@ def _layer_norm(
     return found.to(x.dtype), mean, deviation
 
 
-def _mean(x: Tensor, dim: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
+def _mean(
+    x: Tensor, dim: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Any:
     if x.dtype not in _NARROW:
         return NotImplemented
     return aten.mean.dim(x.float(), dim, keepdim).to(dtype or x.dtype)
 
 
-def _sum(x: Tensor, dim: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
+def _sum(
+    x: Tensor, dim: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Any:
     if x.dtype not in _NARROW:
         return NotImplemented
     return aten.sum.dim_IntList(x.float(), dim, keepdim).to(dtype or x.dtype)

@@ -52,7 +52,9 @@ def flatten(program: ExportedProgram, keeps: Callable[..., bool]) -> Flat:
         if not node.users:
             continue
         assert spec.target is not None
-        held = plain.state_dict[spec.target] if spec.target in plain.state_dict else plain.constants[spec.target]
+        held = (
+            plain.state_dict[spec.target] if spec.target in plain.state_dict else plain.constants[spec.target]
+        )
         same = first.setdefault((held.data_ptr(), held.dtype, held.shape, held.stride()), node)
         if same is not node:
             node.replace_all_uses_with(same)
@@ -64,7 +66,15 @@ def flatten(program: ExportedProgram, keeps: Callable[..., bool]) -> Flat:
     _keep_inputs(graph, (*inputs, *weights))
     # Sizes below those that torch assumes are sizes too: no bounds are handed on.
     flat = ExportedProgram(
-        plain.graph_module, graph, signature, {}, {}, plain.module_call_graph, None, {}, verifiers=plain.verifiers
+        plain.graph_module,
+        graph,
+        signature,
+        {},
+        {},
+        plain.module_call_graph,
+        None,
+        {},
+        verifiers=plain.verifiers,
     )
     return Flat(flat, tuple(inputs), weights)
 

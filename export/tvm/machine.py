@@ -15,6 +15,19 @@ from grape_compile.kernels.tensorir.engine import INSTALL, Target, load_module, 
 #: Where the compiled function reads tensors from without a copy: what the code of a CPU is made for.
 _ALIGNED: Final = 64
 _LINKERS: Final = ("g++", "c++", "clang++", "clang")
+_INSTRUCTIONS: Final = (
+    "sse",
+    "ssse",
+    "avx",
+    "fma",
+    "f16c",
+    "bmi",
+    "amx",
+    "neon",
+    "sve",
+    "dotprod",
+    "fullfp16",
+)
 
 #: Arrays of the arguments in, arrays of the results out.
 Runner = Callable[[Sequence[np.ndarray[Any, Any]]], list[np.ndarray[Any, Any]]]
@@ -52,11 +65,14 @@ def runs_here(target: Target) -> str:
     triple, own = (_architecture(each) for each in (target, host))
     if triple != own:
         return f"the target is {triple}, this machine is {own}"
-    here = {str(each) for each in codegen.llvm_get_cpu_features(_host())}
-    lacking = sorted(
-        str(each) for each in codegen.llvm_get_cpu_features(target) if str(each) not in here
-    )
+    lacking = sorted(_instructions(target) - _instructions(_host()))
     return f"this machine has no {', '.join(lacking[:4])}" if lacking else ""
+
+
+def _instructions(target: Target) -> set[str]:
+    """Return the sets of instructions that code for a target may use, without what LLVM calls features besides."""
+    found = tvm.target.codegen.llvm_get_cpu_features(target)
+    return {name for name in map(str, found) if name.startswith(_INSTRUCTIONS)}
 
 
 def _host() -> Target:
@@ -96,14 +112,18 @@ def write_library(code: Any, path: Path, target: Mapping[str, Any]) -> None:
             raise EngineError(
                 asked,
                 f"objects for {_architecture(cpu)}, which the linker of this machine does not take",
-                "Artifact.save with a path that ends in .tar, and there: tar xf model.tar && g++ -shared *.o -o model.so",
+                "a path that ends in .tar, and on that machine: tar xf model.tar && g++ -shared *.o -o model.so",
             )
         if not any(map(shutil.which, _LINKERS)):
-            raise EngineError(asked, f"none of {', '.join(_LINKERS)}", "apt install g++, or a path that ends in .tar")
+            raise EngineError(
+                asked, f"none of {', '.join(_LINKERS)}", "apt install g++, or a path that ends in .tar"
+            )
     try:
         code.export_library(str(path))
     except Exception as failure:
-        raise EngineError(asked, first_line(failure), "a linker that works, or a path that ends in .tar") from failure
+        raise EngineError(
+            asked, first_line(failure), "a linker that works, or a path that ends in .tar"
+        ) from failure
 
 
 def open_library(path: Path, asked: str) -> Any:
@@ -111,7 +131,9 @@ def open_library(path: Path, asked: str) -> Any:
     try:
         return load_module(str(path))
     except Exception as failure:
-        raise GrapeError(asked, first_line(failure), "a library that Artifact.save wrote on such a machine") from failure
+        raise GrapeError(
+            asked, first_line(failure), "a library that Artifact.save wrote on such a machine"
+        ) from failure
 
 
 def write_weights(weights: Mapping[str, Any], path: Path) -> None:
@@ -125,7 +147,9 @@ def read_weights(path: Path, names: Sequence[str], asked: str) -> dict[str, Any]
         found = tvm.runtime.load_param_dict_from_file(str(path))
         return {name: found[name] for name in names}
     except Exception as failure:
-        raise GrapeError(asked, f"{path.name}: {first_line(failure)}", "the whole file that Artifact.save wrote") from failure
+        raise GrapeError(
+            asked, f"{path.name}: {first_line(failure)}", "the whole file that Artifact.save wrote"
+        ) from failure
 
 
 def check_versions(made: Mapping[str, str], asked: str) -> None:
