@@ -24,6 +24,7 @@ from grape_compile.export.tvm.artifact import Artifact
 from grape_compile.export.tvm.compiling import compiled
 from grape_compile.export.tvm.flattening import Flat, flatten
 from grape_compile.export.tvm.importing import imported
+from grape_compile.export.tvm.operators import Operators
 from grape_compile.kernels.tensorir.engine import Target, to_target, tvm, versions
 from grape_compile.passes.base import Outcome
 from grape_compile.passes.capture import capture_export, release_export
@@ -60,8 +61,9 @@ def build(
     progress("rewrite")
     program, found = _rewritten(captured.program)
     progress("import")
-    flat = flatten(program, lambda *call: False)
-    module = imported(flat, {})
+    operators = Operators(wanted)
+    flat = flatten(program, operators.keeps)
+    module = imported(flat, operators.converters())
     progress("compile")
     weights = {name: tvm.runtime.tensor(value.numpy()) for name, value in flat.weights.items()}
     about = _about(captured, wanted, found, flat)

@@ -1,0 +1,157 @@
+"""Calls of `grape::rotate` and `grape::attend` as functions of TensorIR; what has none is decomposed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import Tensor, fx
+
+from grape_compile.encoding import Rotation, parse
+from grape_compile.errors import GrapeError
+from grape_compile.export.tvm.importing import Converter, Importer
+from grape_compile.kernels.tensorir.attention import attention_space
+from grape_compile.kernels.tensorir.attention_call import Attention
+from grape_compile.kernels.tensorir.engine import PrimFunc, Target, relax
+from grape_compile.kernels.tensorir.operands import Operand
+from grape_compile.kernels.tensorir.rotation import rotation_space
+from grape_compile.kernels.tensorir.space import Point, Space
+from grape_compile.operators.operands import slot_names
+
+_ROTATE, _ATTEND = torch.ops.grape.rotate.default, torch.ops.grape.attend.default
+#: What TVM calls a function that nothing is fused with.
+OPAQUE: Final = 8
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function of TensorIR, and which tensors of a call it takes, in order."""
+
+    space: Space
+    operands: tuple[Operand, ...]
+    written: PrimFunc
+
+
+@dataclass
+class Operators:
+    """The functions for one target, each written once; `chosen` says which point of a space is built."""
+
+    target: Target
+    chosen: Callable[[Space], Point] = lambda space: space.hand
+    functions: dict[Any, Function | str] = field(default_factory=dict)
+
+    def keeps(self, operator: Any, *args: Any) -> bool:
+        """Whether a call is a function of TensorIR: what `flatten` asks."""
+        return all(isinstance(each, Function) for each in self._found(operator, args))
+
+    def obstacle(self, operator: Any, *args: Any) -> str:
+        """Return why a call is none, "" where it is one."""
+        return next((each for each in self._found(operator, args) if isinstance(each, str)), "")
+
+    def converters(self) -> dict[str, Converter]:
+        """Return what imports the calls that were kept."""
+        return {"rotate.default": self._rotate, "attend.default": self._attend}
+
+    def _found(self, operator: Any, args: Sequence[Any]) -> Iterator[Function | str]:
+        if operator is _ROTATE:
+            tensors, slots, text = args
+            for tensor in tensors:
+                yield self._turning(tensor, slots, text)
+        else:
+            yield self._attending(*args)
+
+    def _turning(self, tensor: Any, slots: Sequence[Any], text: str) -> Function | str:
+        operands = tuple(_operand(each) for each in (tensor, *slots))
+
+        def space() -> Space:
+            encoding = parse(text)
+            if not isinstance(encoding, Rotation):
+                raise GrapeError(text, "it is no rotation of commuting planes", "its decomposition")
+            named = dict(zip(slot_names(encoding), operands[1:], strict=True))
+            return rotation_space(encoding, operands[0], named, self.target)
+
+        return self._once((text, operands), operands, space)
+
+    def _attending(
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        slots: Sequence[Any],
+        text: str,
+        mask: Any = None,
+        is_causal: bool = False,
+        scale: float | None = None,
+        window: int | None = None,
+        cap: float | None = None,
+        sinks: Any = None,
+        segments: Any = None,
+    ) -> Function | str:
+        if segments is not None:
+            return "segments of several sequences in one"
+        heads = [_operand(each) for each in (query, key, value)]
+        more = [None if each is None else _operand(each) for each in (mask, sinks)]
+        given = [_operand(each) for each in slots]
+        operands = (*heads, *(each for each in more if each is not None), *given)
+        numbers = (is_causal, scale, window, cap)
+
+        def space() -> Space:
+            encoding = parse(text)
+            named = dict(zip(slot_names(encoding), given, strict=True))
+            return attention_space(Attention(encoding, *heads, named, *more, *numbers), self.target)
+
+        return self._once((text, tuple(heads), tuple(more), tuple(given), numbers), operands, space)
+
+    def _once(self, key: Any, operands: tuple[Operand, ...], space: Callable[[], Space]) -> Function | str:
+        if key not in self.functions:
+            try:
+                found = space()
+                written = found.write(self.chosen(found)).with_attr("op_pattern", OPAQUE)
+                self.functions[key] = Function(found, operands, written)
+            except GrapeError as refusal:
+                self.functions[key] = refusal.found
+        return self.functions[key]
+
+    def _rotate(self, node: fx.Node, importer: Importer) -> Any:
+        tensors, slots, text = node.args
+        given = [importer.env[slot] for slot in slots]  # type: ignore[union-attr]  # a list, says the schema
+        results = []
+        for tensor, value in zip(tensors, node.meta["val"], strict=True):  # type: ignore[arg-type]  # a list as well
+            function = self._turning(_value(tensor), [_value(slot) for slot in slots], str(text))  # type: ignore[union-attr]
+            results.append(_called(function, [importer.env[tensor], *given], value, importer))
+        return results
+
+    def _attend(self, node: fx.Node, importer: Importer) -> Any:
+        named = _named(node)
+        function = self._attending(**{name: fx.map_arg(each, _value) for name, each in named.items()})
+        heads = [named.pop(name) for name in ("query", "key", "value")]
+        tensors = [*heads, named.get("mask"), named.get("sinks"), *named["slots"]]
+        given = [importer.env[each] for each in tensors if each is not None]
+        return [_called(function, given, node.meta["val"][0], importer)]
+
+
+def _called(function: Function | str, given: Sequence[Any], value: Tensor, importer: Importer) -> Any:
+    assert isinstance(function, Function), "a call that has no function is decomposed before"
+    builder = importer.block_builder
+    name = builder.add_func(function.written, function.space.name)
+    shape = [importer.size(size) for size in value.shape]
+    dtype = str(value.dtype).removeprefix("torch.")
+    return importer.emit(relax.call_tir(name, list(given), relax.TensorType(shape, dtype)))
+
+
+def _named(node: fx.Node) -> dict[str, Any]:
+    """Return the arguments of a call by the names of the schema."""
+    names = [argument.name for argument in _ATTEND._schema.arguments]
+    named: Mapping[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    return {("text" if name == "encoding" else name): each for name, each in named.items()}
+
+
+def _value(node: Any) -> Any:
+    return node.meta["val"] if isinstance(node, fx.Node) else node
+
+
+def _operand(tensor: Any) -> Operand:
+    shape = tuple(size if isinstance(size, int) else str(size) for size in tensor.shape)
+    return Operand(shape, str(tensor.dtype).removeprefix("torch."))
