@@ -108,8 +108,8 @@ class Operators:
         if key not in self.functions:
             try:
                 found = space()
-                written = found.write(self.chosen(found)).with_attr("op_pattern", OPAQUE)
-                self.functions[key] = Function(found, operands, written)
+                written = found.write(self.chosen(found)).without_attr("global_symbol")
+                self.functions[key] = Function(found, operands, written.with_attr("op_pattern", OPAQUE))
             except GrapeError as refusal:
                 self.functions[key] = refusal.found
         return self.functions[key]
