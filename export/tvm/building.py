@@ -24,7 +24,7 @@ from grape_compile.export.tvm.artifact import Artifact
 from grape_compile.export.tvm.compiling import compiled
 from grape_compile.export.tvm.flattening import Flat, flatten
 from grape_compile.export.tvm.importing import imported
-from grape_compile.export.tvm.operators import Operators
+from grape_compile.export.tvm.operators import Operators, places
 from grape_compile.kernels.tensorir.engine import Target, to_target, tvm, versions
 from grape_compile.passes.base import Outcome
 from grape_compile.passes.capture import capture_export, release_export
@@ -66,7 +66,7 @@ def build(
     module = imported(flat, operators.converters())
     progress("compile")
     weights = {name: tvm.runtime.tensor(value.numpy()) for name, value in flat.weights.items()}
-    about = _about(captured, wanted, found, flat)
+    about = _about(captured, wanted, found, flat, tuple(places(program, flat, operators)))
     artifact = Artifact(about, weights, compiled(module, wanted))
     obstacle = machine.runs_here(wanted)
     if not verify or obstacle:
@@ -119,7 +119,7 @@ def _rewritten(program: ExportedProgram) -> tuple[ExportedProgram, Outcome]:
     return (release_export(program, captured) if found.sites else program), found
 
 
-def _about(captured: Captured, target: Target, found: Outcome, flat: Flat) -> About:
+def _about(captured: Captured, target: Target, found: Outcome, flat: Flat, made: tuple[Place, ...]) -> About:
     return About(
         tuple(_inputs(captured, flat)),
         tuple(_outputs(captured, flat)),
@@ -127,7 +127,7 @@ def _about(captured: Captured, target: Target, found: Outcome, flat: Flat) -> Ab
         "cpu" if target.kind.name == "llvm" else str(target.kind.name),
         type(getattr(captured.model, "model", captured.model)).__name__,
         versions(),
-        tuple(Place(str(site.encoding), "decomposed") for site in found.sites),
+        made,
         tuple(f"{each.module or 'model'}: {each.reason}" for each in found.refusals),
     )
 

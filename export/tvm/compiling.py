@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 from grape_compile.errors import EngineError, first_line
 from grape_compile.export.tvm.importing import MAIN
+from grape_compile.export.tvm.machine import quiet
+from grape_compile.export.tvm.operators import OPAQUE
 from grape_compile.kernels.tensorir.engine import IRModule, PrimFunc, Target, is_gpu, relax, tirx, tvm
-
-#: What TVM calls a function that nothing is fused with.
-_OPAQUE: Final = 8
 
 
 def compiled(module: IRModule, target: Target) -> Any:
@@ -29,11 +28,11 @@ def compiled(module: IRModule, target: Target) -> Any:
         rules.DeadCodeElimination([MAIN]),
     ]
     try:
-        with target:
+        with quiet(), target:
             module = tvm.transform.Sequential(passes)(module)
             if is_gpu(target):
                 module = _scheduled_for_gpu(module)
-        return relax.build(module, target, relax_pipeline="default_build")
+            return relax.build(module, target, relax_pipeline="default_build")
     except Exception as failure:
         raise EngineError(f"code for {target.kind.name}", first_line(failure), "another target") from failure
 
@@ -44,9 +43,11 @@ def _keep_numbers_apart(module: IRModule, _: Any) -> IRModule:
         if isinstance(function, PrimFunc):
             numbers = [each for each in function.params if isinstance(each.ty, tvm.ir.PrimType)]
             shapes = [each.ty.shape for each in function.params if each not in numbers]
-            known = {each for shape in shapes for size in shape for each in tirx.analysis.undefined_vars(size)}
+            known = {
+                each for shape in shapes for size in shape for each in tirx.analysis.undefined_vars(size)
+            }
             if any(each not in known for each in numbers):
-                module[name] = function.with_attr("op_pattern", _OPAQUE)
+                module[name] = function.with_attr("op_pattern", OPAQUE)
     return module
 
 

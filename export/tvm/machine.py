@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,6 +32,20 @@ _INSTRUCTIONS: Final = (
     "fullfp16",
 )
 
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep back what TVM's C++ prints on stderr on its way; what fails is raised all the same."""
+    with contextlib.ExitStack() as undo:
+        sys.stderr.flush()
+        kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        undo.callback(os.close, kept)
+        undo.callback(os.dup2, kept, 2)
+        os.dup2(nowhere, 2)
+        os.close(nowhere)
+        yield
+
+
 #: Arrays of the arguments in, arrays of the results out.
 Runner = Callable[[Sequence[np.ndarray[Any, Any]]], list[np.ndarray[Any, Any]]]
 
@@ -38,11 +55,15 @@ def runner(code: Any, device: str, weights: Sequence[Any]) -> Runner:
     place = tvm.device(device)
     if not place.exist:
         raise GrapeError(f"run on {device}", "no such device here", "the machine that the target names")
-    main = relax.VirtualMachine(code, place)["main"]
+    with quiet():
+        main = relax.VirtualMachine(code, place)["main"]
     held = [weight.copyto(place) if device != "cpu" else weight for weight in weights]
 
     def run(arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
-        results = main(*(_tensor(array, place) for array in arrays), held)
+        try:
+            results = main(*(_tensor(array, place) for array in arrays), held)
+        except Exception as failure:
+            raise GrapeError("run a library", first_line(failure), "sizes that belong together") from failure
         return [result.numpy() if device != "cpu" else np.from_dlpack(result) for result in results]
 
     return run
@@ -119,7 +140,8 @@ def write_library(code: Any, path: Path, target: Mapping[str, Any]) -> None:
                 asked, f"none of {', '.join(_LINKERS)}", "apt install g++, or a path that ends in .tar"
             )
     try:
-        code.export_library(str(path))
+        with quiet():
+            code.export_library(str(path))
     except Exception as failure:
         raise EngineError(
             asked, first_line(failure), "a linker that works, or a path that ends in .tar"
@@ -129,7 +151,8 @@ def write_library(code: Any, path: Path, target: Mapping[str, Any]) -> None:
 def open_library(path: Path, asked: str) -> Any:
     """Return the module in a library; GrapeError for a file that is none."""
     try:
-        return load_module(str(path))
+        with quiet():
+            return load_module(str(path))
     except Exception as failure:
         raise GrapeError(
             asked, first_line(failure), "a library that Artifact.save wrote on such a machine"

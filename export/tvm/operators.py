@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
 from torch import Tensor, fx
+from torch.export import ExportedProgram
 
-from grape_compile.encoding import Rotation, parse
+from grape_compile.encoding import Rotation, nope, parse
 from grape_compile.errors import GrapeError
+from grape_compile.export.tvm.about import Place
+from grape_compile.export.tvm.flattening import Flat
 from grape_compile.export.tvm.importing import Converter, Importer
 from grape_compile.kernels.tensorir.attention import attention_space
 from grape_compile.kernels.tensorir.attention_call import Attention
@@ -46,9 +50,11 @@ class Operators:
         """Whether a call is a function of TensorIR: what `flatten` asks."""
         return all(isinstance(each, Function) for each in self._found(operator, args))
 
-    def obstacle(self, operator: Any, *args: Any) -> str:
-        """Return why a call is none, "" where it is one."""
-        return next((each for each in self._found(operator, args) if isinstance(each, str)), "")
+    def reason(self, text: str) -> str:
+        """Return why a call with an encoding has no function; "" where none was asked for."""
+        return next(
+            (each for key, each in self.functions.items() if key[0] == text and isinstance(each, str)), ""
+        )
 
     def converters(self) -> dict[str, Converter]:
         """Return what imports the calls that were kept."""
@@ -155,3 +161,27 @@ def _value(node: Any) -> Any:
 def _operand(tensor: Any) -> Operand:
     shape = tuple(size if isinstance(size, int) else str(size) for size in tensor.shape)
     return Operand(shape, str(tensor.dtype).removeprefix("torch."))
+
+
+def places(program: ExportedProgram, flat: Flat, operators: Operators) -> Iterator[Place]:
+    """Yield what computes each rotated tensor and each attention of a rewritten program."""
+    kept = _counted(flat.program)
+    for text, count in _counted(program).items():
+        named = "attention" if text == str(nope()) else text
+        yield from [Place(named, "TensorIR")] * min(count, kept[text])
+        reason = operators.reason(text)
+        yield from [Place(named, f"decomposed: {reason}" if reason else "decomposed")] * (count - kept[text])
+
+
+def _counted(program: ExportedProgram) -> Counter[str]:
+    """Count the rotated tensors and the attentions of a program by encoding."""
+    found: Counter[str] = Counter()
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+            if node.target is _ROTATE:
+                found[str(node.args[2])] += len(node.args[0])
+            elif node.target is _ATTEND:
+                found[str(_named(node)["text"])] += 1
+            elif node.target is torch.ops.aten.scaled_dot_product_attention.default:
+                found[str(nope())] += 1
+    return found
