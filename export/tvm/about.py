@@ -17,7 +17,10 @@ FORM: Final = 1
 
 @dataclass(frozen=True)
 class Value:
-    """One argument or result: a size is a number, a name (equal names, equal sizes), or None where it is any."""
+    """One argument or result.
+
+    A size is a number, a name (equal names, equal sizes), a sum of names such as "past + new", or None where it is any.
+    """
 
     name: str
     dtype: str
@@ -65,8 +68,6 @@ class About:
         lines += [f"  left as it was: {refusal}" for refusal in self.refusals]
         for each in self.comparisons:
             lines.append(f"  {each.case}: error {each.file:.1e}, the original's own {each.original:.1e}")
-        if not self.comparisons:
-            lines.append("  not verified")
         return "\n".join((*lines, *(f"  {note}" for note in self.notes)))
 
     def to_json(self, **files: Any) -> str:

@@ -56,10 +56,10 @@ class Artifact:
         return machine.source_of(self.code)
 
     def save(self, path: str | PathLike[str]) -> Path:
-        """Write the library, with the weights in `path`.params and a description in `path`.json; return the path.
+        """Write model.so, with the weights in model.so.params and a description in model.so.json; return the path.
 
-        A path that ends in .tar takes the object files, for a machine whose linker is not here. All files are there
-        or none. Raises GrapeError for a path that cannot be written, EngineError where no linker makes a library.
+        model.tar takes the object files instead, for a machine whose linker is not here. All files are there or none.
+        Raises GrapeError for a path that cannot be written, EngineError where no linker makes a library.
         """
         place = Path(path)
         if place.suffix not in _WRITTEN:
@@ -68,9 +68,11 @@ class Artifact:
             )
         with staged(place) as draft:
             machine.write_library(self.code, draft, self.about.target)
-            machine.write_weights(self.weights, _behind(draft, WEIGHTS))
-            text = self.about.to_json(sha256=_digest(draft), weights=list(self.weights))
-            _behind(draft, ABOUT).write_text(text, encoding="utf-8")
+            # Objects become a library elsewhere: what it will be is not known.
+            library, digest = draft.with_suffix(".so"), _digest(draft) if place.suffix == ".so" else ""
+            machine.write_weights(self.weights, _behind(library, WEIGHTS))
+            text = self.about.to_json(sha256=digest, weights=list(self.weights))
+            _behind(library, ABOUT).write_text(text, encoding="utf-8")
         return place
 
     def _arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[np.ndarray[Any, Any]]:
@@ -85,7 +87,12 @@ class Artifact:
             found = f"{len(args)} by order and {', '.join(kwargs) or 'none'} by name"
             raise OperandError("run a library", found, f"each once: {', '.join(map(str, values))}")
         sizes: dict[str, int] = {}
-        return [_checked(value, given[value.name], sizes) for value in values]
+        arrays = [_checked(value, given[value.name], sizes) for value in values]
+        for value, array in zip(values, arrays, strict=True):
+            for size, wanted in zip(array.shape, value.shape, strict=True):
+                if isinstance(wanted, str) and size != sum(sizes[name] for name in wanted.split(" + ")):
+                    raise _misfit(value, array, sizes)
+        return arrays
 
 
 def load(path: str | PathLike[str]) -> Artifact:
@@ -102,7 +109,7 @@ def load(path: str | PathLike[str]) -> Artifact:
                 asked, f"no file {each}", "the three files that Artifact.save wrote, side by side"
             )
     about, files = about_of(_behind(place, ABOUT).read_text(encoding="utf-8"), asked)
-    if files["sha256"] != _digest(place):
+    if files["sha256"] not in ("", _digest(place)):
         raise GrapeError(
             asked,
             f"{_behind(place, ABOUT).name} describes another library",
@@ -123,18 +130,20 @@ def _digest(path: Path) -> str:
 
 
 def _checked(value: Value, given: Any, sizes: dict[str, int]) -> np.ndarray[Any, Any]:
-    """Return an argument as an array, the sizes of named dimensions held against those of earlier arguments."""
+    """Return an argument as an array, and note the sizes that have a name of their own."""
     array = np.asarray(given)
-    shape = tuple(array.shape)
-    fits = array.dtype == np.dtype(value.dtype) and len(shape) == len(value.shape)
-    for size, wanted in zip(shape, value.shape, strict=False):
-        number = sizes.setdefault(wanted, size) if isinstance(wanted, str) else wanted
-        fits = fits and number in (None, size)
+    fits = array.dtype == np.dtype(value.dtype) and len(array.shape) == len(value.shape)
+    for size, wanted in zip(array.shape, value.shape, strict=False):
+        if isinstance(wanted, int):
+            fits = fits and size == wanted
+        elif wanted is not None and " + " not in wanted:
+            sizes.setdefault(wanted, size)
     if not fits:
-        known = ", ".join(f"{name} = {size}" for name, size in sizes.items())
-        raise OperandError(
-            f"the argument {value.name}",
-            f"{array.dtype} of shape {shape}" + (f", where {known}" if known else ""),
-            str(value),
-        )
+        raise _misfit(value, array, sizes)
     return array
+
+
+def _misfit(value: Value, array: np.ndarray[Any, Any], sizes: Mapping[str, int]) -> OperandError:
+    known = ", ".join(f"{name} = {size}" for name, size in sizes.items())
+    found = f"{array.dtype} of shape {array.shape}" + (f", where {known}" if known else "")
+    return OperandError(f"the argument {value.name}", found, str(value))

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from grape_compile.errors import GrapeError, ModelError
-from grape_compile.export.capturing import Captured, capture
+from grape_compile.export.capturing import SEQUENCE, Captured, capture
 from grape_compile.export.cases import Case, drawn_cases
 from grape_compile.export.contract import hold_to_contract
-from grape_compile.export.kv_cache import cached_cases, with_cache
+from grape_compile.export.kv_cache import PAST, TOTAL, cached_cases, with_cache
 from grape_compile.export.tvm import machine
 from grape_compile.export.tvm.about import About, Place, Value
 from grape_compile.export.tvm.artifact import Artifact
@@ -68,10 +68,9 @@ def build(
     weights = {name: tvm.runtime.tensor(value.numpy()) for name, value in flat.weights.items()}
     about = _about(captured, wanted, found, flat, tuple(places(program, flat, operators)))
     artifact = Artifact(about, weights, compiled(module, wanted))
-    obstacle = machine.runs_here(wanted)
-    if not verify or obstacle:
-        note = (f"not verified: {obstacle}",) if verify else ()
-        return replace(artifact, about=replace(about, notes=(*about.notes, *note)))
+    obstacle = machine.runs_here(wanted) if verify else "verify=False"
+    if obstacle:
+        return replace(artifact, about=replace(about, notes=(*about.notes, f"not verified: {obstacle}")))
     progress("verify")
     comparisons = hold_to_contract("a library", _running(artifact), captured, draw)
     return replace(artifact, about=replace(about, comparisons=comparisons))
@@ -147,6 +146,7 @@ def _outputs(captured: Captured, flat: Flat) -> Iterable[Value]:
 
 def _value(name: str, tensor: Tensor, captured: Captured) -> Value:
     named = captured.axes.get(name, (None,) * tensor.dim())
+    named = tuple(f"{PAST} + {SEQUENCE}" if at == TOTAL else at for at in named)
     sizes = [size if isinstance(size, int) else at for size, at in zip(tensor.shape, named, strict=True)]
     return Value(name, str(tensor.dtype).removeprefix("torch."), tuple(sizes))
 

@@ -124,8 +124,8 @@ def _modules(module: Any) -> list[Any]:
 def write_library(code: Any, path: Path, target: Mapping[str, Any]) -> None:
     """Link a compiled module, or put its object files in a .tar; EngineError where nothing links it."""
     asked = f"write {path.name}"
-    if not hasattr(code, "export_library"):
-        raise GrapeError(asked, "a library that was loaded", "a copy of its three files")
+    if not hasattr(code, "jit"):
+        raise GrapeError(asked, "a library that was loaded", "copies of its three files")
     if path.suffix == ".so":
         built = Target(dict(target))
         cpu = built.host if built.kind.name != "llvm" else built
