@@ -77,7 +77,7 @@ def hold_to_contract(
     if over:
         worst = max(over, key=lambda each: each.file)
         raise GrapeError(
-            f"{kind} that computes what {type(captured.model).__name__} computes",
+            f"{kind} that computes what {captured.kind} computes",
             f"{worst.case}: relative error {worst.file:.2e} where the original has {worst.original:.2e}",
             "another target, verify=False to look at the file, and a report of this",
         )
@@ -124,7 +124,7 @@ def _check_numbers(captured: Captured, case: Case, right: Sequence[Tensor]) -> N
         counted = each if case.counted is None or each.shape[:2] != case.counted.shape else each[case.counted]
         if bool(counted.isnan().any()):
             raise GrapeError(
-                f"verify a file of {type(captured.model).__name__}",
+                f"verify a file of {captured.kind}",
                 f"{case.name}: the original in float64 returns nan",
                 "example arguments on which the model returns numbers, or verify=False",
             )

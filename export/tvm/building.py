@@ -124,7 +124,7 @@ def _about(captured: Captured, target: Target, found: Outcome, flat: Flat, made:
         tuple(_outputs(captured, flat)),
         json.loads(str(target)),
         "cpu" if target.kind.name == "llvm" else str(target.kind.name),
-        type(getattr(captured.model, "model", captured.model)).__name__,
+        captured.kind,
         versions(),
         made,
         tuple(f"{each.module or 'model'}: {each.reason}" for each in found.refusals),

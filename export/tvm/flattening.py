@@ -60,6 +60,7 @@ def flatten(program: ExportedProgram, keeps: Callable[..., bool]) -> Flat:
             node.replace_all_uses_with(same)
         else:
             weights[node.name] = held.detach().contiguous()
+    _turn_weights(graph, weights)
     signature.input_specs[:] = [
         InputSpec(InputKind.USER_INPUT, TensorArgument(name), None) for name in (*inputs, *weights)
     ]
@@ -77,6 +78,20 @@ def flatten(program: ExportedProgram, keeps: Callable[..., bool]) -> Flat:
         verifiers=plain.verifiers,
     )
     return Flat(flat, tuple(inputs), weights)
+
+
+def _turn_weights(graph: fx.Graph, weights: dict[str, Tensor]) -> None:
+    """Keep a weight that only products take, by its columns, transposed: each sum then reads one row."""
+    products = {aten.mm.default: 1, aten.addmm.default: 2}
+    for node in [each for each in graph.nodes if each.name in weights]:
+        places = [(products.get(user.target), user.args) for user in node.users]
+        if all(at is not None and args.index(node) == at for at, args in places):
+            weights[node.name] = weights[node.name].t().contiguous()
+            node.meta["val"], given = node.meta["val"].t(), node.meta["val"]
+            with graph.inserting_after(node):
+                turned = graph.call_function(aten.permute.default, (node, [1, 0]))
+            turned.meta["val"] = given
+            node.replace_all_uses_with(turned, delete_user_cb=lambda user, turned=turned: user is not turned)
 
 
 def _keep_inputs(graph: fx.Graph, names: tuple[str, ...]) -> None:

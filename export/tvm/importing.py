@@ -149,25 +149,6 @@ def dtype_of(node: fx.Node) -> str:
     return str(node.meta["val"].dtype).removeprefix("torch.")
 
 
-def _product(node: fx.Node, importer: Importer) -> Any:
-    """A product of matrices, summed in float32 (float64 for float64) and rounded once, as torch does."""
-    left, right = (importer.env[each] for each in node.args)
-    return importer.emit(_summed(left, right, dtype_of(node)))
-
-
-def _affine(node: fx.Node, importer: Importer) -> Any:
-    bias, left, right = (importer.env[each] for each in node.args)
-    return importer.emit(_summed(left, right, dtype_of(node), bias))
-
-
-def _summed(left: Any, right: Any, dtype: str, bias: Any = None) -> Any:
-    wide = "float32" if dtype in ("float16", "bfloat16") else dtype
-    product = relax.op.matmul(left, right, out_dtype=wide)
-    if bias is not None:
-        product = relax.op.add(product, bias if wide == dtype else relax.op.astype(bias, wide))
-    return product if wide == dtype else relax.op.astype(product, dtype)
-
-
 def _rows(node: fx.Node, importer: Importer) -> Any:
     """Rows of a table; a number past its end reads the last row instead of foreign memory."""
     table, numbers = (importer.env[each] for each in node.args[:2])
@@ -197,10 +178,6 @@ def _expanded(node: fx.Node, importer: Importer) -> Any:
 
 
 _CONVERTERS: Final[Mapping[str, Converter]] = {
-    "mm.default": _product,
-    "bmm.default": _product,
-    "matmul.default": _product,
-    "addmm.default": _affine,
     "embedding.default": _rows,
     "view.default": _reshaped,
     "reshape.default": _reshaped,

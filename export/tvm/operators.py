@@ -15,10 +15,11 @@ from grape_compile.encoding import Rotation, nope, parse
 from grape_compile.errors import GrapeError
 from grape_compile.export.tvm.about import Place
 from grape_compile.export.tvm.flattening import Flat
-from grape_compile.export.tvm.importing import Converter, Importer
+from grape_compile.export.tvm.importing import Converter, Importer, dtype_of
 from grape_compile.kernels.tensorir.attention import attention_space
 from grape_compile.kernels.tensorir.attention_call import Attention
 from grape_compile.kernels.tensorir.engine import PrimFunc, Target, relax
+from grape_compile.kernels.tensorir.linear import linear_space
 from grape_compile.kernels.tensorir.operands import Operand
 from grape_compile.kernels.tensorir.rotation import rotation_space
 from grape_compile.kernels.tensorir.space import Point, Space
@@ -58,7 +59,14 @@ class Operators:
 
     def converters(self) -> dict[str, Converter]:
         """Return what imports the calls that were kept."""
-        return {"rotate.default": self._rotate, "attend.default": self._attend}
+        return {
+            "rotate.default": self._rotate,
+            "attend.default": self._attend,
+            "mm.default": self._product,
+            "addmm.default": self._product,
+            "bmm.default": self._product,
+            "matmul.default": self._product,
+        }
 
     def _found(self, operator: Any, args: Sequence[Any]) -> Iterator[Function | str]:
         if operator is _ROTATE:
@@ -101,14 +109,15 @@ class Operators:
         more = [None if each is None else _operand(each) for each in (mask, sinks)]
         given = [_operand(each) for each in slots]
         operands = (*heads, *(each for each in more if each is not None), *given)
-        numbers = (is_causal, scale, window, cap)
+        numbers: Any = {"is_causal": is_causal, "scale": scale, "window": window, "cap": cap}
 
         def space() -> Space:
             encoding = parse(text)
             named = dict(zip(slot_names(encoding), given, strict=True))
-            return attention_space(Attention(encoding, *heads, named, *more, *numbers), self.target)
+            call = Attention(encoding, *heads, slots=named, mask=more[0], sinks=more[1], **numbers)
+            return attention_space(call, self.target)
 
-        return self._once((text, tuple(heads), tuple(more), tuple(given), numbers), operands, space)
+        return self._once((text, tuple(heads), tuple(more), tuple(given), *numbers.values()), operands, space)
 
     def _once(self, key: Any, operands: tuple[Operand, ...], space: Callable[[], Space]) -> Function | str:
         if key not in self.functions:
@@ -119,6 +128,22 @@ class Operators:
             except GrapeError as refusal:
                 self.functions[key] = refusal.found
         return self.functions[key]
+
+    def _product(self, node: fx.Node, importer: Importer) -> Any:
+        """A product of matrices; with the weights of a layer it is a function of its own."""
+        *bias, left, right = node.args
+        weight = _transposed(right)
+        if weight is not None:
+            function = self._layer(*(_operand(_value(each)) for each in (left, weight, *bias)))
+            if isinstance(function, Function):
+                given = [importer.env[each] for each in (left, weight, *bias)]
+                return _called(function, given, node.meta["val"], importer)
+        operands = [importer.env[each] for each in (left, right, *bias)]
+        return importer.emit(_summed(dtype_of(node), *operands))
+
+    def _layer(self, x: Operand, weight: Operand, bias: Operand | None = None) -> Function | str:
+        operands = tuple(each for each in (x, weight, bias) if each is not None)
+        return self._once(("linear", operands), operands, lambda: linear_space(x, weight, bias, self.target))
 
     def _rotate(self, node: fx.Node, importer: Importer) -> Any:
         tensors, slots, text = node.args
@@ -145,6 +170,23 @@ def _called(function: Function | str, given: Sequence[Any], value: Tensor, impor
     shape = [importer.size(size) for size in value.shape]
     dtype = str(value.dtype).removeprefix("torch.")
     return importer.emit(relax.call_tir(name, list(given), relax.TensorType(shape, dtype)))
+
+
+def _transposed(node: Any) -> fx.Node | None:
+    """Return the matrix whose columns are the rows of a value."""
+    if node.target is not torch.ops.aten.permute.default or list(node.args[1]) != [1, 0]:
+        return None
+    matrix = node.args[0]
+    return matrix if isinstance(matrix, fx.Node) else None
+
+
+def _summed(dtype: str, left: Any, right: Any, bias: Any = None) -> Any:
+    """A product summed in float32 (float64 for float64) and rounded once, as torch does."""
+    wide = "float32" if dtype in ("float16", "bfloat16") else dtype
+    product = relax.op.matmul(left, right, out_dtype=wide)
+    if bias is not None:
+        product = relax.op.add(product, bias if wide == dtype else relax.op.astype(bias, wide))
+    return product if wide == dtype else relax.op.astype(product, dtype)
 
 
 def _named(node: fx.Node) -> dict[str, Any]:
