@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from os import PathLike
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ def build(
     kwargs: dict[str, Any] | None = None,
     *,
     target: str | Mapping[str, Any] | Target,
+    records: str | PathLike[str] | None = None,
     dynamic_shapes: Any = "auto",
     kv_cache: bool = False,
     dtype: torch.dtype | None = None,
@@ -45,7 +47,7 @@ def build(
 ) -> Artifact:
     """Compile a model, its position encodings rewritten, into a library that runs without torch, and verify it.
 
-    `target` is a tag ("llvm": this CPU), or a dict. `dynamic_shapes` are those of torch.export, or "auto": batch and
+    `target` is a tag ("llvm": this CPU), or a dict. `records` is a directory of tuning records. `dynamic_shapes` are those of torch.export, or "auto": batch and
     sequence are open. `kv_cache` makes a decoder of transformers take past_key_values.N.key and .value and return
     present.N.key and .value. `dtype` makes the weights of a copy of the model float16 or float32. `verify` runs the
     code, where this machine can, at three shapes, three draws each, against the model in float64.
