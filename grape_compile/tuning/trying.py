@@ -112,12 +112,11 @@ class Search:
         left = []
         for candidate in candidates:
             # Choices that a shape makes meaningless give the same program twice.
-            same = [self.times[key] for key, each in self._programs.items()
-                    if key in self.times and isinstance(each, Program) and each.hash == self._hash(candidate)]  # fmt: skip
-            if same:
-                self.times[candidate_key(candidate)] = same[0]
-            else:
+            known = self._seconds_of(self._hash(candidate))
+            if known is None:
                 left.append(candidate)
+            else:
+                self.times[candidate_key(candidate)] = known
         ready: list[tuple[Candidate, Library]] = []
         for candidate, library in zip(left, self._built(left), strict=True):
             if isinstance(library, str):
@@ -127,6 +126,14 @@ class Search:
         if ready:
             for at, outcome in self.runner.measure([library for _, library in ready], self._arguments(0)):
                 self._record(ready[at][0], outcome, told)
+
+    def _seconds_of(self, program: str) -> float | None:
+        """Return the seconds of a program that another candidate had before."""
+        for key, seconds in self.times.items():
+            known = self._programs.get(key)
+            if program and isinstance(known, Program) and known.hash == program:
+                return seconds
+        return None
 
     def _built(self, candidates: Sequence[Candidate]) -> list[Library | str]:
         """Compile candidates; say of each that cannot be why."""
