@@ -82,7 +82,7 @@ class Fleet:
         return GrapeError(
             f"the tracker {self.tracker}",
             found,
-            f"python -m tvm.exec.rpc_tracker --host 0.0.0.0 --port {port} on {host}",
+            f"python -m tvm.exec.rpc_tracker --host 0.0.0.0 --port {port} --port-end {port + 1} on {host}",
         )
 
 

@@ -7,12 +7,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from grape_compile.kernels.tensorir import engine
+from torch import nn
+from torch.export import ExportedProgram
+
+from grape_compile.encoding import Encoding
+from grape_compile.errors import GrapeError
+from grape_compile.kernels.tensorir import bench, engine
 from grape_compile.kernels.tensorir.replay import version_text
 from grape_compile.records import Log, Place, Task, Trial, Winner
 from grape_compile.tuning.fleet import Fleet
 from grape_compile.tuning.running import Runner
+from grape_compile.tuning.tasks import of_encoding, of_model
 from grape_compile.tuning.trying import Search
 from grape_compile.tuning.workloads import Workload
 
@@ -140,3 +147,70 @@ class _Told:
                 self.progress(Progress(task, done, search.goal, search.best, share, each * left))
 
         return told
+
+
+def tune(
+    model_or_encoding: nn.Module | ExportedProgram | Encoding,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    target: str | Mapping[str, Any],
+    trials: int,
+    records: Path | str,
+    tracker: str | None = None,
+    key: str = "",
+    jobs: int | None = None,
+    seconds: int = 60,
+    progress: Callable[[Progress], None] | None = None,
+) -> ProgramReport:
+    """Find the fastest program of every operator of a model, and record it for this device and target.
+
+    A model is taken at the sizes that it has on `args` and `kwargs`; an encoding in the causal layers whose `Shape`s
+    are `args`. `trials` are for each distinct operator; those recorded in the directory `records` count, so that a
+    search that was stopped, or killed, goes on where it was. `target` is a tag such as "nvidia/nvidia-h100", a dict, or
+    "llvm", the CPU at hand. With the address of a `tracker`, "host:port", programs run on its devices called `key`,
+    all at once; one that is lost costs the trials it was running, which others repeat. `jobs` programs are compiled at
+    a time, by default one for each core; what takes longer than `seconds` has failed. The winner is compared with the
+    definition in float64 before it is recorded. Raises EngineError without TVM or for an unknown target, GrapeError
+    where nothing can be tuned.
+    """
+    place = engine.to_target(target)
+    if trials < 1:
+        raise GrapeError("tune", f"trials={trials}", "at least one trial for each operator")
+    found = (
+        of_encoding(model_or_encoding, args, place)
+        if isinstance(model_or_encoding, Encoding)
+        else of_model(model_or_encoding, args, kwargs or {}, place)
+    )
+    if not found.workloads:
+        raise GrapeError(
+            "tune",
+            "; ".join(found.left_out) or "no position encoding that was rewritten",
+            "a model in which grape_compile.inspect finds a rotation or a bias",
+        )
+    fleet = None if tracker is None else Fleet(tracker, key)
+    if fleet is None:
+        _require_device(place)
+    with Log(records) as log:
+        return search(
+            found.workloads,
+            place,
+            log,
+            trials=trials,
+            fleet=fleet,
+            jobs=jobs,
+            seconds=seconds,
+            progress=progress,
+            left_out=found.left_out,
+        )
+
+
+def _require_device(target: engine.Target) -> None:
+    """Raise GrapeError where programs for a target cannot run on this machine."""
+    why = bench.why_not_here(str(target))
+    if why:
+        raise GrapeError(
+            f"tune for {target.tag or target.kind.name} on this machine",
+            why,
+            'tracker="host:port" of a fleet with such devices',
+        )

@@ -49,16 +49,23 @@ class _Processes:
 
     def call(self, seconds: float, function: Callable[..., Result], *args: Any) -> Result:
         """Run a function in the process of this thread; raises what it raises, or how the process ended."""
-        worker = getattr(self._own, "worker", None)
-        if worker is None:
-            worker = self._own.worker = Worker(maximum_uses=self._uses, stdout=DEVNULL, stderr=DEVNULL)
-            self._all.append(worker)
+        worker = self.start()
         worker.send(function, args, None, seconds)
         try:
             result: Result = worker.recv()
         except TimeoutError as failure:
             raise TimeoutError(f"it was not done after {seconds:g} seconds") from failure
         return result
+
+    def start(self) -> Any:
+        """Return the process of this thread, which has imported what it needs."""
+        if not hasattr(self._own, "worker"):
+            worker = Worker(bench.ready, maximum_uses=self._uses, stdout=DEVNULL, stderr=DEVNULL)
+            self._all.append(worker)
+            self._own.worker = worker
+            worker.send(bench.ready)
+            worker.recv()
+        return self._own.worker
 
     def close(self) -> None:
         """End the processes; what still waits is not begun."""
@@ -153,6 +160,8 @@ class Runner:
 
     def _on_a_device(self, function: Callable[..., Result], *args: Any) -> tuple[Result, str]:
         """Call a function of `bench` in a session; on another device of a fleet where the first attempt fails."""
+        # A device does not wait for its process.
+        self._running.start()
         for left in reversed(range(1 if self.fleet is None else ATTEMPTS)):
             server = None if self.fleet is None else self.fleet.take()
             name = "" if server is None else str(server)

@@ -25,12 +25,16 @@ from grape_compile.encoding import (
 )
 from grape_compile.errors import OperandError
 from grape_compile.kernels.tensorir import engine
+from grape_compile.kernels.tensorir.attention import attention_space
+from grape_compile.kernels.tensorir.attention_call import Attention
 from grape_compile.kernels.tensorir.bench import Array
-from grape_compile.kernels.tensorir.replay import hash_of
 from grape_compile.kernels.tensorir.operands import Operand, Slots
+from grape_compile.kernels.tensorir.replay import hash_of
 from grape_compile.kernels.tensorir.rotation import rotation_space
 from grape_compile.kernels.tensorir.space import Point, Space
+from grape_compile.kernels.tensorir.tasks import attention_task, rotation_task
 from grape_compile.operators import reference_rotate
+from grape_compile.operators.reference import reference_attend
 from grape_compile.records import Task
 
 DTYPES: Final = {
@@ -105,7 +109,31 @@ def rotation_workload(
         return reference_rotate([given["x"]], encoding, given)[0]
 
     space = rotation_space(encoding, operand, slots, target)
-    return Workload(_task("rotate", encoding, inputs), space, inputs, operand, encoding, define)
+    return Workload(rotation_task(encoding, operand, slots), space, inputs, operand, encoding, define)
+
+
+def attention_workload(attention: Attention, target: engine.Target) -> Workload:
+    """Return the function that attends."""
+
+    def define(given: Mapping[str, Tensor]) -> Tensor:
+        return reference_attend(
+            given["query"],
+            given["key"],
+            given["value"],
+            attention.encoding,
+            given,
+            mask=given.get("mask"),
+            is_causal=attention.is_causal,
+            scale=attention.scale,
+            window=attention.window,
+            cap=attention.cap,
+            sinks=given.get("sinks"),
+        )
+
+    space, inputs = attention_space(attention, target), dict(attention.arguments)
+    return Workload(
+        attention_task(attention), space, inputs, attention.output, attention.encoding, define
+    )
 
 
 def distinct(workloads: Sequence[Workload]) -> list[Workload]:
@@ -115,16 +143,6 @@ def distinct(workloads: Sequence[Workload]) -> list[Workload]:
         before = found.get(each.task)
         found[each.task] = each if before is None else replace(before, count=before.count + each.count)
     return list(found.values())
-
-
-def _task(operator: str, encoding: Encoding, inputs: Mapping[str, Operand], options: str = "") -> Task:
-    sizes = " ".join(_told(name, operand) for name, operand in inputs.items())
-    first = next(iter(inputs.values()))
-    return Task(operator, str(encoding), f"{sizes} {options}".strip(), first.dtype)
-
-
-def _told(name: str, operand: Operand) -> str:
-    return f"{name}[{','.join(map(str, operand.shape))}]:{operand.dtype}"
 
 
 def _known(operand: Operand) -> tuple[int, ...]:

@@ -56,6 +56,10 @@ class Session:
     seconds: int = 60
 
 
+def ready() -> None:
+    """Do nothing: who can call this has imported all that the others need."""
+
+
 def build(program: str, target: str, path: str) -> None:
     """Compile a module, given as JSON, into a library that the file's ending names the form of."""
     module, place = engine.tvm.ir.load_json(program), _target(target)
@@ -121,6 +125,18 @@ def device_here(target: str) -> str:
     """Return what tells the device of this machine from others: the name of a GPU, or of a CPU and its threads."""
     found = device_of(Session(target))
     return f"{_processor()}, {found}" if found.endswith(("thread", "threads")) else found
+
+
+def why_not_here(target: str) -> str:
+    """Return why programs for a target do not run on this machine, or nothing."""
+    wanted, here = _target(target), engine.to_target("llvm")
+    if not engine.tvm.device(wanted.get_target_device_type(), 0).exist:
+        return f"no {wanted.kind.name} device"
+    if wanted.kind.name != "llvm" or str(wanted) == str(here):
+        return ""
+    have, needs = (set(engine.tvm.target.codegen.llvm_get_cpu_features(each)) for each in (here, wanted))
+    missing = sorted(needs - have)
+    return f"a CPU without {', '.join(missing[:5])}" if missing else ""
 
 
 def _processor() -> str:
