@@ -63,7 +63,7 @@ class TunedProgram:
 
 
 @dataclass(frozen=True)
-class ProgramReport:
+class TuningReport:
     """What was tuned, for which place, and where it is recorded.
 
     `problems` tells of records that were not used, `left_out` of operators that TensorIR has no function for, `servers`
@@ -94,7 +94,7 @@ def search(
     seconds: int = 60,
     progress: Callable[[Progress], None] | None = None,
     left_out: Sequence[str] = (),
-) -> ProgramReport:
+) -> TuningReport:
     """Tune workloads, those first that take most of the time; each trial is recorded when it has ended."""
     folder = log.path.parent
     with Runner(str(target), folder, fleet, jobs or os.cpu_count() or 1, seconds) as runner:
@@ -108,7 +108,7 @@ def search(
             each.run(told.by(each))
     problems = dict.fromkeys(problem for each in searches for problem in each.problems)
     tasks = [_told_of(each, told.share(each)) for each in searches]
-    return ProgramReport(tuple(tasks), place, log.path, tuple(problems), tuple(left_out), told.servers)
+    return TuningReport(tuple(tasks), place, log.path, tuple(problems), tuple(left_out), told.servers)
 
 
 def _told_of(search: Search, share: float) -> TunedProgram:
@@ -162,7 +162,7 @@ def tune(
     jobs: int | None = None,
     seconds: int = 60,
     progress: Callable[[Progress], None] | None = None,
-) -> ProgramReport:
+) -> TuningReport:
     """Find the fastest program of every operator of a model, and record it for this device and target.
 
     A model is taken at the sizes that it has on `args` and `kwargs`; an encoding in the causal layers whose `Shape`s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -77,12 +78,16 @@ class _Processes:
 class Runner:
     """Compiles programs for a target and runs them on this machine, or on the devices of a fleet.
 
-    `jobs` programs are compiled at a time; one program runs on a device at a time. Libraries lie in `folder`.
+    `jobs` programs are compiled at a time; one program runs on a device at a time. Libraries lie in `folder`,
+    which no other runner uses.
     """
 
     def __init__(self, target: str, folder: Path, fleet: Fleet | None, jobs: int, seconds: int) -> None:
         self.target, self.fleet, self.seconds = target, fleet, seconds
         folder.mkdir(parents=True, exist_ok=True)
+        # What a killed search left behind.
+        for left in folder.glob("build-*"):
+            shutil.rmtree(left, ignore_errors=True)
         self._folder = tempfile.TemporaryDirectory(dir=folder, prefix="build-")
         self._ending = library_ending(target, is_here=fleet is None)
         self._numbers = count()
