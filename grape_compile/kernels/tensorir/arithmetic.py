@@ -10,13 +10,26 @@ from typing import Any, Final
 
 from grape_compile.kernels.tensorir.engine import T
 
-#: Below this, 2^x is no normal number of float32 and counts as nothing.
-_LEAST: Final = -126.0
-#: 2^f = sum c_i f^i for |f| <= 1/2, the Taylor series up to (ln 2)^7 / 7!: relative error 2e-9 before rounding.
-_EXP2: Final = tuple(math.log(2.0) ** i / math.factorial(i) for i in range(8))
+#: Below this, exp(x) is no normal number of float32 and counts as nothing; above, it is infinite.
+_LEAST: Final = -87.33654
+_MOST: Final = 88.72284
+#: ln 2 in two parts: a whole number of up to 8 bits times the first one is exact.
+_LN2: Final = (0.693359375, -2.12194440054690583e-4)
+#: exp(f) = sum f^i / i! for |f| <= ln(2) / 2: what is left out is below 6e-9 of it.
+_EXP: Final = tuple(1.0 / math.factorial(i) for i in range(8))
 # sin x = x + x^3 p(x^2) and cos x = 1 - x^2/2 + x^4 p(x^2) for |x| <= pi/4, minimax (Moshier, Cephes, sinf.c).
 _SIN: Final = (-1.6666654611e-1, 8.3321608736e-3, -1.9515295891e-4)
 _COS: Final = (4.166664568298827e-2, -1.388731625493765e-3, 2.443315711809948e-5)
+# tanh x = x + x^3 p(x^2) for |x| <= 0.625, minimax (Moshier, Cephes, tanhf.c).
+_TANH: Final = (
+    -3.33332819422e-1,
+    1.33314422036e-1,
+    -5.37397155531e-2,
+    2.06390887954e-2,
+    -5.70498872745e-3,
+)
+# artanh z = z sum_i z^(2i) / (2i + 1), z <= 1/3: what is left out is below 1e-8 of it.
+_ARTANH: Final = tuple(1.0 / (2 * i + 1) for i in range(8))
 
 
 def number(value: float, dtype: str = "float32") -> Any:
@@ -32,14 +45,14 @@ def polynomial(x: Any, coefficients: tuple[float, ...]) -> Any:
     return T.bind(total)
 
 
-def exp2(x: Any) -> Any:
-    """Return 2^x of float32 numbers x <= 128, zero where that is no normal number; relative error below 2^-23."""
+def exp(x: Any) -> Any:
+    """Return e^x = 2^n e^f of float32 numbers, zero where that is no normal number; relative error below 2^-22."""
     given = T.bind(x)
-    bounded = T.bind(T.max(given, number(_LEAST)))
-    whole = T.bind(T.floor(bounded + number(0.5)))
+    bounded = T.bind(T.min(T.max(given, number(_LEAST)), number(_MOST)))
+    whole = T.bind(T.floor(bounded * number(math.log2(math.e)) + number(0.5)))
+    part = T.bind(bounded - whole * number(_LN2[0]) - whole * number(_LN2[1]))
     power = T.reinterpret("float32", T.shift_left(T.cast(whole, "int32") + 127, 23))
-    part = T.bind(bounded - whole)
-    return T.Select(given < number(_LEAST), number(0.0), polynomial(part, _EXP2) * power)
+    return T.Select(given < number(_LEAST), number(0.0), polynomial(part, _EXP) * power)
 
 
 def quarter_turns(angle: Any) -> tuple[Any, Any]:
@@ -61,3 +74,21 @@ def cos_sin(turns: Any, rest: Any) -> tuple[Any, Any]:
     cos = T.bind(T.Select(odd, sine, cosine))
     sin = T.bind(T.Select(odd, cosine, sine))
     return T.Select(left, -cos, cos), T.Select(lower, -sin, sin)
+
+
+def tanh(x: Any) -> Any:
+    """Return the hyperbolic tangent of float32 numbers."""
+    given = T.bind(x)
+    square = T.bind(given * given)
+    near = T.bind(given + given * square * polynomial(square, _TANH))
+    size = T.bind(T.max(given, -given))
+    far = T.bind(number(1.0) - number(2.0) / (exp(size * number(2.0)) + number(1.0)))
+    return T.Select(size < number(0.625), near, T.Select(given < number(0.0), -far, far))
+
+
+def log_sigmoid(x: Any) -> Any:
+    """Return log(1 / (1 + exp(-x))) = min(x, 0) - log(1 + u), u = exp(-|x|), log(1 + u) = 2 artanh(u / (2 + u))."""
+    given = T.bind(x)
+    u = T.bind(exp(-T.max(given, -given)))
+    z = T.bind(u / (u + number(2.0)))
+    return T.min(given, number(0.0)) - number(2.0) * z * polynomial(T.bind(z * z), _ARTANH)

@@ -86,6 +86,7 @@ __all__ = [
     "to_target",
     "tvm",
     "vector_lanes",
+    "vector_registers",
     "versions",
     "writing",
 ]
@@ -162,6 +163,14 @@ def is_gpu(target: Target) -> bool:
 def vector_lanes(target: Target) -> int:
     """Return how many float32 numbers a vector of a CPU holds."""
     return max(int(_codegen.llvm_get_vector_width(target)) // 32, 4) if target.kind.name == "llvm" else 16
+
+
+def vector_registers(target: Target) -> int:
+    """Return how many vector registers a CPU has: 16 on x86 without AVX-512, else 32."""
+    if target.kind.name != "llvm":
+        return 32
+    features = {str(each) for each in _codegen.llvm_get_cpu_features(target)}
+    return 16 if "sse" in features and "avx512f" not in features else 32
 
 
 @contextmanager

@@ -5,7 +5,7 @@ Cosines and sines are a stage of their own, for a tile of tokens, and serve all 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -35,6 +35,7 @@ from grape_compile.kernels.tensorir.operands import (
     read,
 )
 from grape_compile.kernels.tensorir.runs import Kept, Run, kept, runs
+from grape_compile.kernels.tensorir.scans import running_sums
 from grape_compile.kernels.tensorir.space import Point, Space
 
 CPU_CHOICES: Final = {"tokens": (1, 4, 8, 16, 32, 64, 128), "lanes": (4, 8, 16, 32)}
@@ -69,7 +70,10 @@ def rotation(
     call = _Call(encoding, operand, dict(slots))
     chosen = _hand(call, target) if point is None else point
     with writing(name) as finished:
-        body = _Body(call, chosen)
+        sizes = Sizes()
+        x = sizes.argument("x", operand)
+        buffers = {slot: sizes.argument(slot, slots[slot]) for slot in encoding.slots}
+        body = _Body(call, chosen, x, buffers, sizes.argument("y", operand))
         if is_gpu(target):
             body.write_gpu()
         else:
@@ -166,17 +170,28 @@ class _Call:
             )
 
 
+def turn_cpu(
+    rotation: Rotation,
+    operand: Operand,
+    slots: Slots,
+    x: Any,
+    buffers: Mapping[str, Any],
+    y: Any,
+    lanes: int,
+) -> None:
+    """Write the rotation of a buffer into another, as a part of a larger function for a CPU."""
+    call = _Call(rotation, operand, dict(slots))
+    _Body(call, {"tokens": 16, "lanes": lanes}, x, buffers, y).write_cpu()
+
+
 class _Body:
     """The statements of one function, while it is being written."""
 
-    def __init__(self, call: _Call, point: Point) -> None:
+    def __init__(self, call: _Call, point: Point, x: Any, buffers: Mapping[str, Any], y: Any) -> None:
         self.call, self.point = call, point
         self.rotation = call.rotation
-        sizes = Sizes()
-        self.x = sizes.argument("x", call.operand)
-        self.slots = {slot: sizes.argument(slot, call.slots[slot]) for slot in self.rotation.slots}
-        self.y = sizes.argument("y", call.operand)
-        self.extents = [sizes.of(size) for size in call.lead]
+        self.x, self.slots, self.y = x, buffers, y
+        self.extents = [*x.shape][:-1]
         self.sums: Any = None
         self.tile = call.own[-1] if call.own else None
         self.shared = [axis for axis in range(len(call.lead)) if axis not in call.own]
@@ -308,7 +323,9 @@ class _Body:
         if isinstance(clock, Positions):
             return read(self.slots[clock.slot], self._clock(clock.slot), self._over(axis, at), "float64")
         if isinstance(clock, Accumulated):
-            return read(self.sums, Operand(self.sum_shape, "float64"), self._over(axis, at), "float64")
+            return read(
+                self.sums, Operand(self._clock(clock.slot).shape, "float64"), self._over(axis, at), "float64"
+            )
         return T.cast(at[-1], "float64")
 
     def _clock(self, slot: str) -> Operand:
@@ -342,23 +359,6 @@ class _Body:
         T.buffer_store(self.y, self.x[(*at, piece.source + step)], [*at, piece.target + step])
 
     def _accumulate(self, loop: Any) -> None:
-        """Sum the rates along the tokens, in float64, before anything else."""
         clock = self.rotation.clock
         assert isinstance(clock, Accumulated), "another clock has nothing to sum"
-        operand = self.call.slots[clock.slot]
-        rates, shape = self.slots[clock.slot], [*self.slots[clock.slot].shape]
-        self.sum_shape = operand.shape
-        self.sums = T.alloc_buffer(shape, "float64", scope="global")
-        with loop(0, product(shape[:-1])) as number:
-            at: list[Any] = []
-            for size in reversed(shape[:-1]):
-                at, number = [number % size, *at], number // size
-            total = T.alloc_buffer((1,), "float64", scope="local")
-            T.buffer_store(total, T.float64(0.0), [0])
-            with T.serial(0, shape[-1]) as token:
-                rate = T.cast(rates[(*at, token)], "float64")
-                if not clock.inclusive:
-                    T.buffer_store(self.sums, total[0], [*at, token])
-                T.buffer_store(total, total[0] + rate, [0])
-                if clock.inclusive:
-                    T.buffer_store(self.sums, total[0], [*at, token])
+        self.sums = running_sums(self.slots[clock.slot], clock.inclusive, loop)
