@@ -32,7 +32,8 @@ Told = Callable[[Trial], None]
 class Search:
     """The trials of one workload: those on record whose programs are still the same, and those to come.
 
-    `times` are seconds by candidate, infinite for one that failed; `winner` is what is recorded as fastest.
+    `times` are the seconds of the fastest repetition by candidate, as disturbances only add, infinite for one that
+    failed; `winner` is what is recorded as fastest.
     """
 
     def __init__(self, workload: Workload, place: Place, log: Log, runner: Runner, trials: int) -> None:
@@ -88,7 +89,7 @@ class Search:
                 "they are not used"
             )
         for trial in current:
-            seconds = median(trial.seconds) if trial.seconds else math.inf
+            seconds = min(trial.seconds, default=math.inf)
             key = candidate_key(trial.candidate)
             self.times[key] = max(seconds, self.times.get(key, 0.0))
         self.winner = next((each for each in held.winners if is_current(each)), None)
@@ -159,7 +160,7 @@ class Search:
             now(),
         )
         self.log.append(trial)
-        self.times[candidate_key(candidate)] = median(trial.seconds) if trial.seconds else math.inf
+        self.times[candidate_key(candidate)] = min(trial.seconds, default=math.inf)
         told(trial)
 
     def _decide(self) -> Winner | None:
