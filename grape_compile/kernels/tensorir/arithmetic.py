@@ -6,6 +6,7 @@ They write the names of what they use twice, so they are called inside of the lo
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Final
 
 from grape_compile.kernels.tensorir.engine import T
@@ -76,7 +77,7 @@ def cos_sin(turns: Any, rest: Any) -> tuple[Any, Any]:
     return T.Select(left, -cos, cos), T.Select(lower, -sin, sin)
 
 
-def tanh(x: Any) -> Any:
+def tanh(x: Any, exp: Callable[[Any], Any]) -> Any:
     """Return the hyperbolic tangent of float32 numbers."""
     given = T.bind(x)
     square = T.bind(given * given)
@@ -86,7 +87,7 @@ def tanh(x: Any) -> Any:
     return T.Select(size < number(0.625), near, T.Select(given < number(0.0), -far, far))
 
 
-def log_sigmoid(x: Any) -> Any:
+def log_sigmoid(x: Any, exp: Callable[[Any], Any]) -> Any:
     """Return log(1 / (1 + exp(-x))) = min(x, 0) - log(1 + u), u = exp(-|x|), log(1 + u) = 2 artanh(u / (2 + u))."""
     given = T.bind(x)
     u = T.bind(exp(-T.max(given, -given)))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from typing import Literal
 
 from grape_compile.encoding import (
-    Accumulated,
     AlibiSlopes,
     Bias,
     Compose,
@@ -58,6 +57,7 @@ class Attention:
     query: Operand
     key: Operand
     value: Operand
+    _: KW_ONLY
     slots: Slots = field(default_factory=dict)
     mask: Operand | None = None
     sinks: Operand | None = None
@@ -209,10 +209,3 @@ class Attention:
                 f"the tensors of {self.encoding}", f"none named {name}", ", ".join(self.encoding.slots)
             )
         return self.slots[name]
-
-
-def clock_sums(attention: Attention) -> tuple[str, ...]:
-    """Return the slots whose running sums a function has to make before it attends."""
-    return tuple(
-        dict.fromkeys(bias.clock.slot for bias in attention.additive if isinstance(bias.clock, Accumulated))
-    )

@@ -16,6 +16,7 @@ from grape_compile.kernels.tensorir.attention_call import Attention
 from grape_compile.kernels.tensorir.decoding_cpu import DecodingOnCpu
 from grape_compile.kernels.tensorir.engine import T
 from grape_compile.kernels.tensorir.loops import cast, ceildiv, chunks
+from grape_compile.kernels.tensorir.machines import Cpu
 from grape_compile.kernels.tensorir.operands import Sizes, read
 from grape_compile.kernels.tensorir.path_terms import PathTerm, turned_edges
 from grape_compile.kernels.tensorir.scans import running_sums
@@ -24,7 +25,6 @@ from grape_compile.kernels.tensorir.terms import (
     LOWEST,
     Additive,
     Place,
-    Room,
     capped,
     hidden,
     masked,
@@ -46,6 +46,7 @@ class AttentionOnCpu:
     def __init__(self, attention: Attention, point: Point) -> None:
         self.attention = attention
         self.lanes, self.vectors = point["lanes"], point["vectors"]
+        self.machine = Cpu(self.lanes)
         self.keys, self.columns = point["keys"], point["columns"]
         self.rows, self.block = self.lanes * self.vectors, self.keys * point["tiles"]
         sizes = Sizes()
@@ -53,7 +54,6 @@ class AttentionOnCpu:
         self.output = sizes.argument("output", attention.output)
         self.batches, self.queries = (sizes.of(attention.query.shape[axis]) for axis in (0, 2))
         self.length = sizes.of(attention.key.shape[2])
-        self.room = Room(self._make, self._fill)
 
     def write(self) -> None:
         attention = self.attention
@@ -62,9 +62,9 @@ class AttentionOnCpu:
                 name = sums_name(bias.clock.slot, bias.clock.inclusive)
                 if name not in self.buffers:
                     self.buffers[name] = running_sums(
-                        self.buffers[bias.clock.slot], bias.clock.inclusive, T.parallel
+                        self.buffers[bias.clock.slot], bias.clock.inclusive, self.machine
                     )
-        edges = [turned_edges(path, attention, self.buffers, self.lanes) for path in attention.paths]
+        edges = [turned_edges(path, attention, self.buffers, self.machine) for path in attention.paths]
         size = attention.query.shape[2]
         if isinstance(size, int):
             self._write_few(edges) if size <= FEW else self._write_many(edges)
@@ -95,7 +95,7 @@ class AttentionOnCpu:
     def _attend(self, place: Place, edges: list[Any]) -> None:
         attention, rows, block = self.attention, self.rows, self.block
         turned = self._transposed("query", place, attention.width, attention.factor)
-        best, total, shrink = (self._make(rows) for _ in range(3))
+        best, total, shrink = (self.machine.make(rows) for _ in range(3))
         gathered = T.alloc_buffer((attention.value_width, rows), "float32", scope="global")
         logits = T.alloc_buffer((block, rows), "float32", scope="global")
         keys, values = (self._converted(name) for name in ("key", "value"))
@@ -103,12 +103,12 @@ class AttentionOnCpu:
         with T.serial(0, attention.value_width) as column:
             self._lanes(lambda lane: T.buffer_store(gathered, number(0.0), [column, lane]))
         terms = [
-            Additive(bias, attention, self.buffers, place, self.room, rows) for bias in attention.additive
+            Additive(bias, attention, self.buffers, place, self.machine, rows) for bias in attention.additive
         ]
         for term in terms:
             term.make_keys(block)
         paths = [
-            PathTerm(path, attention, self.buffers, place, self.room, rows, block, edge)
+            PathTerm(path, attention, self.buffers, place, self.machine, rows, block, edge)
             for path, edge in zip(attention.paths, edges, strict=True)
         ]
         first, stop = self._range(place)
@@ -203,7 +203,7 @@ class AttentionOnCpu:
             with T.serial(0, count) as back, T.vectorized(0, self.lanes) as x:
                 step, lane = count - 1 - back, vector * self.lanes + x
                 key = start + step
-                logit = capped(self.attention, logits[step, lane])
+                logit = capped(self.attention, self.machine, logits[step, lane])
                 for term in terms:
                     logit = logit + term.value(lane, step, key)
                 for path, summed in zip(paths, sums, strict=True):
@@ -280,7 +280,7 @@ class AttentionOnCpu:
 
     def _finish(self, place: Place, gathered: Any, total: Any) -> None:
         """Store the quotients, zero for a query that has seen no key."""
-        share = self._make(self.rows)
+        share = self.machine.make(self.rows)
 
         def store(lane: Any) -> None:
             some = total[lane] > number(0.0)
@@ -330,13 +330,6 @@ class AttentionOnCpu:
                     value = T.cast(buffer[place.batch, head, start + step, begin + x], "float32")
                     T.buffer_store(converted, value, [step, begin + x])
         return lambda step, column: converted[step, column]
-
-    def _make(self, size: int) -> Any:
-        return T.alloc_buffer((size,), "float32", scope="global")
-
-    def _fill(self, buffer: Any, size: int, value: Callable[[Any], Any]) -> None:
-        with T.serial(0, size) as row:
-            T.buffer_store(buffer, value(row), [row])
 
     def _lanes(self, body: Callable[[Any], Any]) -> None:
         """Write a statement for all queries of the block, a vector at a time."""

@@ -5,20 +5,19 @@ Coordinates are lanes of the products, keys are lanes of the softmax.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from grape_compile.kernels.tensorir.arithmetic import exp, number
 from grape_compile.kernels.tensorir.attention_call import Attention
 from grape_compile.kernels.tensorir.engine import T
 from grape_compile.kernels.tensorir.loops import cast, ceildiv, chunks
+from grape_compile.kernels.tensorir.machines import Cpu
 from grape_compile.kernels.tensorir.operands import read
 from grape_compile.kernels.tensorir.path_terms import PathTerm
 from grape_compile.kernels.tensorir.terms import (
     LOWEST,
     Additive,
     Place,
-    Room,
     capped,
     hidden,
     masked,
@@ -33,10 +32,9 @@ class DecodingOnCpu:
         self, attention: Attention, buffers: dict[str, Any], output: Any, lanes: int, block: int
     ) -> None:
         self.attention, self.buffers, self.output = attention, buffers, output
-        self.lanes = lanes
+        self.lanes, self.machine = lanes, Cpu(lanes)
         self.block = -(-block // lanes) * lanes
         self.groups = attention.heads // attention.kv_heads
-        self.room = Room(lambda size: self._make(size), self._fill)
 
     def write(self, batches: Any, queries: Any, keys: Any, edges: list[Any]) -> None:
         kv_heads = self.attention.kv_heads
@@ -58,7 +56,7 @@ class DecodingOnCpu:
                 T.buffer_store(sums, number(0.0), [group])
             with T.serial(0, attention.value_width) as column:
                 T.buffer_store(gathered, number(0.0), [group, column])
-        logits = self._make(self.block)
+        logits = self.machine.make(self.block)
         first, stop = self._range(row, queries, keys)
         block = self.block
         with T.serial(0, T.max(ceildiv(stop, block) - first // block, 0)) as back:
@@ -145,7 +143,9 @@ class DecodingOnCpu:
     ) -> None:
         """Add biases and masks to the products of a piece; keys behind `count` become minus infinity."""
         attention, block = self.attention, self.block
-        terms = [Additive(bias, attention, self.buffers, place, self.room, 1) for bias in attention.additive]
+        terms = [
+            Additive(bias, attention, self.buffers, place, self.machine, 1) for bias in attention.additive
+        ]
         for term in terms:
             term.make_keys(block)
             term.read_keys(start, block)
@@ -155,7 +155,7 @@ class DecodingOnCpu:
         with T.serial(0, block // self.lanes) as vector, T.vectorized(0, self.lanes) as x:
             step = vector * self.lanes + x
             key = start + step
-            logit = capped(attention, logits[step])
+            logit = capped(attention, self.machine, logits[step])
             for term in terms:
                 logit = logit + term.value(0, step, key)
             for slope, sums in paths:
@@ -180,7 +180,7 @@ class DecodingOnCpu:
             self.attention,
             self.buffers,
             place,
-            self.room,
+            self.machine,
             1,
             self.block,
             edges[number_],
@@ -197,7 +197,7 @@ class DecodingOnCpu:
             later = T.cast(start + step - (place.first + place.offset), "int32") > 0
             link = T.bind(path.link(path.edges[step, 0]))
             T.buffer_store(path.edges, T.Select(later, number(0.0), link), [step, 0])
-        sums = self._make(self.block)
+        sums = self.machine.make(self.block)
         with T.serial(0, count) as back:
             step = count - 1 - back
             T.buffer_store(sums, suffix[number_][group], [step])
@@ -269,10 +269,3 @@ class DecodingOnCpu:
             with T.vectorized(0, size) as x:
                 before = gathered[group, begin + x] * shrink
                 T.buffer_store(gathered, before + buffer[x], [group, begin + x])
-
-    def _make(self, size: int) -> Any:
-        return T.alloc_buffer((size,), "float32", scope="global")
-
-    def _fill(self, buffer: Any, size: int, value: Callable[[Any], Any]) -> None:
-        with T.serial(0, size) as row:
-            T.buffer_store(buffer, value(row), [row])

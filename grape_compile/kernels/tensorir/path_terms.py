@@ -5,21 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 from grape_compile.encoding import LogSigmoid, NegativeExp, PathBias
-from grape_compile.kernels.tensorir.arithmetic import exp, log_sigmoid, number
+from grape_compile.kernels.tensorir.arithmetic import log_sigmoid, number
 from grape_compile.kernels.tensorir.attention_call import Attention
 from grape_compile.kernels.tensorir.engine import T
 from grape_compile.kernels.tensorir.loops import product
+from grape_compile.kernels.tensorir.machines import Machine
 from grape_compile.kernels.tensorir.operands import Operand, read
-from grape_compile.kernels.tensorir.rotation import turn_cpu
-from grape_compile.kernels.tensorir.terms import Place, Room, Slope
+from grape_compile.kernels.tensorir.rotation import turn
+from grape_compile.kernels.tensorir.terms import Place, Slope
 
 
-def turned_edges(path: PathBias, attention: Attention, buffers: dict[str, Any], lanes: int) -> Any:
+def turned_edges(path: PathBias, attention: Attention, buffers: dict[str, Any], machine: Machine) -> Any:
     """Write the edges of all keys, by their root mean square where asked, and turned; return their buffer."""
     operand = attention.slots[path.key]
     shape = [*buffers[path.key].shape]
     edges = T.alloc_buffer(shape, "float32", scope="global")
-    with T.parallel(0, product(shape[:-1])) as row:
+    with machine.deal(product(shape[:-1])) as row:
         at: list[Any] = []
         for size in reversed(shape[:-1]):
             at, row = [row % size, *at], row // size
@@ -27,14 +28,14 @@ def turned_edges(path: PathBias, attention: Attention, buffers: dict[str, Any], 
         def component(column: Any) -> Any:
             return read(buffers[path.key], operand, [*at, column], "float32")
 
-        factor = T.bind(_by_size(component, path.dim) if path.normalised != "none" else number(1.0))
+        factor = T.bind(by_size(component, path.dim) if path.normalised != "none" else number(1.0))
         with T.serial(0, path.dim) as column:
             T.buffer_store(edges, component(column) * factor, [*at, column])
     if path.turn is None:
         return edges
     turned = T.alloc_buffer(shape, "float32", scope="global")
     slots = {slot: attention.slots[slot] for slot in path.turn.slots}
-    turn_cpu(path.turn, Operand(operand.shape), slots, edges, buffers, turned, lanes)
+    turn(path.turn, Operand(operand.shape), slots, edges, buffers, turned, machine)
     return turned
 
 
@@ -47,34 +48,38 @@ class PathTerm:
         attention: Attention,
         buffers: dict[str, Any],
         place: Place,
-        room: Room,
+        machine: Machine,
         rows: int,
         block: int,
         edges: Any,
     ) -> None:
-        self.path, self.place, self.dim, self._edges = path, place, path.dim, edges
+        self.path, self.place, self.machine, self.dim, self._edges = path, place, machine, path.dim, edges
         self._operand = Operand(attention.slots[path.key].shape)
         self.slope = Slope(path.slopes, attention, buffers, place).value
-        self.sums = room.make(rows)
-        room.fill(self.sums, rows, lambda row: number(0.0))
-        self.edges = T.alloc_buffer((block, rows), "float32", scope="global")
+        self.sums = machine.make(rows)
+        machine.fill(self.sums, (rows,), lambda row: number(0.0))
+        self.edges = machine.make(block, rows)
         self.queries = self._read_queries(attention, buffers, rows)
 
     def _read_queries(self, attention: Attention, buffers: dict[str, Any], rows: int) -> Any:
         """Return the queries of the path, transposed and over `dim`."""
         path, place = self.path, self.place
         operand = attention.slots[path.query]
-        queries = T.alloc_buffer((path.dim, rows), "float32", scope="global")
-        with T.serial(0, rows) as row:
-            at = [place.batch, place.head, place.query(row)]
+        queries = self.machine.make(path.dim, rows)
+        sizes = self.machine.make(rows)
 
-            def component(column: Any) -> Any:
-                return read(buffers[path.query], operand, [*at, column], "float32")
+        def component(row: Any, column: Any) -> Any:
+            at = [place.batch, place.head, place.query(row), column]
+            return read(buffers[path.query], operand, at, "float32")
 
-            size = _by_size(component, path.dim) if path.normalised == "both" else number(1.0)
-            factor = T.bind(size * number(1.0 / path.dim))
-            with T.serial(0, path.dim) as column:
-                T.buffer_store(queries, component(column) * factor, [column, row])
+        def factor(row: Any) -> Any:
+            over = number(1.0 / path.dim)
+            if path.normalised != "both":
+                return over
+            return by_size(lambda column: component(row, column), path.dim) * over
+
+        self.machine.fill(sizes, (rows,), factor)
+        self.machine.fill(queries, (path.dim, rows), lambda column, row: component(row, column) * sizes[row])
         return queries
 
     def edge(self, key: Any, column: Any) -> Any:
@@ -85,14 +90,14 @@ class PathTerm:
         """Return g(x) (GRAPE 5.1)."""
         match self.path.link:
             case LogSigmoid():
-                return log_sigmoid(x)
+                return log_sigmoid(x, self.machine.exp)
             case NegativeExp():
-                return -exp(x)
+                return -self.machine.exp(x)
             case _:
                 return x
 
 
-def _by_size(component: Any, dim: int) -> Any:
+def by_size(component: Any, dim: int) -> Any:
     """Return 1 / sqrt(mean(x^2) + 1e-6)."""
     total = T.alloc_buffer((1,), "float32", scope="local")
     T.buffer_store(total, number(0.0), [0])

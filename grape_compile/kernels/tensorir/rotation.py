@@ -25,6 +25,7 @@ from grape_compile.errors import OperandError
 from grape_compile.kernels.tensorir.arithmetic import cos_sin, number, quarter_turns
 from grape_compile.kernels.tensorir.engine import PrimFunc, T, Target, is_gpu, vector_lanes, writing
 from grape_compile.kernels.tensorir.loops import cast, ceildiv, chunks, given, product, strided
+from grape_compile.kernels.tensorir.machines import Cpu, Gpu, Machine
 from grape_compile.kernels.tensorir.operands import (
     Operand,
     Size,
@@ -170,18 +171,21 @@ class _Call:
             )
 
 
-def turn_cpu(
+def turn(
     rotation: Rotation,
     operand: Operand,
     slots: Slots,
     x: Any,
     buffers: Mapping[str, Any],
     y: Any,
-    lanes: int,
+    machine: Machine,
 ) -> None:
-    """Write the rotation of a buffer into another, as a part of a larger function for a CPU."""
+    """Write the rotation of a buffer into another, as a part of a larger function."""
     call = _Call(rotation, operand, dict(slots))
-    _Body(call, {"tokens": 16, "lanes": lanes}, x, buffers, y).write_cpu()
+    if isinstance(machine, Cpu):
+        _Body(call, {"tokens": 16, "lanes": machine.lanes}, x, buffers, y).write_cpu()
+    else:
+        _Body(call, {"tokens": 8, "threads": 128, "parts": 1}, x, buffers, y).write_gpu()
 
 
 class _Body:
@@ -199,7 +203,7 @@ class _Body:
     def write_cpu(self) -> None:
         tokens, lanes = self.point["tokens"], self.point["lanes"]
         if isinstance(self.rotation.clock, Accumulated):
-            self._accumulate(T.parallel)
+            self._accumulate(Cpu(lanes))
         tokens = self._tokens(tokens)
         planes = self.rotation.planes.count
         with T.parallel(0, self._tiles(tokens)) as tile:
@@ -229,7 +233,7 @@ class _Body:
     def write_gpu(self) -> None:
         threads, parts = self.point["threads"], self.point["parts"]
         if isinstance(self.rotation.clock, Accumulated):
-            self._accumulate(partial(T.thread_binding, thread="blockIdx.x"))
+            self._accumulate(Gpu(threads))
         tokens, planes = self._tokens(self.point["tokens"]), self.rotation.planes.count
         others = product([self.extents[axis] for axis in self.shared])
         with ExitStack() as loops:
@@ -358,7 +362,7 @@ class _Body:
     def _keep(self, at: list[Any], piece: Kept, step: Any) -> None:
         T.buffer_store(self.y, self.x[(*at, piece.source + step)], [*at, piece.target + step])
 
-    def _accumulate(self, loop: Any) -> None:
+    def _accumulate(self, machine: Machine) -> None:
         clock = self.rotation.clock
         assert isinstance(clock, Accumulated), "another clock has nothing to sum"
-        self.sums = running_sums(self.slots[clock.slot], clock.inclusive, loop)
+        self.sums = running_sums(self.slots[clock.slot], clock.inclusive, machine)

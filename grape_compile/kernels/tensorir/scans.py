@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from grape_compile.kernels.tensorir.engine import T
 from grape_compile.kernels.tensorir.loops import product
+from grape_compile.kernels.tensorir.machines import Machine
 
 
-def running_sums(rates: Any, inclusive: bool, loop: Callable[[Any, Any], Any]) -> Any:
+def running_sums(rates: Any, inclusive: bool, machine: Machine) -> Any:
     """Return the buffer of the sums of `rates` [..., T] up to each token, its own included or not (GRAPE 3).
 
-    `loop` runs over the rows, which do not depend on each other.
+    Each row is summed by one thread.
     """
     shape = [*rates.shape]
     sums = T.alloc_buffer(shape, "float64", scope="global")
-    with loop(0, product(shape[:-1])) as row:
+    with machine.deal(product(shape[:-1])) as row:
         at: list[Any] = []
         for size in reversed(shape[:-1]):
             at, row = [row % size, *at], row // size

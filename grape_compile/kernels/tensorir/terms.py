@@ -6,7 +6,6 @@ diagonal, where they matter, the rest is small.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -25,6 +24,7 @@ from grape_compile.encoding import (
 from grape_compile.kernels.tensorir.arithmetic import number, tanh
 from grape_compile.kernels.tensorir.attention_call import Attention
 from grape_compile.kernels.tensorir.engine import T
+from grape_compile.kernels.tensorir.machines import Machine
 from grape_compile.kernels.tensorir.operands import Operand, read
 
 #: The lowest finite number: a maximum over no keys, and what numbers of a mask may at most take away.
@@ -55,14 +55,6 @@ class Place:
         return T.max(T.min(number, self.keys - 1), 0)
 
 
-@dataclass(frozen=True)
-class Room:
-    """How a block keeps numbers for its rows: `make` a buffer of a size, `fill` it by a function of the place."""
-
-    make: Callable[[int], Any]
-    fill: Callable[[Any, int, Callable[[Any], Any]], None]
-
-
 class Slope:
     """The slope of the head at hand."""
 
@@ -88,10 +80,16 @@ class Additive:
     """One additive bias in one block of queries (GRAPE 4.2, 4.6, App. C, App. G)."""
 
     def __init__(
-        self, bias: Bias, attention: Attention, buffers: dict[str, Any], place: Place, room: Room, rows: int
+        self,
+        bias: Bias,
+        attention: Attention,
+        buffers: dict[str, Any],
+        place: Place,
+        machine: Machine,
+        rows: int,
     ) -> None:
         self.bias, self.attention, self.buffers = bias, attention, buffers
-        self.place, self.room, self.rows = place, room, rows
+        self.place, self.machine, self.rows = place, machine, rows
         self.slope = Slope(bias.slopes, attention, buffers, place).value
         self.steps = isinstance(bias.clock, Steps)
         self.bases: list[Any] = []
@@ -105,13 +103,13 @@ class Additive:
         place = self.place
         for axis in range(self.attention.axes(self.bias)):
             base = T.bind(self._time(axis, place.key(place.first + place.offset)))
-            times = self.room.make(self.rows)
+            times = self.machine.make(self.rows)
 
             def apart(row: Any, axis: int = axis, base: Any = base) -> Any:
                 at = place.key(place.query(row) + place.offset)
                 return T.cast(self._time(axis, at) - base, "float32")
 
-            self.room.fill(times, self.rows, apart)
+            self.machine.fill(times, (self.rows,), apart)
             self.bases.append(base)
             self.query_times.append(times)
 
@@ -120,18 +118,18 @@ class Additive:
         if gate is None or gate.query is None:
             return None
         name, place = gate.query, self.place
-        numbers = self.room.make(self.rows)
+        numbers = self.machine.make(self.rows)
 
         def one(row: Any) -> Any:
             at = [place.batch, place.head, place.query(row)]
             return read(self.buffers[name], self.attention.slots[name], at, "float32")
 
-        self.room.fill(numbers, self.rows, one)
+        self.machine.fill(numbers, (self.rows,), one)
         return numbers
 
     def make_keys(self, block: int) -> None:
         """Make room for the times of a block of keys."""
-        self.key_times = [self.room.make(block) for _ in self.bases]
+        self.key_times = [self.machine.make(block) for _ in self.bases]
 
     def read_keys(self, start: Any, block: int) -> None:
         """Read the times of the keys from number `start` on."""
@@ -140,7 +138,7 @@ class Additive:
             def apart(row: Any, axis: int = axis, base: Any = base) -> Any:
                 return T.cast(self._time(axis, self.place.key(start + row)) - base, "float32")
 
-            self.room.fill(times, block, apart)
+            self.machine.fill(times, (block,), apart)
 
     def value(self, row: Any, step: Any, key: Any) -> Any:
         """Return the bias of a row of the block and key number `key`, the block's number `step`."""
@@ -192,11 +190,11 @@ def sums_name(slot: str, inclusive: bool) -> str:
     return f"{slot}, summed" if inclusive else f"{slot}, summed before"
 
 
-def capped(attention: Attention, product: Any) -> Any:
+def capped(attention: Attention, machine: Machine, product: Any) -> Any:
     """Return cap tanh(x / cap) of a scaled product x, itself without a cap."""
     if attention.cap is None:
         return product
-    return number(attention.cap) * tanh(product * number(1.0 / attention.cap))
+    return number(attention.cap) * tanh(product * number(1.0 / attention.cap), machine.exp)
 
 
 def hidden(attention: Attention, place: Place, row: Any, key: Any, stop: Any) -> Any:

@@ -47,7 +47,7 @@ def check(
     attending = Attention(
         encoding,
         *map(operand, tensors),
-        {name: operand(slot) for name, slot in slots.items()},
+        slots={name: operand(slot) for name, slot in slots.items()},
         **described,
         **options,
     )
@@ -153,7 +153,7 @@ def test_one_function_serves_every_length() -> None:
         operand(example[0], names),
         operand(example[1], keys),
         operand(example[2], keys),
-        {"log_forget": Operand(("batch", HEADS, "keys"))},
+        slots={"log_forget": Operand(("batch", HEADS, "keys"))},
         is_causal=True,
     )
     function = compiled(attention(attending, host(), SMALL), "attend")
