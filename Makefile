@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := test
-.PHONY: demo test test-all lint format bench bench-gpu gpu-page gates coverage figures models clean
+.PHONY: demo test test-all lint format bench bench-gpu bench-tvm gpu-page gates coverage figures models clean
 
 demo: $(READY)
 	$(BIN)/python examples/quickstart.py
@@ -45,6 +45,10 @@ models: $(READY)
 # Needs a GPU.
 bench-gpu: $(READY)
 	$(BIN)/python -m benchmarks.gpu rotation attention decoding --out benchmarks/results/
+
+# Tunes programs of TVM for this CPU and times them; about five minutes.
+bench-tvm: $(READY)
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.tvm --out benchmarks/results/
 
 # What they measured, as a page with figures.
 gpu-page: $(READY)
