@@ -5,16 +5,16 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from grape_compile.errors import GrapeError, ModelError
+from grape_compile.errors import CaptureError, GrapeError, ModelError
 from grape_compile.export.capturing import SEQUENCE, Captured, capture
 from grape_compile.export.cases import Case, drawn_cases
 from grape_compile.export.contract import hold_to_contract
@@ -23,10 +23,11 @@ from grape_compile.export.tvm import machine
 from grape_compile.export.tvm.about import About, Place, Value
 from grape_compile.export.tvm.artifact import Artifact
 from grape_compile.export.tvm.compiling import compiled
-from grape_compile.export.tvm.flattening import Flat, flatten
+from grape_compile.export.tvm.flattening import flatten
 from grape_compile.export.tvm.importing import imported
 from grape_compile.export.tvm.operators import Operators, places
-from grape_compile.kernels.tensorir.engine import Target, to_target, tvm, versions
+from grape_compile.kernels.tensorir.engine import IRModule, Target, to_target, tvm, versions
+from grape_compile.kernels.tensorir.replay import Recorded
 from grape_compile.passes.base import Outcome
 from grape_compile.passes.capture import capture_export, release_export
 from grape_compile.passes.pipeline import rewrite_program
@@ -63,13 +64,10 @@ def build(
     progress("rewrite")
     program, found = _rewritten(captured.program)
     progress("import")
-    operators = Operators(wanted)
-    flat = flatten(program, operators.keeps)
-    module = imported(flat, operators.converters())
+    way = _imported(captured, program, Operators(wanted, Recorded(wanted, records)))
     progress("compile")
-    weights = {name: tvm.runtime.tensor(value.numpy()) for name, value in flat.weights.items()}
-    about = _about(captured, wanted, found, flat, tuple(places(program, flat, operators)))
-    artifact = Artifact(about, weights, compiled(module, wanted))
+    about = _about(captured, wanted, found, way)
+    artifact = Artifact(about, way.weights, compiled(way.module, wanted))
     obstacle = machine.runs_here(wanted) if verify else "verify=False"
     if obstacle:
         return replace(artifact, about=replace(about, notes=(*about.notes, f"not verified: {obstacle}")))
@@ -120,30 +118,64 @@ def _rewritten(program: ExportedProgram) -> tuple[ExportedProgram, Outcome]:
     return (release_export(program, captured) if found.sites else program), found
 
 
-def _about(captured: Captured, target: Target, found: Outcome, flat: Flat, made: tuple[Place, ...]) -> About:
+@dataclass(frozen=True)
+class _Way:
+    """A module of Relax, its weights, what computes each encoding, and what is to be said of how it was made."""
+
+    module: IRModule
+    weights: Mapping[str, Any]
+    places: tuple[Place, ...]
+    notes: tuple[str, ...] = ()
+
+
+def _imported(captured: Captured, program: ExportedProgram, operators: Operators) -> _Way:
+    """Import a rewritten program, or where an operator is not known the portable ONNX file."""
+    flat = flatten(program, operators.keeps)
+    try:
+        module = imported(flat, operators.converters())
+    except CaptureError as failure:
+        module, weights = _by_onnx(captured, failure)
+        made = (replace(place, how="decomposed: by ONNX") for place in places(program, flat, operators))
+        return _Way(module, weights, tuple(made), (f"by the portable ONNX file: {failure.found}",))
+    weights = {name: tvm.runtime.tensor(value.numpy()) for name, value in flat.weights.items()}
+    recorded = operators.recorded
+    notes = (*(f"tuned: {task}" for task in recorded.used), *recorded.problems)
+    return _Way(module, weights, tuple(places(program, flat, operators)), notes)
+
+
+def _by_onnx(captured: Captured, failure: CaptureError) -> tuple[IRModule, Mapping[str, Any]]:
+    try:
+        from grape_compile.export.tvm.importing_onnx import imported_by_onnx
+    except ModuleNotFoundError as missing:
+        raise CaptureError(
+            failure.asked,
+            f"{failure.found}, and no package {missing.name}",
+            "pip install 'grape-compile[onnx]'",
+        ) from failure
+    return imported_by_onnx(captured.program, failure)
+
+
+def _about(captured: Captured, target: Target, found: Outcome, way: _Way) -> About:
+    nodes = {node.name: node for node in captured.program.graph.nodes}
+    inputs = [nodes[name] for name in captured.program.graph_signature.user_inputs if name in nodes]
+    results = [nodes[name] for name in captured.program.graph_signature.user_outputs]
     return About(
-        tuple(_inputs(captured, flat)),
-        tuple(_outputs(captured, flat)),
+        tuple(_values(captured, captured.input_names, inputs)),
+        tuple(_values(captured, captured.output_names, results)),
         json.loads(str(target)),
         "cpu" if target.kind.name == "llvm" else str(target.kind.name),
         captured.kind,
         versions(),
-        made,
+        way.places,
         tuple(f"{each.module or 'model'}: {each.reason}" for each in found.refusals),
+        way.notes,
     )
 
 
-def _inputs(captured: Captured, flat: Flat) -> Iterable[Value]:
-    nodes = {node.name: node for node in flat.program.graph.nodes if node.op == "placeholder"}
-    for name, inner in zip(captured.input_names, flat.inputs, strict=True):
-        yield _value(name, nodes[inner].meta["val"], captured)
-
-
-def _outputs(captured: Captured, flat: Flat) -> Iterable[Value]:
-    (results,) = flat.program.graph.output_node().args
-    assert isinstance(results, list | tuple)
-    for name, result in zip(captured.output_names, results, strict=True):
-        yield _value(name, result.meta["val"], captured)
+def _values(captured: Captured, names: Sequence[str], nodes: Sequence[fx.Node]) -> Iterable[Value]:
+    tensors = [node.meta["val"] for node in nodes if isinstance(node.meta.get("val"), Tensor)]
+    for name, tensor in zip(names, tensors, strict=True):
+        yield _value(name, tensor, captured)
 
 
 def _value(name: str, tensor: Tensor, captured: Captured) -> Value:

@@ -177,10 +177,21 @@ def _expanded(node: fx.Node, importer: Importer) -> Any:
     )
 
 
+def _reduced(reduce: Callable[..., Any]) -> Converter:
+    def converted(node: fx.Node, importer: Importer) -> Any:
+        given, *rest = node.args
+        axes = list(rest[0]) if rest and rest[0] else None  # type: ignore[arg-type]  # a list, says the schema
+        return importer.emit(reduce(importer.env[given], axes, bool(rest[1]) if len(rest) > 1 else False))
+
+    return converted
+
+
 _CONVERTERS: Final[Mapping[str, Converter]] = {
     "embedding.default": _rows,
     "view.default": _reshaped,
     "reshape.default": _reshaped,
     "_unsafe_view.default": _reshaped,
     "expand.default": _expanded,
+    "amax.default": _reduced(relax.op.max),
+    "amin.default": _reduced(relax.op.min),
 }

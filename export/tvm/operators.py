@@ -19,37 +19,31 @@ from grape_compile.export.tvm.importing import Converter, Importer, dtype_of
 from grape_compile.kernels.tensorir.attention import attention_space
 from grape_compile.kernels.tensorir.attention_call import Attention
 from grape_compile.kernels.tensorir.engine import PrimFunc, Target, relax
-from grape_compile.kernels.tensorir.linear import linear_space
+from grape_compile.kernels.tensorir.linear import linear
 from grape_compile.kernels.tensorir.operands import Operand
+from grape_compile.kernels.tensorir.replay import At, Recorded
 from grape_compile.kernels.tensorir.rotation import rotation_space
-from grape_compile.kernels.tensorir.space import Point, Space
+from grape_compile.kernels.tensorir.space import Space
+from grape_compile.kernels.tensorir.tasks import attention_task, rotation_task, sized
 from grape_compile.operators.operands import slot_names
+from grape_compile.records import Task
 
 _ROTATE, _ATTEND = torch.ops.grape.rotate.default, torch.ops.grape.attend.default
 #: What TVM calls a function that nothing is fused with.
 OPAQUE: Final = 8
 
 
-@dataclass(frozen=True)
-class Function:
-    """A function of TensorIR, and which tensors of a call it takes, in order."""
-
-    space: Space
-    operands: tuple[Operand, ...]
-    written: PrimFunc
-
-
 @dataclass
 class Operators:
-    """The functions for one target, each written once; `chosen` says which point of a space is built."""
+    """The functions for one target, each written once, as they were tuned where there are records of that."""
 
     target: Target
-    chosen: Callable[[Space], Point] = lambda space: space.hand
-    functions: dict[Any, Function | str] = field(default_factory=dict)
+    recorded: Recorded
+    functions: dict[Any, PrimFunc | str] = field(default_factory=dict)
 
     def keeps(self, operator: Any, *args: Any) -> bool:
         """Whether a call is a function of TensorIR: what `flatten` asks."""
-        return all(isinstance(each, Function) for each in self._found(operator, args))
+        return all(isinstance(each, PrimFunc) for each in self._found(operator, args))
 
     def reason(self, text: str) -> str:
         """Return why a call with an encoding has no function; "" where none was asked for."""
@@ -68,7 +62,7 @@ class Operators:
             "matmul.default": self._product,
         }
 
-    def _found(self, operator: Any, args: Sequence[Any]) -> Iterator[Function | str]:
+    def _found(self, operator: Any, args: Sequence[Any]) -> Iterator[PrimFunc | str]:
         if operator is _ROTATE:
             tensors, slots, text = args
             for tensor in tensors:
@@ -76,17 +70,18 @@ class Operators:
         else:
             yield self._attending(*args)
 
-    def _turning(self, tensor: Any, slots: Sequence[Any], text: str) -> Function | str:
+    def _turning(self, tensor: Any, slots: Sequence[Any], text: str) -> PrimFunc | str:
         operands = tuple(_operand(each) for each in (tensor, *slots))
 
-        def space() -> Space:
+        def at(sizes: Mapping[str, int]) -> tuple[Task, Space]:
             encoding = parse(text)
             if not isinstance(encoding, Rotation):
                 raise GrapeError(text, "it is no rotation of commuting planes", "its decomposition")
-            named = dict(zip(slot_names(encoding), operands[1:], strict=True))
-            return rotation_space(encoding, operands[0], named, self.target)
+            x, *values = (sized(each, sizes) for each in operands)
+            named = dict(zip(slot_names(encoding), values, strict=True))
+            return rotation_task(encoding, x, named), rotation_space(encoding, x, named, self.target)
 
-        return self._once((text, operands), operands, space)
+        return self._once((text, operands), at)
 
     def _attending(
         self,
@@ -102,31 +97,35 @@ class Operators:
         cap: float | None = None,
         sinks: Any = None,
         segments: Any = None,
-    ) -> Function | str:
+    ) -> PrimFunc | str:
         if segments is not None:
             return "segments of several sequences in one"
         heads = [_operand(each) for each in (query, key, value)]
-        more = [None if each is None else _operand(each) for each in (mask, sinks)]
-        given = [_operand(each) for each in slots]
-        operands = (*heads, *(each for each in more if each is not None), *given)
+        more = {name: _operand(each) for name, each in (("mask", mask), ("sinks", sinks)) if each is not None}
+        given = tuple(_operand(each) for each in slots)
         numbers: Any = {"is_causal": is_causal, "scale": scale, "window": window, "cap": cap}
 
-        def space() -> Space:
+        def at(sizes: Mapping[str, int]) -> tuple[Task, Space]:
             encoding = parse(text)
-            named = dict(zip(slot_names(encoding), given, strict=True))
-            call = Attention(encoding, *heads, slots=named, mask=more[0], sinks=more[1], **numbers)
-            return attention_space(call, self.target)
+            values = (sized(each, sizes) for each in given)
+            named = dict(zip(slot_names(encoding), values, strict=True))
+            beside = {name: sized(each, sizes) for name, each in more.items()}
+            call = Attention(
+                encoding, *(sized(each, sizes) for each in heads), slots=named, **beside, **numbers
+            )
+            return attention_task(call), attention_space(call, self.target)
 
-        return self._once((text, tuple(heads), tuple(more), tuple(given), *numbers.values()), operands, space)
+        return self._once((text, *heads, *more.items(), given, *numbers.values()), at)
 
-    def _once(self, key: Any, operands: tuple[Operand, ...], space: Callable[[], Space]) -> Function | str:
+    def _layer(self, x: Operand, weight: Operand, bias: Operand | None = None) -> PrimFunc | str:
+        key = ("linear", x, weight, bias)
         if key not in self.functions:
-            try:
-                found = space()
-                written = found.write(self.chosen(found)).without_attr("global_symbol")
-                self.functions[key] = Function(found, operands, written.with_attr("op_pattern", OPAQUE))
-            except GrapeError as refusal:
-                self.functions[key] = refusal.found
+            self.functions[key] = _tried(lambda: linear(x, weight, bias, self.target))
+        return self.functions[key]
+
+    def _once(self, key: Any, at: At) -> PrimFunc | str:
+        if key not in self.functions:
+            self.functions[key] = _tried(lambda: at({})[1].write(self.recorded.point(at)))
         return self.functions[key]
 
     def _product(self, node: fx.Node, importer: Importer) -> Any:
@@ -135,15 +134,11 @@ class Operators:
         weight = _transposed(right)
         if weight is not None:
             function = self._layer(*(_operand(_value(each)) for each in (left, weight, *bias)))
-            if isinstance(function, Function):
+            if isinstance(function, PrimFunc):
                 given = [importer.env[each] for each in (left, weight, *bias)]
                 return _called(function, given, node.meta["val"], importer)
         operands = [importer.env[each] for each in (left, right, *bias)]
         return importer.emit(_summed(dtype_of(node), *operands))
-
-    def _layer(self, x: Operand, weight: Operand, bias: Operand | None = None) -> Function | str:
-        operands = tuple(each for each in (x, weight, bias) if each is not None)
-        return self._once(("linear", operands), operands, lambda: linear_space(x, weight, bias, self.target))
 
     def _rotate(self, node: fx.Node, importer: Importer) -> Any:
         tensors, slots, text = node.args
@@ -163,10 +158,18 @@ class Operators:
         return [_called(function, given, node.meta["val"][0], importer)]
 
 
-def _called(function: Function | str, given: Sequence[Any], value: Tensor, importer: Importer) -> Any:
-    assert isinstance(function, Function), "a call that has no function is decomposed before"
-    builder = importer.block_builder
-    name = builder.add_func(function.written, function.space.name)
+def _tried(write: Callable[[], PrimFunc]) -> PrimFunc | str:
+    """Return a function, or why there is none."""
+    try:
+        return write()
+    except GrapeError as refusal:
+        return refusal.found
+
+
+def _called(function: PrimFunc | str, given: Sequence[Any], value: Tensor, importer: Importer) -> Any:
+    assert isinstance(function, PrimFunc), "a call that has no function is decomposed before"
+    private = function.without_attr("global_symbol").with_attr("op_pattern", OPAQUE)
+    name = importer.block_builder.add_func(private, str(function.attrs["global_symbol"]))
     shape = [importer.size(size) for size in value.shape]
     dtype = str(value.dtype).removeprefix("torch.")
     return importer.emit(relax.call_tir(name, list(given), relax.TensorType(shape, dtype)))
