@@ -17,6 +17,7 @@ pytest.importorskip("tvm")
 
 from tvm_stand_ins import PLACE, Candidate, Machine, product, small
 
+from grape_compile.encoding import rope
 from grape_compile.kernels.tensorir import replay
 from grape_compile.kernels.tensorir.engine import to_target
 from grape_compile.records import Log, Winner, read_log
@@ -137,13 +138,33 @@ def recorded(tmp_path: Path) -> Winner:
     return search.winner
 
 
-def replayed(directory: Path | None, device: str = "here") -> replay.Replay:
-    return replay.best(WORKLOAD.task, WORKLOAD.space, to_target("llvm"), directory, device)
+def replayed(directory: Path | None, device: str = "here") -> tuple[dict[str, int], replay.Recorded]:
+    recorded = replay.Recorded(to_target("llvm"), directory, device)
+    return dict(recorded.point(lambda sizes: (WORKLOAD.task, WORKLOAD.space))), recorded
 
 
 def test_a_record_is_replayed(tmp_path: Path, recorded: Winner) -> None:
-    found = replayed(tmp_path)
-    assert (dict(found.point), found.winner, found.problems) == (dict(recorded.candidate), recorded, ())
+    point, found = replayed(tmp_path)
+    assert (point, found.used, found.problems) == (recorded.candidate, {WORKLOAD.task: recorded}, [])
+
+
+def test_a_record_serves_every_length(tmp_path: Path, recorded: Winner) -> None:
+    """A function of open length takes the point of a known one; another head is another function."""
+    from grape_compile.kernels.tensorir.operands import Operand
+    from grape_compile.kernels.tensorir.rotation import rotation_space
+    from grape_compile.kernels.tensorir.tasks import rotation_task, sized
+
+    def at(heads: int) -> replay.At:
+        def sizes_known(sizes: Any) -> Any:
+            operand = sized(Operand(("batch", heads, "s0", 64)), sizes)
+            return rotation_task(rope(64), operand, {}), rotation_space(rope(64), operand, {}, to_target("llvm"))
+
+        return sizes_known
+
+    found = replay.Recorded(to_target("llvm"), tmp_path, "here")
+    assert dict(found.point(at(1))) == recorded.candidate
+    assert list(found.used.values()) == [recorded]
+    assert dict(found.point(at(2))) == dict(WORKLOAD.space.hand)
 
 
 def test_what_does_not_hold_is_told_of_and_not_replayed(tmp_path: Path, recorded: Winner) -> None:
@@ -152,18 +173,18 @@ def test_what_does_not_hold_is_told_of_and_not_replayed(tmp_path: Path, recorded
             log.append(winner)
         return tmp_path / name
 
-    other = replayed(tmp_path, "another CPU")
-    assert (dict(other.point), other.winner) == (dict(WORKLOAD.space.hand), None)
-    assert "'here', not 'another CPU'" in " ".join(other.problems)
+    point, found = replayed(tmp_path, "another CPU")
+    assert (point, found.used) == (WORKLOAD.space.hand, {})
+    assert "'here', not 'another CPU'" in " ".join(found.problems)
     for name, change in {
         "stale": replace(recorded, program="of another text"),
         "no point": replace(recorded, candidate={"tokens": 3, "lanes": 5}),
         "version": replace(recorded, place=replace(recorded.place, versions="tvm 0.1")),
     }.items():
-        found = replayed(only(change, name))
-        assert (dict(found.point), found.winner) == (dict(WORKLOAD.space.hand), None)
+        point, found = replayed(only(change, name))
+        assert (point, found.used) == (WORKLOAD.space.hand, {})
         assert "not used" in found.problems[0]
-    assert replayed(None).winner is None
+    assert not replayed(None)[1].used
 
 
 def _search_for_ever(directory: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from grape_compile.encoding import Rotation
 from grape_compile.kernels.tensorir.attention_call import Attention
@@ -28,5 +29,18 @@ def attention_task(attention: Attention) -> Task:
     return Task("attend", str(attention.encoding), sizes, attention.query.dtype)
 
 
+def sized(operand: Operand, sizes: Mapping[str, int]) -> Operand:
+    """Return an operand whose named sizes are known.
+
+    >>> sized(Operand((1, "s0", 64)), {"s0": 8}).shape
+    (1, 8, 64)
+    """
+    return replace(operand, shape=tuple(sizes.get(each, each) if isinstance(each, str) else each for each in operand.shape))
+
+
 def _sizes(inputs: Iterable[tuple[str, Operand]]) -> str:
-    return " ".join(f"{name}[{','.join(map(str, each.shape))}]:{each.dtype}" for name, each in inputs)
+    return " ".join(f"{name}[{_shape(each)}]:{each.dtype}" for name, each in inputs)
+
+
+def _shape(operand: Operand) -> str:
+    return ",".join(str(size).replace(" ", "") for size in operand.shape)
