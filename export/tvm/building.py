@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from grape_compile.errors import CaptureError, GrapeError, ModelError
+from grape_compile.errors import CaptureError, EngineError, GrapeError, ModelError
 from grape_compile.export.capturing import SEQUENCE, Captured, capture
 from grape_compile.export.cases import Case, drawn_cases
 from grape_compile.export.contract import hold_to_contract
@@ -48,10 +48,11 @@ def build(
 ) -> Artifact:
     """Compile a model, its position encodings rewritten, into a library that runs without torch, and verify it.
 
-    `target` is a tag ("llvm": this CPU), or a dict. `records` is a directory of tuning records. `dynamic_shapes` are those of torch.export, or "auto": batch and
-    sequence are open. `kv_cache` makes a decoder of transformers take past_key_values.N.key and .value and return
-    present.N.key and .value. `dtype` makes the weights of a copy of the model float16 or float32. `verify` runs the
-    code, where this machine can, at three shapes, three draws each, against the model in float64.
+    `target` is a tag ("llvm": this CPU), or a dict. `records` is a directory of tuning records. `dynamic_shapes` are
+    those of torch.export, or "auto": batch and sequence are open. `kv_cache` makes a decoder of transformers take
+    past_key_values.N.key and .value and return present.N.key and .value. `dtype` makes the weights of a copy of the
+    model float16 or float32. `verify` runs the code, where this machine can, at three shapes, three draws each, against
+    the model in float64.
 
     Raises ModelError for something that is no model, CaptureError for one that torch.export or TVM cannot take,
     EngineError for a target that TVM does not know or has no compiler for, and GrapeError for code that does not
@@ -67,7 +68,7 @@ def build(
     way = _imported(captured, program, Operators(wanted, Recorded(wanted, records)))
     progress("compile")
     about = _about(captured, wanted, found, way)
-    artifact = Artifact(about, way.weights, compiled(way.module, wanted))
+    artifact = Artifact(about, way.weights, _compiled(way, wanted))
     obstacle = machine.runs_here(wanted) if verify else "verify=False"
     if obstacle:
         return replace(artifact, about=replace(about, notes=(*about.notes, f"not verified: {obstacle}")))
@@ -126,6 +127,7 @@ class _Way:
     weights: Mapping[str, Any]
     places: tuple[Place, ...]
     notes: tuple[str, ...] = ()
+    by_onnx: bool = False
 
 
 def _imported(captured: Captured, program: ExportedProgram, operators: Operators) -> _Way:
@@ -136,7 +138,9 @@ def _imported(captured: Captured, program: ExportedProgram, operators: Operators
     except CaptureError as failure:
         module, weights = _by_onnx(captured, failure)
         made = (replace(place, how="decomposed: by ONNX") for place in places(program, flat, operators))
-        return _Way(module, weights, tuple(made), (f"by the portable ONNX file: {failure.found}",))
+        return _Way(
+            module, weights, tuple(made), (f"by the portable ONNX file: {failure.found}",), by_onnx=True
+        )
     weights = {name: tvm.runtime.tensor(value.numpy()) for name, value in flat.weights.items()}
     recorded = operators.recorded
     notes = (*(f"tuned: {task}" for task in recorded.used), *recorded.problems)
@@ -153,6 +157,17 @@ def _by_onnx(captured: Captured, failure: CaptureError) -> tuple[IRModule, Mappi
             "pip install 'grape-compile[onnx]'",
         ) from failure
     return imported_by_onnx(captured.program, failure)
+
+
+def _compiled(way: _Way, target: Target) -> Any:
+    try:
+        return compiled(way.module, target)
+    except EngineError as failure:
+        if not way.by_onnx:
+            raise
+        from grape_compile.export.tvm.importing_onnx import WORKS
+
+        raise CaptureError(failure.asked, f"{failure.found}, {way.notes[0]}", WORKS) from failure
 
 
 def _about(captured: Captured, target: Target, found: Outcome, way: _Way) -> About:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import onnx
 from torch.export import ExportedProgram
@@ -16,6 +16,9 @@ from grape_compile.errors import CaptureError, GrapeError, first_line
 from grape_compile.export.onnx import export
 from grape_compile.export.tvm.importing import MAIN
 from grape_compile.kernels.tensorir.engine import IRModule
+
+#: TVM reads few operators of an ONNX file whose sizes are computed.
+WORKS: Final = "a model without that operator, or sizes that are known: dynamic_shapes=None"
 
 
 def imported_by_onnx(program: ExportedProgram, why: CaptureError) -> tuple[IRModule, Mapping[str, Any]]:
@@ -30,7 +33,7 @@ def imported_by_onnx(program: ExportedProgram, why: CaptureError) -> tuple[IRMod
             module = from_onnx(onnx.load(path), keep_params_in_input=True)
     except Exception as failure:
         reason = failure.found if isinstance(failure, GrapeError) else first_line(failure)
-        raise CaptureError(why.asked, f"{why.found}; by ONNX: {reason}", "a model without it") from failure
+        raise CaptureError(why.asked, f"{why.found}; by ONNX: {reason}", WORKS) from failure
     module, weights = detach_params(module)
     main = module[MAIN]
     names = [parameter.name for parameter in main.params[int(main.attrs["num_input"]) :]]

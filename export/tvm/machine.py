@@ -64,6 +64,8 @@ def runner(code: Any, device: str, weights: Sequence[Any]) -> Runner:
             results = main(*(_tensor(array, place) for array in arrays), held)
         except Exception as failure:
             raise GrapeError("run a library", first_line(failure), "sizes that belong together") from failure
+        # An importer of TVM makes no tuple of one result.
+        results = [results] if isinstance(results, tvm.runtime.Tensor) else results
         return [result.numpy() if device != "cpu" else np.from_dlpack(result) for result in results]
 
     return run
