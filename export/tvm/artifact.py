@@ -40,7 +40,9 @@ class Artifact:
         GrapeError where the target is not this machine.
         """
         if self._run is None:
-            self._run = machine.runner(self.code, self.about.device, list(self.weights.values()))
+            self._run = machine.runner(
+                self.code, self.about.target, self.about.device, list(self.weights.values())
+            )
         given = self._arguments(args, kwargs)
         results = self._run(given)
         return {value.name: result for value, result in zip(self.about.outputs, results, strict=True)}

@@ -195,9 +195,14 @@ def _values(captured: Captured, names: Sequence[str], nodes: Sequence[fx.Node]) 
 
 def _value(name: str, tensor: Tensor, captured: Captured) -> Value:
     named = captured.axes.get(name, (None,) * tensor.dim())
-    named = tuple(f"{PAST} + {SEQUENCE}" if at == TOTAL else at for at in named)
-    sizes = [size if isinstance(size, int) else at for size, at in zip(tensor.shape, named, strict=True)]
+    sizes = [_known(size, at) for size, at in zip(tensor.shape, named, strict=True)]
     return Value(name, str(tensor.dtype).removeprefix("torch."), tuple(sizes))
+
+
+def _known(size: int | torch.SymInt, name: str | None) -> int | str | None:
+    """Return a size, or the name of one that is open."""
+    known = size if isinstance(size, int) else size.node.maybe_as_int()
+    return (f"{PAST} + {SEQUENCE}" if name == TOTAL else name) if known is None else int(known)
 
 
 def _running(artifact: Artifact) -> Callable[[Sequence[Tensor]], list[Tensor]]:

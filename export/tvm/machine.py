@@ -50,11 +50,12 @@ def quiet() -> Iterator[None]:
 Runner = Callable[[Sequence[np.ndarray[Any, Any]]], list[np.ndarray[Any, Any]]]
 
 
-def runner(code: Any, device: str, weights: Sequence[Any]) -> Runner:
-    """Return what runs a compiled module on a device of this machine; GrapeError where there is none."""
+def runner(code: Any, target: Mapping[str, Any], device: str, weights: Sequence[Any]) -> Runner:
+    """Return what runs a compiled module on a device of this machine; GrapeError where it is made for another."""
+    obstacle = runs_here(Target(dict(target)))
+    if obstacle:
+        raise GrapeError("run a library", obstacle, "the machine that the target names")
     place = tvm.device(device)
-    if not place.exist:
-        raise GrapeError(f"run on {device}", "no such device here", "the machine that the target names")
     with quiet():
         main = relax.VirtualMachine(code, place)["main"]
     held = [weight.copyto(place) if device != "cpu" else weight for weight in weights]
