@@ -21,7 +21,7 @@ def generate(path: Path, prompt: Sequence[int], count: int) -> list[int]:
     """Return `count` greedy tokens after a prompt."""
     artifact = load(path)
     cache = [value for value in artifact.about.inputs if value.name.startswith("past_key_values.")]
-    held = {value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), value.dtype) for value in cache}
+    held = {value.name: np.zeros(empty(value.shape), value.dtype) for value in cache}
     ids, seen, made = np.array([prompt], np.int64), 0, list[int]()
     for _ in range(count):
         seen += ids.shape[1]
@@ -35,6 +35,12 @@ def generate(path: Path, prompt: Sequence[int], count: int) -> list[int]:
         made.append(int(results["logits"][0, -1].argmax()))
         ids = np.array([made[-1:]], np.int64)
     return made
+
+
+def empty(shape: Sequence[int | str | None]) -> tuple[int, ...]:
+    """The shape of a cache of no tokens, of one row."""
+    heads, width = (size for size in shape if isinstance(size, int))
+    return (1, heads, 0, width)
 
 
 def main() -> None:

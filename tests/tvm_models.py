@@ -62,7 +62,7 @@ class Turned(nn.Module):
     def __init__(self, width: int = 8) -> None:
         super().__init__()
         self.layer = nn.Linear(width, width)
-        self.register_buffer("inv_freq", 10000.0 ** -(torch.arange(width // 2) / (width // 2)))
+        self.inv_freq = nn.Buffer(10000.0 ** -(torch.arange(width // 2) / (width // 2)))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer(x)
@@ -72,7 +72,7 @@ class Turned(nn.Module):
         return x * table.cos() + torch.cat((-high, low), -1) * table.sin()
 
 
-def turned() -> tuple[nn.Module, tuple[Tensor]]:
+def turned() -> tuple[Turned, tuple[Tensor]]:
     """A model and its input, as the command line asks for them."""
     torch.manual_seed(0)
     return Turned(), (torch.randn(2, 6, 8),)

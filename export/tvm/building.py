@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ def build(
     kwargs: dict[str, Any] | None = None,
     *,
     target: str | Mapping[str, Any] | Target,
-    records: str | PathLike[str] | None = None,
+    records: str | Path | None = None,
     dynamic_shapes: Any = "auto",
     kv_cache: bool = False,
     dtype: torch.dtype | None = None,

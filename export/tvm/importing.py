@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import reduce
+from functools import partial, reduce
 from operator import add, mul
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import sympy  # type: ignore[import-untyped]  # it has no annotations
 import torch
@@ -22,8 +22,12 @@ from grape_compile.passes.graph import module_path, source_line
 MAIN: Final = "main"
 _ASKED: Final = "import a program into TVM"
 
-#: Writes the call of one operator: node and importer in, value out.
-Converter = Callable[[fx.Node, "Importer"], Any]
+
+class Converter(Protocol):
+    """Writes the call of one operator."""
+
+    def __call__(self, node: fx.Node, importer: Importer) -> Any:
+        """Return the value of a node."""
 
 
 def imported(flat: Flat, converters: Mapping[str, Converter]) -> IRModule:
@@ -78,7 +82,7 @@ class Importer(ExportedProgramImporter):  # type: ignore[misc]  # TVM is not ann
         """Return what converts a call, by the name of its operator."""
         found = {name: self._held(convert) for name, convert in super().create_convert_map().items()}
         for name, converter in self._own.items():
-            found[name] = self._held(lambda node, converter=converter: converter(node, self))
+            found[name] = self._held(partial(converter, importer=self))
         return {name: self._sized(convert) for name, convert in found.items()}
 
     def _process_derived_symbol(self, symbol: Any, variables: dict[str, Any]) -> Any:

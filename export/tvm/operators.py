@@ -109,10 +109,9 @@ class Operators:
             encoding = parse(text)
             values = (sized(each, sizes) for each in given)
             named = dict(zip(slot_names(encoding), values, strict=True))
-            beside = {name: sized(each, sizes) for name, each in more.items()}
-            call = Attention(
-                encoding, *(sized(each, sizes) for each in heads), slots=named, **beside, **numbers
-            )
+            beside: Any = {name: sized(each, sizes) for name, each in more.items()}
+            q, k, v = (sized(each, sizes) for each in heads)
+            call = Attention(encoding, q, k, v, slots=named, **beside, **numbers)
             return attention_task(call), attention_space(call, self.target)
 
         return self._once((text, *heads, *more.items(), given, *numbers.values()), at)
