@@ -131,7 +131,9 @@ def program(
     work: Workload, point: Mapping[str, int], target: engine.Target, inputs: Mapping[str, Tensor]
 ) -> Callable[[], Tensor]:
     """Return a call of one program; its result lies in the memory that the next call writes to."""
-    return _call(engine.compile_module(work.space.build(point), target), work.space.name, work.arguments(inputs))
+    return _call(
+        engine.compile_module(work.space.build(point), target), work.space.name, work.arguments(inputs)
+    )
 
 
 def _call(library: Any, name: str, arguments: list[Array]) -> Callable[[], Tensor]:

@@ -2,7 +2,8 @@
 
 import contextlib
 import sys
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 from grape_compile.errors import GrapeError
 
@@ -96,12 +97,19 @@ def app() -> "typer.Typer":
             ),
         ] = None,
         records: Annotated[
-            str, typer.Option(help="Directory of records; with --kernels a file, by default what kernels read.")
+            str,
+            typer.Option(help="Directory of records; with --kernels a file, by default what kernels read."),
         ] = "",
-        fresh: Annotated[bool, typer.Option("--fresh", help="--kernels: tune again what is recorded.")] = False,
+        fresh: Annotated[
+            bool, typer.Option("--fresh", help="--kernels: tune again what is recorded.")
+        ] = False,
     ) -> None:
         """Finds the fastest programs for a device and records them: MODEL --target, --kernels, or --merge A B -o C."""
-        asked = [name for name, given in (("--kernels", kernels), ("--target", target), ("--merge", merge)) if given]
+        asked = [
+            name
+            for name, given in (("--kernels", kernels), ("--target", target), ("--merge", merge))
+            if given
+        ]
         if len(asked) != 1:
             works = "MODEL --target llvm --records DIR; --kernels; or --merge A B -o C"
             raise GrapeError("tune", " and ".join(asked) or "neither MODEL --target nor --kernels", works)
@@ -120,11 +128,14 @@ def app() -> "typer.Typer":
             raise GrapeError("tune", "no directory for the records", "--records DIR")
         from grape_compile import named_models
         from grape_compile.tuning.display import shown
+
         tune_programs = tuning.tune
 
         with contextlib.redirect_stdout(sys.stderr):
             models = [named_models.load(name, batch=batch, sequence=tokens or 512) for name in names or ()]
-        wanted = [(each.model, each.args, each.kwargs) for each in models]
+        wanted: list[tuple[Any, Sequence[Any], Mapping[str, Any]]] = [
+            (each.model, each.args, each.kwargs) for each in models
+        ]
         wanted += [(each, (layer,), {}) for each in encodings]
         if not wanted:
             raise GrapeError("tune", "no model", "MODEL, or --encoding TEXT")
@@ -192,7 +203,9 @@ def _merge(directories: list[str], out: str) -> object:
     from grape_compile.records import merge
 
     if not directories or not out:
-        raise GrapeError("merge records", "no directories" if not directories else "no --out", "--merge A B -o C")
+        raise GrapeError(
+            "merge records", "no directories" if not directories else "no --out", "--merge A B -o C"
+        )
     return merge(directories, out)
 
 

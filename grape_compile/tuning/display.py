@@ -20,7 +20,11 @@ def shown() -> Iterator[Callable[[Progress], None]]:
     if not console.is_terminal:
         yield lambda step: console.print(f"{step.task}: {told(step)}", soft_wrap=True, markup=False)
         return
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(20), TextColumn("{task.fields[told]}"))
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(20),
+        TextColumn("{task.fields[told]}"),
+    )
     with Bars(*columns, console=console) as bars:
         lines: dict[object, object] = {}
 

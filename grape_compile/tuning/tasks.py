@@ -137,9 +137,10 @@ def _attended(
     mask, sinks = (None if given.get(name) is None else _operand(given[name]) for name in ("mask", "sinks"))
     numbers = {name: given.get(name) for name in ("scale", "window", "cap")}
     causal = bool(given.get("is_causal", False))
-    yield attention_workload(
-        Attention(biases, query, key, value, slots, mask, sinks, causal, **numbers), target
+    attention = Attention(
+        biases, query, key, value, slots=slots, mask=mask, sinks=sinks, is_causal=causal, **numbers
     )
+    yield attention_workload(attention, target)
 
 
 def _turned(encoding: Encoding, operand: Operand, slots: Slots, target: engine.Target) -> Workload:
@@ -153,7 +154,9 @@ def _apart(encoding: Encoding) -> tuple[list[Encoding], Encoding]:
     """Return the rotations of an encoding, and what it adds to the logits."""
     parts = list(encoding.parts) if isinstance(encoding, Compose) else [encoding]
     biases = tuple(each for each in parts if isinstance(each, Bias | PathBias))
-    turns = [each for each in parts if isinstance(each, Multiplicative) and not isinstance(each, Nope)]
+    turns: list[Encoding] = [
+        each for each in parts if isinstance(each, Multiplicative) and not isinstance(each, Nope)
+    ]
     return turns, Nope() if not biases else biases[0] if len(biases) == 1 else Compose(biases)
 
 
@@ -179,7 +182,7 @@ def _of_layer(encoding: Encoding, shape: Shape, target: engine.Target) -> Iterat
         for operand in (query, key):
             yield _turned(turn, operand, slots, target)
     if not turns or not isinstance(biases, Nope):
-        yield attention_workload(Attention(biases, query, key, key, slots, is_causal=True), target)
+        yield attention_workload(Attention(biases, query, key, key, slots=slots, is_causal=True), target)
 
 
 def _slots_of(part: Encoding, shape: Shape) -> Iterator[tuple[str, Operand]]:

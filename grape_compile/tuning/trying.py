@@ -61,7 +61,9 @@ class Search:
 
     def measure_untuned(self, told: Told) -> None:
         """Time what runs without tuning, unless that is recorded."""
-        self._try([each for each in self.workload.candidates[:1] if candidate_key(each) not in self.times], told)
+        self._try(
+            [each for each in self.workload.candidates[:1] if candidate_key(each) not in self.times], told
+        )
 
     def run(self, told: Told) -> None:
         """Try candidates until there are enough trials, then let the best compete and record the winner."""
@@ -79,7 +81,9 @@ class Search:
         points = {candidate_key(each) for each in self.workload.candidates}
 
         def is_current(record: Trial | Winner) -> bool:
-            return candidate_key(record.candidate) in points and self._hash(record.candidate) == record.program
+            return (
+                candidate_key(record.candidate) in points and self._hash(record.candidate) == record.program
+            )
 
         current = [each for each in held.trials if is_current(each)]
         stale = len(held.trials) - len(current)

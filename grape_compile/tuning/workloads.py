@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
@@ -14,16 +13,11 @@ from torch import Tensor
 
 from grape_compile.encoding import (
     Accumulated,
-    Bias,
-    Compose,
     Encoding,
     Learned,
-    Multiplicative,
-    PathBias,
     Rotation,
     Table,
 )
-from grape_compile.errors import OperandError
 from grape_compile.kernels.tensorir import engine
 from grape_compile.kernels.tensorir.attention import attention_space
 from grape_compile.kernels.tensorir.attention_call import Attention
@@ -99,9 +93,7 @@ class Workload:
         return _apart(result, exact), 1.25 * _apart(self.define(inputs), exact) + 1e-7
 
 
-def rotation_workload(
-    encoding: Rotation, operand: Operand, slots: Slots, target: engine.Target
-) -> Workload:
+def rotation_workload(encoding: Rotation, operand: Operand, slots: Slots, target: engine.Target) -> Workload:
     """Return the function that turns one tensor."""
     inputs = {"x": operand, **{name: slots[name] for name in encoding.slots}}
 
@@ -131,9 +123,7 @@ def attention_workload(attention: Attention, target: engine.Target) -> Workload:
         )
 
     space, inputs = attention_space(attention, target), dict(attention.arguments)
-    return Workload(
-        attention_task(attention), space, inputs, attention.output, attention.encoding, define
-    )
+    return Workload(attention_task(attention), space, inputs, attention.output, attention.encoding, define)
 
 
 def distinct(workloads: Sequence[Workload]) -> list[Workload]:

@@ -18,7 +18,9 @@ from grape_compile.records.trials import line_of, record_of
 
 TASK = Task("rotate", "rotation(half(8), geometric(10000.0), steps)", "x[1,2,4,8]:float32", "float32")
 PLACE = Place("a CPU, 1 thread", '{"kind":"llvm"}', "tvm 1")
-TRIAL = Trial(TASK, PLACE, {"tokens": 4, "lanes": 8}, "abc", (1.5e-05, 1.25e-05), "", "", "2026-11-26T00:00:00Z")
+TRIAL = Trial(
+    TASK, PLACE, {"tokens": 4, "lanes": 8}, "abc", (1.5e-05, 1.25e-05), "", "", "2026-11-26T00:00:00Z"
+)
 FAILED = replace(TRIAL, candidate={"tokens": 8, "lanes": 8}, seconds=(), failure="it crashed")
 WINNER = Winner(TASK, PLACE, {"tokens": 4, "lanes": 8}, "abc", 1.25e-05, 2.5e-05, 1e-8, 1e-7, 2, "")
 

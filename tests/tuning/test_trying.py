@@ -26,7 +26,7 @@ from grape_compile.tuning.proposals import propose
 from grape_compile.tuning.trying import Search
 
 WORKLOAD = small()
-FASTEST = max(WORKLOAD.candidates, key=lambda each: (each["tokens"] * each["lanes"]))
+FASTEST = max(WORKLOAD.candidates, key=lambda each: each["tokens"] * each["lanes"])
 
 
 def searched(directory: Path, machine: Machine, trials: int) -> Search:
@@ -50,7 +50,13 @@ def test_the_untuned_program_comes_first_and_nothing_is_tried_twice() -> None:
 
 def test_the_model_finds_the_fastest_of_many_sooner_than_chance() -> None:
     """4096 candidates whose times are a product of four factors: 64 draws find one of the best 16 with 22 % chance."""
-    space = [{"a": a, "b": b, "c": c, "d": d} for a in range(8) for b in range(8) for c in range(8) for d in range(8)]
+    space = [
+        {"a": a, "b": b, "c": c, "d": d}
+        for a in range(8)
+        for b in range(8)
+        for c in range(8)
+        for d in range(8)
+    ]
     ranks = sorted(space, key=lambda each: sum((value - 5) ** 2 for value in each.values()))
     best = [candidate_key(each) for each in ranks[:16]]
     found = 0
@@ -119,8 +125,10 @@ def test_trials_of_programs_that_changed_are_told_of_and_repeated(tmp_path: Path
     searched(tmp_path, Machine(WORKLOAD, product), 6)
     old = read_log(tmp_path)
     with Log(tmp_path / "other") as log:
-        for record in (*old.trials, *old.winners):
-            log.append(replace(record, program="of another text"))
+        for trial in old.trials:
+            log.append(replace(trial, program="of another text"))
+        for winner in old.winners:
+            log.append(replace(winner, program="of another text"))
     search = searched(tmp_path / "other", machine := Machine(WORKLOAD, product), 6)
     assert len(machine.measured) == 6
     assert any("written differently now" in problem for problem in search.problems)
@@ -157,7 +165,9 @@ def test_a_record_serves_every_length(tmp_path: Path, recorded: Winner) -> None:
     def at(heads: int) -> replay.At:
         def sizes_known(sizes: Any) -> Any:
             operand = sized(Operand(("batch", heads, "s0", 64)), sizes)
-            return rotation_task(rope(64), operand, {}), rotation_space(rope(64), operand, {}, to_target("llvm"))
+            return rotation_task(rope(64), operand, {}), rotation_space(
+                rope(64), operand, {}, to_target("llvm")
+            )
 
         return sizes_known
 

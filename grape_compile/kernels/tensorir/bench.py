@@ -82,9 +82,7 @@ def _is_android(target: engine.Target) -> bool:
     return "android" in str(target)
 
 
-def measure(
-    session: Session, libraries: Sequence[Library], arguments: str, rounds: int
-) -> list[list[float]]:
+def measure(session: Session, libraries: Sequence[Library], arguments: str, rounds: int) -> list[list[float]]:
     """Return the seconds of each library, REPEAT for each round, in which all have their turn.
 
     `arguments` is a file of arrays in the order of the function's own, results included.
@@ -151,7 +149,10 @@ def _processor() -> str:
 def save(arguments: Sequence[Array], path: Path) -> None:
     """Write arrays for `measure` and `compute`."""
     brains = [value.dtype.name == "bfloat16" for value in arguments]
-    plain = [value.view(np.uint16) if is_brain else value for value, is_brain in zip(arguments, brains, strict=True)]
+    plain = [
+        value.view(np.uint16) if is_brain else value
+        for value, is_brain in zip(arguments, brains, strict=True)
+    ]
     # numpy has no bfloat16 of its own.
     np.savez(path, *plain, bfloat16=np.array(brains))
 

@@ -59,7 +59,9 @@ class Recorded:
                 if _is_point(winner, program):
                     self.used[task] = winner
                     return dict(winner.candidate)
-                self._tell(f"a record of {tuned} is of a program that is written differently now; it is not used")
+                self._tell(
+                    f"a record of {tuned} is of a program that is written differently now; it is not used"
+                )
         return dict(space.hand)
 
     def _sizes(self, task: Task) -> Iterator[dict[str, int]]:
@@ -69,7 +71,9 @@ class Recorded:
             return
         known = {each.task for each in (*self._held.winners, *_shipped().winners)}
         fitting = [sizes for each in known if (sizes := bound(task, each)) is not None]
-        yield from sorted(fitting, key=lambda sizes: (math.prod(sizes.values()), sorted(sizes.items())), reverse=True)
+        yield from sorted(
+            fitting, key=lambda sizes: (math.prod(sizes.values()), sorted(sizes.items())), reverse=True
+        )
 
     def _winners(self, task: Task) -> Iterator[Winner]:
         found = self._held.of(task, Place(self._device, str(self.target), version_text()))

@@ -35,7 +35,10 @@ def sized(operand: Operand, sizes: Mapping[str, int]) -> Operand:
     >>> sized(Operand((1, "s0", 64)), {"s0": 8}).shape
     (1, 8, 64)
     """
-    return replace(operand, shape=tuple(sizes.get(each, each) if isinstance(each, str) else each for each in operand.shape))
+    return replace(
+        operand,
+        shape=tuple(sizes.get(each, each) if isinstance(each, str) else each for each in operand.shape),
+    )
 
 
 def _sizes(inputs: Iterable[tuple[str, Operand]]) -> str:
