@@ -47,7 +47,7 @@ from grape_compile.tuning.workloads import (
 _ATTEND: Final = (
     "query", "key", "value", "slots", "encoding", "mask", "is_causal", "scale", "window", "cap", "sinks", "segments",
 )  # fmt: skip
-_SDPA: Final = ("query", "key", "value", "mask", "dropout", "is_causal", "scale", "groups")
+_FUSED: Final = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,13 @@ def _of_node(node: fx.Node, target: engine.Target) -> Iterator[Workload]:
         if given.get("segments") is not None:
             raise GrapeError(str(encoding), "segments of several sequences in one", "one sequence")
         yield from _attended(encoding, given, _slots(encoding, given["slots"]), target)
+    elif name == "aten::scaled_dot_product_attention":
+        given = dict(zip(_FUSED, node.args, strict=False)) | dict(node.kwargs)
+        given["mask"] = given.get("attn_mask")
+        query, key = (_operand(given[each]) for each in ("query", "key"))
+        # Its causal mask is about the first keys, that of `grape::attend` about the last.
+        if len(query.shape) == 4 and not (given.get("is_causal") and query.shape[2] != key.shape[2]):
+            yield from _attended(Nope(), given, {}, target)
 
 
 def _attended(
