@@ -2,7 +2,8 @@
 
 import contextlib
 import sys
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 from grape_compile.errors import GrapeError
 
@@ -132,7 +133,9 @@ def app() -> "typer.Typer":
 
         with contextlib.redirect_stdout(sys.stderr):
             models = [named_models.load(name, batch=batch, sequence=tokens or 512) for name in names or ()]
-        wanted = [(each.model, each.args, each.kwargs) for each in models]
+        wanted: list[tuple[Any, Sequence[Any], Mapping[str, Any]]] = [
+            (each.model, each.args, each.kwargs) for each in models
+        ]
         wanted += [(each, (layer,), {}) for each in encodings]
         if not wanted:
             raise GrapeError("tune", "no model", "MODEL, or --encoding TEXT")

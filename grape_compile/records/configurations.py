@@ -1,4 +1,4 @@
-"""Best configurations of kernels: a JSON file that holds for one machine and code, replaced as a whole or not at all."""
+"""Best configurations of kernels: a file that holds for one machine and code, replaced as a whole or not at all."""
 
 from __future__ import annotations
 

@@ -144,9 +144,9 @@ def merge(sources: Iterable[Path | str], into: Path | str) -> Merged:
     with Log(into) as target:
         for held in (target.held, *map(read_log, given)):
             problems += held.problems
-            for record in (*held.trials, *held.winners):
-                lines[line_of(record)] = record
-                count += 1
+            records: list[Record] = [*held.trials, *held.winners]
+            lines |= {line_of(record): record for record in records}
+            count += len(records)
         unfinished = target.path.with_name(f".{FILE}.{os.getpid()}.{time.monotonic_ns()}")
         try:
             with unfinished.open("w", encoding="utf-8") as file:

@@ -119,7 +119,8 @@ def _read(kind: type[Trial] | type[Winner], content: dict[str, Any]) -> Record:
             record = Winner(task, place, **content)
     except (TypeError, KeyError) as failure:
         raise ValueError("it lacks a field or has one too many") from failure
-    times = record.seconds if isinstance(record, Trial) else (record.seconds, record.untuned)
+    # What the file holds may be of any type.
+    times: Sequence[Any] = record.seconds if isinstance(record, Trial) else (record.seconds, record.untuned)
     if not all(isinstance(each, float) and 0 < each < NO_TIME for each in times):
         raise ValueError("its times are none")
     if isinstance(record, Trial) and bool(record.seconds) == bool(record.failure):
@@ -144,7 +145,8 @@ class Held:
     def of(self, task: Task, place: Place) -> Held:
         """Return what holds for a task in a place, and a sentence for each other place that has records of it."""
         trials, winners = list(_for(self.trials, task)), list(_for(self.winners, task))
-        others = Counter(each.place for each in [*trials, *winners] if each.place != place)
+        places = [each.place for each in trials] + [each.place for each in winners]
+        others = Counter(each for each in places if each != place)
         told = [f"{count} records of {task} are for {_apart(other, place)}; they are not used"
                 for other, count in others.items()]  # fmt: skip
         return Held(

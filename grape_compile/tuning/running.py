@@ -36,11 +36,13 @@ class Outcome:
     server: str = ""
 
 
-class _Processes:
-    """Threads with a process each that a call can be given to."""
+class Processes:
+    """Threads with a process each that a call can be given to; a process begins with `ready`."""
 
-    def __init__(self, number: int, uses: int | None = None) -> None:
-        self._threads, self._uses = ThreadPoolExecutor(number), uses
+    def __init__(
+        self, number: int, uses: int | None = None, ready: Callable[[], object] = bench.ready
+    ) -> None:
+        self._threads, self._uses, self._ready = ThreadPoolExecutor(number), uses, ready
         self._own = threading.local()
         self._all: list[Any] = []
 
@@ -61,10 +63,10 @@ class _Processes:
     def start(self) -> Any:
         """Return the process of this thread, which has imported what it needs."""
         if not hasattr(self._own, "worker"):
-            worker = Worker(bench.ready, maximum_uses=self._uses, stdout=DEVNULL, stderr=DEVNULL)
+            worker = Worker(self._ready, maximum_uses=self._uses, stdout=DEVNULL, stderr=DEVNULL)
             self._all.append(worker)
             self._own.worker = worker
-            worker.send(bench.ready)
+            worker.send(self._ready)
             worker.recv()
         return self._own.worker
 
@@ -91,8 +93,8 @@ class Runner:
         self._folder = tempfile.TemporaryDirectory(dir=folder, prefix="build-")
         self._ending = library_ending(target, is_here=fleet is None)
         self._numbers = count()
-        self._compiling = _Processes(jobs, USES)
-        self._running = _Processes(1 if fleet is None else max(len(fleet), 1))
+        self._compiling = Processes(jobs, USES)
+        self._running = Processes(1 if fleet is None else max(len(fleet), 1))
 
     def __enter__(self) -> Runner:
         return self
@@ -114,6 +116,10 @@ class Runner:
                 return f"it cannot be compiled: {first_line(failure)}"
             return Library(path, program.function)
 
+        if not programs:
+            return []
+        # While the first programs are compiled, what will run them starts.
+        self._running.submit(self._running.start)
         waiting = [self._compiling.submit(build, self._path(self._ending), each) for each in programs]
         return [each.result() for each in waiting]
 
@@ -143,16 +149,19 @@ class Runner:
     def compare(self, libraries: Sequence[Library], arguments: Path, rounds: int) -> list[list[float]] | str:
         """Time libraries in turn on one device; or say why that failed."""
         try:
-            return self._running.submit(
+            times: list[list[float]] = self._running.submit(
                 self._on_a_device, bench.measure, list(libraries), str(arguments), rounds
             ).result()[0]
+            return times
         except _Failure as failure:
             return str(failure)
 
     def compute(self, library: Library, arguments: Path) -> list[Array] | str:
         """Return the arguments of a library after one run; or say why that failed."""
         try:
-            return self._running.submit(self._on_a_device, bench.compute, library, str(arguments)).result()[0]
+            given = self._running.submit(self._on_a_device, bench.compute, library, str(arguments))
+            arrays: list[Array] = given.result()[0]
+            return arrays
         except _Failure as failure:
             return str(failure)
 

@@ -47,7 +47,7 @@ from grape_compile.tuning.workloads import (
 _ATTEND: Final = (
     "query", "key", "value", "slots", "encoding", "mask", "is_causal", "scale", "window", "cap", "sinks", "segments",
 )  # fmt: skip
-_SDPA: Final = ("query", "key", "value", "mask", "dropout", "is_causal", "scale", "groups")
+_FUSED: Final = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,13 @@ def _of_node(node: fx.Node, target: engine.Target) -> Iterator[Workload]:
         if given.get("segments") is not None:
             raise GrapeError(str(encoding), "segments of several sequences in one", "one sequence")
         yield from _attended(encoding, given, _slots(encoding, given["slots"]), target)
+    elif name == "aten::scaled_dot_product_attention":
+        given = dict(zip(_FUSED, node.args, strict=False)) | dict(node.kwargs)
+        given["mask"] = given.get("attn_mask")
+        query, key = (_operand(given[each]) for each in ("query", "key"))
+        # Its causal mask is about the first keys, that of `grape::attend` about the last.
+        if len(query.shape) == 4 and not (given.get("is_causal") and query.shape[2] != key.shape[2]):
+            yield from _attended(Nope(), given, {}, target)
 
 
 def _attended(
@@ -137,9 +144,10 @@ def _attended(
     mask, sinks = (None if given.get(name) is None else _operand(given[name]) for name in ("mask", "sinks"))
     numbers = {name: given.get(name) for name in ("scale", "window", "cap")}
     causal = bool(given.get("is_causal", False))
-    yield attention_workload(
-        Attention(biases, query, key, value, slots, mask, sinks, causal, **numbers), target
+    attention = Attention(
+        biases, query, key, value, slots=slots, mask=mask, sinks=sinks, is_causal=causal, **numbers
     )
+    yield attention_workload(attention, target)
 
 
 def _turned(encoding: Encoding, operand: Operand, slots: Slots, target: engine.Target) -> Workload:
@@ -153,7 +161,9 @@ def _apart(encoding: Encoding) -> tuple[list[Encoding], Encoding]:
     """Return the rotations of an encoding, and what it adds to the logits."""
     parts = list(encoding.parts) if isinstance(encoding, Compose) else [encoding]
     biases = tuple(each for each in parts if isinstance(each, Bias | PathBias))
-    turns = [each for each in parts if isinstance(each, Multiplicative) and not isinstance(each, Nope)]
+    turns: list[Encoding] = [
+        each for each in parts if isinstance(each, Multiplicative) and not isinstance(each, Nope)
+    ]
     return turns, Nope() if not biases else biases[0] if len(biases) == 1 else Compose(biases)
 
 
@@ -179,7 +189,7 @@ def _of_layer(encoding: Encoding, shape: Shape, target: engine.Target) -> Iterat
         for operand in (query, key):
             yield _turned(turn, operand, slots, target)
     if not turns or not isinstance(biases, Nope):
-        yield attention_workload(Attention(biases, query, key, key, slots, is_causal=True), target)
+        yield attention_workload(Attention(biases, query, key, key, slots=slots, is_causal=True), target)
 
 
 def _slots_of(part: Encoding, shape: Shape) -> Iterator[tuple[str, Operand]]:

@@ -8,13 +8,14 @@ import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 
 from grape_compile.errors import GrapeError
 from grape_compile.records import Log, Place, Task, Trial, Winner, merge, read_log
 from grape_compile.records.log import FILE
-from grape_compile.records.trials import line_of, record_of
+from grape_compile.records.trials import _canonical, line_of, record_of
 
 TASK = Task("rotate", "rotation(half(8), geometric(10000.0), steps)", "x[1,2,4,8]:float32", "float32")
 PLACE = Place("a CPU, 1 thread", '{"kind":"llvm"}', "tvm 1")
@@ -66,8 +67,6 @@ def changed(**fields: Any) -> str:
     """A line with other fields, and the checksum that fits them."""
     content = json.loads(line_of(TRIAL)) | fields
     del content["check"]
-    from grape_compile.records.trials import _canonical, crc32
-
     return _canonical({**content, "check": crc32(_canonical(content).encode())})
 
 

@@ -125,8 +125,10 @@ def test_trials_of_programs_that_changed_are_told_of_and_repeated(tmp_path: Path
     searched(tmp_path, Machine(WORKLOAD, product), 6)
     old = read_log(tmp_path)
     with Log(tmp_path / "other") as log:
-        for record in (*old.trials, *old.winners):
-            log.append(replace(record, program="of another text"))
+        for trial in old.trials:
+            log.append(replace(trial, program="of another text"))
+        for winner in old.winners:
+            log.append(replace(winner, program="of another text"))
     search = searched(tmp_path / "other", machine := Machine(WORKLOAD, product), 6)
     assert len(machine.measured) == 6
     assert any("written differently now" in problem for problem in search.problems)
