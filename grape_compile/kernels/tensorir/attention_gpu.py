@@ -14,7 +14,7 @@ from grape_compile.encoding import Accumulated
 from grape_compile.kernels.tensorir.arithmetic import number
 from grape_compile.kernels.tensorir.attention_call import Attention
 from grape_compile.kernels.tensorir.engine import T
-from grape_compile.kernels.tensorir.loops import cast, ceildiv, given, strided
+from grape_compile.kernels.tensorir.loops import cast, ceildiv, given, registers, strided
 from grape_compile.kernels.tensorir.machines import Gpu
 from grape_compile.kernels.tensorir.operands import Operand, Sizes, read
 from grape_compile.kernels.tensorir.path_terms import PathTerm, turned_edges
@@ -82,7 +82,7 @@ class AttentionOnGpu:
         attention, rows, block, width = self.attention, self.rows, self.block, self.attention.width
         kv_head = T.bind(place.head // (attention.heads // attention.kv_heads))
         queries, products = machine.make(width, rows), machine.make(block, rows)
-        logits, shrink = machine.make(block, rows), machine.make(rows)
+        shrink = machine.make(rows)
         keys, values = machine.make(self._padded(width)), machine.make(block, attention.value_width)
         gathered = T.alloc_buffer((self.tile, self.columns), "float32", scope="local")
         best, total = (T.alloc_buffer((1,), "float32", scope="local") for _ in range(2))
@@ -133,9 +133,7 @@ class AttentionOnGpu:
                     lambda step, column, path=path: path.edge(place.key(start + step), column),
                 )
                 self._products(thread, step_edges, path.queries, path.dim, path.edges)
-            self._softmax(
-                place, thread, machine, start, stop, terms, paths, products, logits, best, total, shrink
-            )
+            self._softmax(place, thread, machine, start, stop, terms, paths, products, best, total, shrink)
             self._sum_values(thread, values, products, shrink, gathered)
         self._finish(place, thread, shrink, total, gathered)
 
@@ -189,7 +187,6 @@ class AttentionOnGpu:
         terms: list[Additive],
         paths: list[PathTerm],
         products: Any,
-        logits: Any,
         best: Any,
         total: Any,
         shrink: Any,
@@ -199,12 +196,14 @@ class AttentionOnGpu:
         Along a path the sums of a key are those of all later ones (GRAPE 5.1), so keys come from the last to the first.
         """
         attention = self.attention
+        # In registers: what the loop over keys reads from shared memory it does not write, or threads would wait.
+        logits = T.alloc_buffer((self.block,), "float32", scope="local")
         highest = T.alloc_buffer((1,), "float32", scope="local")
         sums = [T.alloc_buffer((1,), "float32", scope="local") for _ in paths]
         T.buffer_store(highest, best[0], [0])
         for path, summed in zip(paths, sums, strict=True):
             T.buffer_store(summed, path.sums[row], [0])
-        with T.serial(0, self.block) as back:
+        with registers(self.block) as back:
             step = self.block - 1 - back
             key = start + step
             logit = capped(attention, machine, products[step, row])
@@ -218,24 +217,27 @@ class AttentionOnGpu:
             logit = masked(attention, self.buffers, place, row, key, logit)
             gone = hidden(attention, place, row, key, stop)
             logit = T.bind(T.Select(gone, nothing(), logit))
-            T.buffer_store(logits, logit, [step, row])
+            T.buffer_store(logits, logit, [step])
             T.buffer_store(highest, T.max(highest[0], logit), [0])
         for path, summed in zip(paths, sums, strict=True):
             T.buffer_store(path.sums, summed[0], [row])
-        less = T.bind(machine.exp(best[0] - highest[0]))
-        T.buffer_store(shrink, less, [row])
+        less = T.alloc_buffer((1,), "float32", scope="local")
+        T.buffer_store(less, machine.exp(best[0] - highest[0]), [0])
+        T.buffer_store(shrink, less[0], [row])
         T.buffer_store(best, highest[0], [0])
         weights = T.alloc_buffer((1,), "float32", scope="local")
         T.buffer_store(weights, number(0.0), [0])
-        with T.serial(0, self.block) as step:
-            weight = T.bind(machine.exp(logits[step, row] - highest[0]))
+        with registers(self.block) as step:
+            weight = T.bind(machine.exp(logits[step] - highest[0]))
             T.buffer_store(products, weight, [step, row])
             T.buffer_store(weights, weights[0] + weight, [0])
-        T.buffer_store(total, total[0] * less + weights[0], [0])
+        T.buffer_store(total, total[0] * less[0] + weights[0], [0])
 
     def _sum_values(self, thread: Any, values: Any, weights: Any, shrink: Any, gathered: Any) -> None:
         row, group = thread % self.groups, thread // self.groups
-        less = [T.bind(shrink[row + i * self.groups]) for i in range(self.tile)]
+        less = T.alloc_buffer((self.tile,), "float32", scope="local")
+        for i in range(self.tile):
+            T.buffer_store(less, shrink[row + i * self.groups], [i])
         self._tiles(self.columns, lambda i, j: T.buffer_store(gathered, gathered[i, j] * less[i], [i, j]))
         with T.serial(0, self.block) as step:
             ours = [T.bind(weights[step, row + i * self.groups]) for i in range(self.tile)]
@@ -280,7 +282,7 @@ def gpu_fits(attention: Attention, limit: int, point: Mapping[str, int]) -> bool
     if rows % (tile * tile) or block % tile:
         return False
     heads = attention.width * rows + block * (attention.width + 1 + attention.value_width)
-    numbers = heads + 2 * block * rows + rows
+    numbers = heads + block * rows + rows
     for path in attention.paths:
         numbers += block * rows + path.dim * rows + block * (path.dim + 1) + 2 * rows
     for bias in attention.additive:
