@@ -343,3 +343,21 @@ def test_the_command_line_writes_a_library(
     assert json.loads(told.out)["model"] == "Turned"
     assert "compile ..." in told.err
     assert load(out).run(turned()[1][0])["output"].shape == (2, 6, 8)
+
+
+# -- records -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_what_was_tuned_is_built(tmp_path: Path) -> None:
+    from grape_compile.tuning import tune
+
+    model, args = turned()
+    tune(model, args, target="llvm", trials=2, records=tmp_path)
+    artifact = build(model, args, target="llvm", records=tmp_path)
+    assert any(note.startswith("tuned: rotate rotation(half(8)") for note in artifact.about.notes)
+    file = next(tmp_path.iterdir())
+    file.write_text(file.read_text(encoding="utf-8").replace("half", "hall"), encoding="utf-8")
+    plain = build(model, args, target="llvm", records=tmp_path)
+    assert any("checksum" in note for note in plain.about.notes)
+    assert not any(note.startswith("tuned") for note in plain.about.notes)
