@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := test
-.PHONY: demo test test-all lint format bench bench-gpu gpu-page gates coverage figures models clean
+.PHONY: demo test test-all lint format bench bench-gpu bench-tvm gpu-page gates coverage figures models clean
 
 demo: $(READY)
 	$(BIN)/python examples/quickstart.py
@@ -46,6 +46,10 @@ models: $(READY)
 bench-gpu: $(READY)
 	$(BIN)/python -m benchmarks.gpu rotation attention decoding --out benchmarks/results/
 
+# Tunes programs of TVM for this CPU and times them; about five minutes.
+bench-tvm: $(READY)
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.tvm --out benchmarks/results/
+
 # What they measured, as a page with figures.
 gpu-page: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
@@ -62,6 +66,13 @@ coverage: $(READY)
 figures: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	$(BIN)/python examples/encoding_figures.py docs/figures
+
+# The example that runs a library of TVM without Python; its runtime is that of the package.
+TVM = $$($(BIN)/python -c "import importlib.util as u; print(u.find_spec('$(1)').submodule_search_locations[0])")
+run_tvm: $(READY) examples/run_tvm.cpp
+	ffi=$(call TVM,tvm_ffi); tvm=$(call TVM,tvm); $(CXX) -std=c++17 -O2 examples/run_tvm.cpp -o $@ \
+	  -I$$ffi/include -L$$tvm/lib -L$$ffi/lib -Wl,-rpath,$$tvm/lib:$$ffi/lib \
+	  -Wl,--no-as-needed -ltvm_runtime -ltvm_ffi
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

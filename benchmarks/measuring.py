@@ -40,16 +40,20 @@ class Timing:
 
 
 def take_turns(
-    ways: Mapping[str, Callable[[], object]], *, rounds: int, warm_up: int = 2
+    ways: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warm_up: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Seconds of every way, run one after the other `rounds` times after `warm_up` uncounted rounds."""
+    """Seconds of every way by `clock`, run one after the other `rounds` times after `warm_up` uncounted rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(warm_up + rounds):
         for name, way in ways.items():
-            start = time.perf_counter()
+            start = clock()
             way()
             if turn >= warm_up:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return {name: Timing.of(samples) for name, samples in seconds.items()}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch import Tensor
 from grape_compile.errors import GrapeError
 from grape_compile.export.capturing import Captured
 from grape_compile.export.cases import Case
+from grape_compile.export.comparison import Comparison
 from grape_compile.export.deviation import Deviation, Numbers
 from grape_compile.export.oracle import Eager
 
@@ -21,15 +21,6 @@ FACTOR, FLOOR = 1.25, 1e-7
 
 #: Inputs of a case in, tensors of the result out.
 Run = Callable[[Sequence[Tensor]], list[Tensor]]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Relative root-mean-square errors against the original in float64: of the file and of the original itself."""
-
-    case: str
-    file: float
-    original: float
 
 
 def hold_to_contract(
@@ -57,7 +48,7 @@ def hold_to_contract(
     if over:
         worst = max(over, key=lambda each: each.file)
         raise GrapeError(
-            f"{kind} that computes what {type(captured.model).__name__} computes",
+            f"{kind} that computes what {captured.kind} computes",
             f"{worst.case}: relative error {worst.file:.2e} where the original has {worst.original:.2e}",
             "another target, verify=False to look at the file, and a report of this",
         )
@@ -118,7 +109,7 @@ def _check_numbers(captured: Captured, case: Case, right: Sequence[Tensor]) -> N
         counted = each if case.counted is None or each.shape[:2] != case.counted.shape else each[case.counted]
         if bool(counted.isnan().any()):
             raise GrapeError(
-                f"verify a file of {type(captured.model).__name__}",
+                f"verify a file of {captured.kind}",
                 f"{case.name}: the original in float64 returns nan",
                 "example arguments on which the model returns numbers, or verify=False",
             )

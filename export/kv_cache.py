@@ -93,6 +93,7 @@ def with_cache(model: Any) -> Captured:
             "logits": (BATCH, SEQUENCE, None),
             **{f"present.{part}": (BATCH, None, TOTAL, None) for part in parts},
         },
+        type(model).__name__,
     )
 
 

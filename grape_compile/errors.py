@@ -42,6 +42,10 @@ class RefusalError(GrapeError, RuntimeError):
     """A place that was not rewritten although the caller asked for `on_refusal="raise"`."""
 
 
+class EngineError(GrapeError, ImportError):
+    """An engine that is absent, of a release that does not work, or that cannot do what a target needs."""
+
+
 class ModelError(GrapeError, TypeError):
     """Something that is not a model was given where a model is wanted."""
 

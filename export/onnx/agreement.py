@@ -15,7 +15,8 @@ import sympy  # type: ignore[import-untyped]  # it has no annotations
 import torch
 
 from grape_compile.errors import GrapeError
-from grape_compile.export.contract import FACTOR, FLOOR, Comparison
+from grape_compile.export.comparison import Comparison
+from grape_compile.export.contract import FACTOR, FLOOR
 from grape_compile.export.deviation import Deviation
 from grape_compile.export.onnx.emit_blocks import SMALLEST
 from grape_compile.export.onnx.reading.examples import Example, Feeds, inputs_of

@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 from grape_compile.errors import GrapeError
 from grape_compile.export.capturing import Captured, capture
 from grape_compile.export.cases import Case, drawn_cases
-from grape_compile.export.contract import Comparison
+from grape_compile.export.comparison import Comparison
 from grape_compile.export.kv_cache import cached_cases, with_cache
 from grape_compile.export.onnx.clean import (
     drop_unread,

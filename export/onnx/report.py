@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from grape_compile.export.contract import Comparison
+from grape_compile.export.comparison import Comparison
 from grape_compile.export.onnx.lower import Lowered
 from grape_compile.passes.site import Refusal, Site
 

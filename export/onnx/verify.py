@@ -12,7 +12,8 @@ from torch import Tensor
 from grape_compile.errors import GrapeError
 from grape_compile.export.capturing import Captured
 from grape_compile.export.cases import Case
-from grape_compile.export.contract import Comparison, Run, compared, hold_to_contract
+from grape_compile.export.comparison import Comparison
+from grape_compile.export.contract import Run, compared, hold_to_contract
 from grape_compile.export.onnx.runtime import CPU, session
 
 

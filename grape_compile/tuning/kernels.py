@@ -42,7 +42,7 @@ class Tuned:
 
 
 @dataclass(frozen=True)
-class TuningReport:
+class KernelReport:
     """What was tuned, and where it is recorded."""
 
     cases: tuple[Tuned, ...]
@@ -70,7 +70,7 @@ def tune_kernels(
     records: Path | str | None = None,
     device: torch.device | str = "cuda",
     fresh: bool = False,
-) -> TuningReport:
+) -> KernelReport:
     """Find the fastest configuration of every kernel that these layers need, and record it for this GPU.
 
     `encodings` are those of the layers; without any, the rotation of halves that most models have. The file, by default
@@ -116,7 +116,7 @@ def families() -> Iterator[Family]:
 
 def search(
     cases: Sequence[Case], key: Key, capability: int, path: Path, timed: Timer, *, fresh: bool = False
-) -> TuningReport:
+) -> KernelReport:
     """Tune cases that have no record yet, and write the file after each."""
     before = read(path, key)
     kept = {} if fresh else {name: dict(row) for name, row in before.cases.items()}
@@ -134,7 +134,7 @@ def search(
             "recorded": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         write(path, key, kept)
-    return TuningReport(tuple(results), path, before.problem)
+    return KernelReport(tuple(results), path, before.problem)
 
 
 def _known(case: Case, row: Mapping[str, Any]) -> Tuned | None:

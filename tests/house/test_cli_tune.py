@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from grape_compile import tuning
 from grape_compile.cli import main
 from grape_compile.encoding import rope
-from grape_compile.tuning import Shape, TuningReport
+from grape_compile.tuning import KernelReport, Shape
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
@@ -26,9 +26,9 @@ def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     seen: list[tuple[Any, ...]] = []
 
-    def tune_kernels(shapes: Any, encodings: Any, **options: Any) -> TuningReport:
+    def tune_kernels(shapes: Any, encodings: Any, **options: Any) -> KernelReport:
         seen.append((shapes, encodings, options))
-        return TuningReport((), Path("records.json"))
+        return KernelReport((), Path("records.json"))
 
     monkeypatch.setattr(tuning, "tune_kernels", tune_kernels)
     return seen

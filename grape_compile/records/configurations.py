@@ -1,4 +1,4 @@
-"""Tuning records: a JSON file that says for which machine and code it holds, replaced as a whole or not at all."""
+"""Best configurations of kernels: a file that holds for one machine and code, replaced as a whole or not at all."""
 
 from __future__ import annotations
 
