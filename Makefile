@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := test
-.PHONY: demo test test-all lint format bench bench-gpu bench-tvm gpu-page gates coverage figures models clean
+.PHONY: demo test test-all lint format bench bench-gpu bench-tvm gpu-page gates coverage figures models results clean
 
 demo: $(READY)
 	$(BIN)/python examples/quickstart.py
@@ -62,6 +62,13 @@ gates: $(READY)
 # Hours of one core: a run that was stopped goes on where it was; `make coverage FRESH=1` starts over.
 coverage: $(READY)
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.coverage --jobs $(JOBS) $(if $(FRESH),,--resume)
+
+# Forty minutes of two quiet cores; a run that was stopped goes on where it was.
+results: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python examples/train_tiny_lm.py --preset cpu --jobs $(JOBS) --figures docs/figures \
+	  --results benchmarks/results/tiny_lm.json
+	$(BIN)/python -m benchmarks.results_page
 
 figures: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'

@@ -65,8 +65,10 @@ class RopeAttention(nn.Module):
     def __init__(self, width: int, heads: int, longest: int) -> None:
         super().__init__()
         self.head_dim = width // heads
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            self.add_module(name, nn.Linear(width, width, bias=False))
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width, bias=False)
+        self.o_proj = nn.Linear(width, width, bias=False)
         frequencies = 10000.0 ** (-torch.arange(0, self.head_dim, 2) / self.head_dim)
         angles = torch.arange(longest)[:, None] * torch.cat((frequencies, frequencies))
         self.register_buffer("cos", angles.cos(), persistent=False)
@@ -179,7 +181,8 @@ def bits_per_byte(model: TinyLM, text: Tensor, settings: Settings, multiple: int
 
 def groups(model: nn.Module) -> Iterator[dict[str, Any]]:
     """Parameters with weight decay, and those without: norms, and all of an encoding."""
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (free if ".grape." in name or parameter.dim() < 2 else decayed).append(parameter)
     yield {"params": decayed, "weight_decay": 0.1}

@@ -27,10 +27,16 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from tiny_lm import MULTIPLES, PRESETS, Settings, checkpoint, train
+from tiny_lm import MULTIPLES, PRESETS, Settings, TinyLM, checkpoint, corpus, train
+from torch import Tensor, nn
+
+from grape_compile.nn import TrainableEncoding
+from grape_compile.plotting import plot_encoding
 
 ENCODINGS = ("rope", "alibi", "fox", "grape-a-qk", "grape-ap", "grape-m", "nope")
 SEEDS = (0, 1, 2)
+#: Encodings of which the middle layer is drawn.
+PICTURED = {"grape-m", "fox", "grape-ap"}
 Run = tuple[str, int]
 
 
@@ -42,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--results", type=Path, default=None, help="file of results, tiny_lm.json in the folder"
     )
+    parser.add_argument("--figures", type=Path, default=None, help="folder for pictures of what was learned")
     parser.add_argument("--encodings", nargs="+", default=ENCODINGS)
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     chosen = parser.parse_args(arguments)
@@ -58,6 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write(results, {"machine": machine(), "preset": chosen.preset, "runs": found})
     write(results, {"machine": machine(), "preset": chosen.preset, "runs": found})
     Console().print(table(found))
+    if chosen.figures is not None:
+        for encoding in PICTURED & set(chosen.encodings):
+            draw_learned((encoding, chosen.seeds[0]), settings, chosen.work, chosen.figures)
 
 
 def compared(
@@ -167,9 +177,38 @@ def table(found: Sequence[dict[str, Any]]) -> Table:
         own = [document["bits per byte"] for document in found if document["encoding"] == encoding]
         rows[encoding] = [[bits[str(multiple)] for bits in own] for multiple in MULTIPLES]
     for encoding, columns in sorted(rows.items(), key=lambda row: statistics.mean(row[1][0])):
-        cells = [f"{statistics.mean(own):.3f} ± {statistics.pstdev(own):.3f}" for own in columns]
+        cells = [
+            f"{statistics.mean(own):.3f} ± {statistics.stdev(own) if len(own) > 1 else 0.0:.3f}"
+            for own in columns
+        ]
         shown.add_row(encoding, str(len(columns[0])), *cells)
     return shown
+
+
+def draw_learned(run: Run, settings: Settings, work: Path, folder: Path) -> None:
+    """Draw the encoding of the middle layer, before and after training, on the start of the validation text."""
+    encoding, seed = run
+    torch.manual_seed(seed)
+    model = TinyLM(settings, encoding)
+    model.start(seed)
+    attention = model.blocks[settings.layers // 2].get_submodule("attention")
+    seen: list[dict[str, Tensor]] = []
+
+    def look(module: nn.Module, given: tuple[Tensor, ...], slots: dict[str, Tensor]) -> None:
+        seen.append({name: slot.detach().clone() for name, slot in slots.items()})
+
+    grape = attention.get_submodule("grape")
+    grape.register_forward_hook(look)
+    tokens = corpus()[1][None, : settings.length].long()
+    with torch.no_grad():
+        model(tokens)
+        state = torch.load(checkpoint(*run, settings, work), map_location="cpu", weights_only=True)
+        model.load_state_dict(state["model"])
+        model(tokens)
+    assert isinstance(grape, TrainableEncoding)
+    folder.mkdir(parents=True, exist_ok=True)
+    figure = plot_encoding(grape, seen[1], before=seen[0])
+    figure.savefig(folder / f"tiny_lm_{encoding}.png", dpi=110, metadata={"Software": None})
 
 
 if __name__ == "__main__":

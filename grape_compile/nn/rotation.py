@@ -23,7 +23,7 @@ from grape_compile.encoding import (
 from grape_compile.errors import EncodingError, OperandError
 from grape_compile.nn.basis import OrthogonalBasis
 from grape_compile.nn.spectrum import SLOWNESS, LearnedSpectrum
-from grape_compile.nn.trainable import Projection, Slots, TrainableEncoding, wide
+from grape_compile.nn.trainable import Projection, Slots, TrainableEncoding, WideBuffers, wide
 
 #: log(exp(0.001) - 1) to the eight bits of bfloat16, so that no dtype moves the start of a phase.
 _START: Final = -6.90625
@@ -96,17 +96,18 @@ class LearnedRotation(TrainableEncoding):
         return slots
 
 
-class MixedRotation(TrainableEncoding):
+class MixedRotation(WideBuffers, TrainableEncoding):
     """Compact non-commuting GRAPE-M: the first `mixed` / 2 planes turn by one learned generator (GRAPE App. D).
 
-    The coordinates of these planes turn by exp(n L) with `generator` [mixed, mixed], of which the skew part counts,
-    at the start the planes' own frequencies on its diagonal blocks: nothing changes there. The other planes train
-    like those of `LearnedRotation`. A `basis` is of the whole head, so that both parts always commute and logits
-    depend on the offset alone. Raises OperandError for rotations that it cannot take apart.
+    The coordinates of these planes turn by exp(n L), L the skew part of start + `generator` [mixed, mixed], where
+    start has the planes' own frequencies on its diagonal blocks and `generator` is zero: nothing changes there. The
+    other planes train like those of `LearnedRotation`. A `basis` is of the whole head, so that both parts always
+    commute and logits depend on the offset alone. Raises OperandError for rotations that it cannot take apart.
     """
 
     columns: Tensor
     frame: Tensor
+    start: Tensor
 
     def __init__(
         self,
@@ -122,7 +123,8 @@ class MixedRotation(TrainableEncoding):
         pairs, count, size = rotation.planes.pairs(), mixed // 2, rotation.head_dim
         self.register_buffer("columns", torch.tensor(pairs[:count]).flatten(), persistent=False)
         turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
-        self.generator = nn.Parameter(torch.block_diag(*(float(each) * turn for each in theta[:count])))
+        self.register_buffer("start", torch.block_diag(*(float(each) * turn for each in theta[:count])))
+        self.generator = nn.Parameter(torch.zeros(mixed, mixed))
         self.basis = None if basis is None else OrthogonalBasis(size, basis)
         self.register_buffer("frame", torch.eye(size)[:, self.columns], persistent=False)
         mixing = NonCommuting(size, rotation.clock, rotation.orientation, basis="frame")
@@ -140,7 +142,8 @@ class MixedRotation(TrainableEncoding):
         self.encoding = Compose(parts).canonical()
 
     def forward(self, hidden: Tensor, query: Tensor | None = None, key: Tensor | None = None) -> Slots:
-        slots = {"generator": wide(self.generator), "frame": wide(self.frame)}
+        generator = self.start + wide(self.generator)
+        slots = {"generator": (generator - generator.mT) / 2, "frame": self.frame}
         if self.basis is not None:
             basis = self.basis()
             slots["frame"] = basis[:, self.columns]

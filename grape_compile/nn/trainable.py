@@ -94,7 +94,7 @@ class WideBuffers(nn.Module):
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call] # torch writes no types there
         for name, buffer in self.named_buffers(recurse=False):
-            if torch.finfo(buffer.dtype).bits < 32:
+            if buffer.is_floating_point() and torch.finfo(buffer.dtype).bits < 32:
                 setattr(self, name, before[name].to(buffer.device))
         return self
 
