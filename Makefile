@@ -63,7 +63,7 @@ gates: $(READY)
 coverage: $(READY)
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.coverage --jobs $(JOBS) $(if $(FRESH),,--resume)
 
-# Forty minutes of two quiet cores; a run that was stopped goes on where it was.
+# Half an hour of two quiet cores; a run that was stopped goes on where it was.
 results: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	$(BIN)/python examples/train_tiny_lm.py --preset cpu --jobs $(JOBS) --figures docs/figures \

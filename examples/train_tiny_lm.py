@@ -56,14 +56,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = chosen.results or chosen.work / "tiny_lm.json"
     runs = [(encoding, seed) for seed in chosen.seeds for encoding in chosen.encodings]
     found = [document for run in runs if (document := read(done(run, settings, chosen.work))) is not None]
+    about = {"machine": machine(), "preset": chosen.preset, "planned": len(runs)}
     finished = {(document["encoding"], document["seed"]) for document in found}
     console = Console(stderr=True)
     for document in compared(
         [run for run in runs if run not in finished], settings, chosen.work, chosen.jobs, console
     ):
         found.append(document)
-        write(results, {"machine": machine(), "preset": chosen.preset, "runs": found})
-    write(results, {"machine": machine(), "preset": chosen.preset, "runs": found})
+        write(results, about | {"runs": found})
+    write(results, about | {"runs": found})
     Console().print(table(found))
     if chosen.figures is not None:
         for encoding in PICTURED & set(chosen.encodings):

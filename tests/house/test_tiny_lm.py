@@ -121,7 +121,7 @@ def test_the_page_tells_what_came_out(tmp_path: Path) -> None:
         )
     ]
     results = tmp_path / "tiny_lm.json"
-    results.write_text(json.dumps({"machine": {"chip": "x"}, "preset": "cpu", "runs": runs}))
+    results.write_text(json.dumps({"machine": {"chip": "x"}, "preset": "cpu", "planned": 21, "runs": runs}))
     results_page.main(["--results", str(results), "--page", str(tmp_path / "docs" / "results.md")])
     page = (tmp_path / "docs" / "results.md").read_text()
     assert "| RoPE | 3 | 2.210 ± 0.010 | 2.310 ± 0.010 | 2.510 ± 0.010 | 2.910 ± 0.010 |" in page
@@ -129,6 +129,7 @@ def test_the_page_tells_what_came_out(tmp_path: Path) -> None:
         "Of the 6 pairs that the paper orders, 4 come out in its order, 1 the other way round, and 1 differ"
         in page
     )
+    assert "**Not finished: 12 of 21 runs so far.**" in page
     assert "The other way round: ALiBi before RoPE." in page
     assert "Open: GRAPE-AP before FoX." in page
     assert "and more with RoPE +0.70." in page
