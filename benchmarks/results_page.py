@@ -125,7 +125,7 @@ def _learned(folder: Path, share: float) -> Iterator[str]:
     yield ""
     yield "Drawn by `plot_encoding` of seed 0, in grey before training; contents are those of a validation file."
     yield (
-        f"Adam moves a parameter by about its learning rate in a step at most, so that `log_theta / 16` moves by at most "
+        "Adam moves a parameter by about its learning rate in a step, so that `log_theta / 16` moves by at most "
         f"{share:.0%} in all: in this budget GRAPE-M stays close to RoPE."
     )
     for name, title in pictures.items():
