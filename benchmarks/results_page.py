@@ -111,9 +111,22 @@ def text(document: Mapping[str, Any], figures: Path) -> str:
         seeds=", ".join(map(str, seeds)),
         machine=", ".join(f"{key} {value}" for key, value in document["machine"].items()),
     )
-    return (
-        head + "\n".join([*_table(found), "", *_figures(), "", *_order(found), "", *_lengths(found)]) + "\n"
-    )
+    if len(runs) < document.get("planned", 0):
+        head += f"**Not finished: {len(runs)} of {document['planned']} runs so far.**\n\n"
+    # The mean of the cosine schedule is 0.55 of the largest rate.
+    share = 0.55 * settings["steps"] * settings["rate"] / 16
+    body = [
+        *_table(found),
+        "",
+        *_figures(),
+        "",
+        *_order(found),
+        "",
+        *_lengths(found),
+        "",
+        *_learned(figures, share),
+    ]
+    return head + "\n".join(body).rstrip() + "\n"
 
 
 def _learned(folder: Path, share: float) -> Iterator[str]:

@@ -136,6 +136,11 @@ def test_the_page_tells_what_came_out(tmp_path: Path) -> None:
     for figure in ("tiny_lm_curves.png", "tiny_lm_lengths.png"):
         assert (tmp_path / "docs" / "figures" / figure).stat().st_size > 5_000
     assert "What was learned" not in page
+    (tmp_path / "docs" / "figures" / "tiny_lm_fox.png").touch()
+    results_page.main(["--results", str(results), "--page", str(tmp_path / "docs" / "results.md")])
+    page = (tmp_path / "docs" / "results.md").read_text()
+    assert "(figures/tiny_lm_fox.png)" in page
+    assert "(figures/tiny_lm_grape-m.png)" not in page
 
 
 @pytest.mark.slow
