@@ -57,9 +57,7 @@ def hand(call: Attention, target: Target) -> Point:
     """Return the schedule where nothing has been measured: tiles as large as registers or shared memory hold."""
     if is_gpu(target):
         fits = _gpu_fits(call, target)
-        queries = call.query.shape[2]
-        few = isinstance(queries, int) and queries <= 32
-        shapes = ((32, 4),) if few else ((128, 8), (64, 8), (32, 4))
+        shapes = ((128, 8), (128, 4), (64, 8), (64, 4), (32, 4))
         tried = [
             {"rows": rows, "block": 32, "tile": tile, "cores": cores}
             for cores in (1, 0)

@@ -8,11 +8,12 @@ GRAPE-AP needs them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from grape_compile.encoding import Accumulated
 from grape_compile.kernels.tensorir.arithmetic import number
 from grape_compile.kernels.tensorir.attention_call import Attention
+from grape_compile.kernels.tensorir.decoding_gpu import DecodingOnGpu, decoding_numbers
 from grape_compile.kernels.tensorir.engine import T
 from grape_compile.kernels.tensorir.gpu_cores import APART, HeadsOnCores, cores_take
 from grape_compile.kernels.tensorir.gpu_heads import Heads, HeadsInRegisters, Tiles
@@ -33,6 +34,9 @@ from grape_compile.kernels.tensorir.terms import (
     nothing,
     sums_name,
 )
+
+#: So many queries are taken one by one: they would leave most threads of a block without work.
+FEW: Final = 4
 
 
 class AttentionOnGpu:
@@ -61,16 +65,23 @@ class AttentionOnGpu:
                     rates = self.buffers[bias.clock.slot]
                     self.buffers[name] = running_sums(rates, bias.clock.inclusive, before)
         edges = [turned_edges(path, attention, self.buffers, before) for path in attention.paths]
-        blocks = ceildiv(self.queries, self.rows)
+        if are_few(attention):
+            few = DecodingOnGpu(attention, self.buffers, self.output, self.rows)
+            few.write(self.batches, self.queries, self.length, edges)
+        else:
+            self._write_many(edges)
+
+    def _write_many(self, edges: list[Any]) -> None:
+        heads, blocks = self.attention.heads, ceildiv(self.queries, self.rows)
         with (
             T.thread_binding(0, blocks, thread="blockIdx.x") as number_,
-            T.thread_binding(0, self.batches * attention.heads, thread="blockIdx.y") as head,
+            T.thread_binding(0, self.batches * heads, thread="blockIdx.y") as head,
             T.thread_binding(0, self.rows, thread="threadIdx.x") as thread,
         ):
             # The last queries see the most keys under a causal mask; they come first.
             place = Place(
-                T.bind(head // attention.heads),
-                T.bind(head % attention.heads),
+                T.bind(head // heads),
+                T.bind(head % heads),
                 T.bind((blocks - 1 - number_) * self.rows),
                 self.queries,
                 self.length,
@@ -183,11 +194,20 @@ class AttentionOnGpu:
         T.buffer_store(total, total[0] * less[0] + weights[0], [0])
 
 
+def are_few(attention: Attention) -> bool:
+    """Whether it is known now that there are few queries: a condition around a launch is not to be had."""
+    queries = attention.query.shape[2]
+    return isinstance(queries, int) and queries <= FEW
+
+
 def gpu_fits(attention: Attention, architecture: str, limit: int, point: Mapping[str, int]) -> bool:
     """Whether a block's threads share its groups evenly, and its numbers fit into shared memory of `limit` bytes."""
     rows, block, tile = point["rows"], point["block"], point["tile"]
     if rows % (tile * tile) or block % tile:
         return False
+    if are_few(attention):
+        smallest = (block, tile, point["cores"]) == (32, 4, 0)
+        return smallest and 4 * decoding_numbers(attention, rows) <= limit
     width, value_width = attention.width, attention.value_width
     numbers = block * rows + rows
     if point["cores"]:

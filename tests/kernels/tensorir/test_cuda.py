@@ -75,6 +75,19 @@ def test_what_a_query_sees(encoding: Encoding, options: dict[str, Any], tmp_path
 
 
 @needs_cpu
+@pytest.mark.parametrize("encoding", [fox(), grape_ap(HEADS)], ids=["fox", "grape_ap"])
+def test_few_queries_are_taken_one_by_one(encoding: Encoding, tmp_path: Path) -> None:
+    slots = {
+        "log_forget": torch.rand(BATCH, HEADS, 81).log(),
+        "path_query": torch.randn(BATCH, HEADS, 2, 8),
+        "path_key": torch.randn(BATCH, HEADS, 81, 8),
+    }
+    used = {name: slots[name] for name in encoding.slots}
+    case = Case(encoding, heads(2, 81, width=33, kv_heads=2), used, {"is_causal": True, "window": 70})
+    check(tmp_path, case)
+
+
+@needs_cpu
 @pytest.mark.parametrize("encoding", [alibi(HEADS), grape_ap(HEADS)], ids=["alibi", "grape_ap"])
 def test_tensor_cores_take_half_precision(encoding: Encoding, tmp_path: Path) -> None:
     torch.manual_seed(3)
