@@ -6,7 +6,16 @@ from functools import partial
 
 from grape_compile.kernels.tensorir.attention_call import Attention
 from grape_compile.kernels.tensorir.attention_cpu import AttentionOnCpu, cpu_fits
-from grape_compile.kernels.tensorir.engine import PrimFunc, Target, vector_lanes, vector_registers, writing
+from grape_compile.kernels.tensorir.attention_gpu import AttentionOnGpu, gpu_fits
+from grape_compile.kernels.tensorir.engine import (
+    PrimFunc,
+    Target,
+    is_gpu,
+    shared_memory,
+    vector_lanes,
+    vector_registers,
+    writing,
+)
 from grape_compile.kernels.tensorir.space import Point, Space
 
 
@@ -20,26 +29,34 @@ def attention(
     """
     chosen = hand(call, target) if point is None else point
     with writing(name) as finished:
-        AttentionOnCpu(call, chosen).write()
+        if is_gpu(target):
+            AttentionOnGpu(call, chosen).write()
+        else:
+            AttentionOnCpu(call, chosen).write()
     return finished[0]
 
 
 def attention_space(call: Attention, target: Target, *, name: str = "attend") -> Space:
     """Return the schedules of `attention` for one target."""
-    lanes, registers = vector_lanes(target), vector_registers(target)
+    write = partial(attention, call, target, name=name)
+    if is_gpu(target):
+        choices = {"rows": (32, 64, 128, 256), "block": (16, 32, 64), "tile": (4, 8)}
+        return Space(name, choices, hand(call, target), write, partial(gpu_fits, call, shared_memory(target)))
     choices = {
-        "lanes": (lanes,),
+        "lanes": (vector_lanes(target),),
         "vectors": (1, 2, 3, 4),
         "keys": (3, 4, 5, 6, 8, 12),
         "columns": (3, 4, 5, 6, 8, 12),
         "tiles": (4, 8, 12, 16, 24, 32),
     }
-    fits = partial(cpu_fits, registers=registers)
-    return Space(name, choices, hand(call, target), partial(attention, call, target, name=name), fits)
+    return Space(name, choices, hand(call, target), write, partial(cpu_fits, vector_registers(target)))
 
 
 def hand(call: Attention, target: Target) -> Point:
-    """Return the schedule where nothing has been measured: register tiles as large as the registers hold."""
-    if vector_registers(target) >= 32:
-        return {"lanes": vector_lanes(target), "vectors": 4, "keys": 6, "columns": 6, "tiles": 16}
-    return {"lanes": vector_lanes(target), "vectors": 2, "keys": 6, "columns": 6, "tiles": 16}
+    """Return the schedule where nothing has been measured: tiles as large as registers or shared memory hold."""
+    if is_gpu(target):
+        tried = [{"rows": rows, "block": 32, "tile": 8 if rows >= 64 else 4} for rows in (128, 64, 32)]
+        last = {"rows": 32, "block": 16, "tile": 4}
+        return next((point for point in tried if gpu_fits(call, shared_memory(target), point)), last)
+    vectors = 4 if vector_registers(target) >= 32 else 2
+    return {"lanes": vector_lanes(target), "vectors": vectors, "keys": 6, "columns": 6, "tiles": 16}

@@ -27,6 +27,7 @@ from grape_compile.kernels.tensorir.terms import (
     Place,
     capped,
     hidden,
+    key_range,
     masked,
     nothing,
     sums_name,
@@ -111,7 +112,7 @@ class AttentionOnCpu:
             PathTerm(path, attention, self.buffers, place, self.machine, rows, block, edge)
             for path, edge in zip(attention.paths, edges, strict=True)
         ]
-        first, stop = self._range(place)
+        first, stop = key_range(attention, place, rows)
         # From the block of the last key in sight back to that of the first.
         with T.serial(0, T.max(ceildiv(stop, block) - first // block, 0)) as back:
             start = T.bind((ceildiv(stop, block) - 1 - back) * block)
@@ -132,15 +133,6 @@ class AttentionOnCpu:
             self._weigh(logits, count, best, total, shrink)
             self._sum_values(value_at, logits, count, shrink, gathered)
         self._finish(place, gathered, total)
-
-    def _range(self, place: Place) -> tuple[Any, Any]:
-        """Return the first key that some query of the block may see, and the number behind the last."""
-        attention, first, stop = self.attention, 0, place.keys
-        if attention.is_causal:
-            stop = T.max(T.min(place.first + self.rows + place.offset, place.keys), 0)
-        if attention.window is not None:
-            first = T.max(place.first + place.offset - (attention.window - 1), 0)
-        return T.bind(first) if not isinstance(first, int) else first, T.bind(stop)
 
     def _start(self, place: Place, best: Any, total: Any) -> None:
         sinks = self.attention.sinks
@@ -344,7 +336,7 @@ class AttentionOnCpu:
                     body(number_, vector * self.lanes + x)
 
 
-def cpu_fits(point: Mapping[str, int], registers: int) -> bool:
+def cpu_fits(registers: int, point: Mapping[str, int]) -> bool:
     """Whether the register tiles of both products stay in registers."""
     tile = max(point["keys"], point["columns"]) * point["vectors"]
     return tile + point["vectors"] + 1 <= registers

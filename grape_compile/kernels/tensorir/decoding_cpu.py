@@ -20,6 +20,7 @@ from grape_compile.kernels.tensorir.terms import (
     Place,
     capped,
     hidden,
+    key_range,
     masked,
     nothing,
 )
@@ -57,7 +58,7 @@ class DecodingOnCpu:
             with T.serial(0, attention.value_width) as column:
                 T.buffer_store(gathered, number(0.0), [group, column])
         logits = self.machine.make(self.block)
-        first, stop = self._range(row, queries, keys)
+        first, stop = key_range(attention, Place(batch, kv_head, row, queries, keys), 1)
         block = self.block
         with T.serial(0, T.max(ceildiv(stop, block) - first // block, 0)) as back:
             start = T.bind((ceildiv(stop, block) - 1 - back) * block)
@@ -97,13 +98,6 @@ class DecodingOnCpu:
             return
         T.buffer_store(best, read(self.buffers["sinks"], sinks, [batch, head], "float32"), [group])
         T.buffer_store(total, number(1.0), [group])
-
-    def _range(self, row: Any, queries: Any, keys: Any) -> tuple[Any, Any]:
-        attention = self.attention
-        at = row + keys - queries
-        stop = T.max(T.min(at + 1, keys), 0) if attention.is_causal else keys
-        first = 0 if attention.window is None else T.max(at - (attention.window - 1), 0)
-        return first if isinstance(first, int) else T.bind(first), T.bind(stop)
 
     def _products(
         self, turned: Any, batch: Any, kv_head: Any, group: Any, start: Any, count: Any, logits: Any

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -81,6 +81,7 @@ __all__ = [
     "load_module",
     "module_of",
     "relax",
+    "shared_memory",
     "targets",
     "tirx",
     "to_target",
@@ -88,6 +89,7 @@ __all__ = [
     "vector_lanes",
     "vector_registers",
     "versions",
+    "workspace",
     "writing",
 ]
 
@@ -173,6 +175,11 @@ def vector_registers(target: Target) -> int:
     return 16 if "sse" in features and "avx512f" not in features else 32
 
 
+def shared_memory(target: Target) -> int:
+    """Return how many bytes a block of threads of a GPU may share (CUDA C++ Programming Guide, table of limits)."""
+    return {"sm_80": 163, "sm_90": 227, "sm_90a": 227}.get(str(target.attrs.get("arch")), 48) * 1024
+
+
 @contextmanager
 def writing(name: str) -> Iterator[list[PrimFunc]]:
     """Open a function of TensorIR to write into; the list holds the finished function afterwards."""
@@ -183,6 +190,13 @@ def writing(name: str) -> Iterator[list[PrimFunc]]:
         T.func_attr({"global_symbol": name, "tirx.noalias": True, "tirx.is_scheduled": True})
         yield finished
     finished.append(builder.get())
+
+
+def workspace(name: str, shape: Sequence[Any], dtype: str) -> Any:
+    """Return a buffer in the memory of the device, of any size, that lives as long as a call."""
+    buffer = T.alloc_buffer(list(shape), dtype, scope="global")
+    IRBuilder.name(name, buffer)
+    return buffer
 
 
 def module_of(functions: Mapping[str, PrimFunc]) -> IRModule:

@@ -36,6 +36,11 @@ def ceildiv(size: Any, by: int) -> Any:
     return (size + (by - 1)) // by
 
 
+def registers(count: int) -> Any:
+    """Loop over numbers in registers of a GPU: it is the compiler of the GPU that writes it out."""
+    return T.unroll(0, count, annotations={"pragma_unroll_explicit": 0})
+
+
 @contextmanager
 def given(*conditions: Any) -> Iterator[None]:
     """Write what follows under all conditions that are not None."""

@@ -7,7 +7,7 @@ from typing import Any
 from grape_compile.encoding import LogSigmoid, NegativeExp, PathBias
 from grape_compile.kernels.tensorir.arithmetic import log_sigmoid, number
 from grape_compile.kernels.tensorir.attention_call import Attention
-from grape_compile.kernels.tensorir.engine import T
+from grape_compile.kernels.tensorir.engine import T, workspace
 from grape_compile.kernels.tensorir.loops import product
 from grape_compile.kernels.tensorir.machines import Machine
 from grape_compile.kernels.tensorir.operands import Operand, read
@@ -19,7 +19,7 @@ def turned_edges(path: PathBias, attention: Attention, buffers: dict[str, Any], 
     """Write the edges of all keys, by their root mean square where asked, and turned; return their buffer."""
     operand = attention.slots[path.key]
     shape = [*buffers[path.key].shape]
-    edges = T.alloc_buffer(shape, "float32", scope="global")
+    edges = workspace("edges", shape, "float32")
     with machine.deal(product(shape[:-1])) as row:
         at: list[Any] = []
         for size in reversed(shape[:-1]):
@@ -33,7 +33,7 @@ def turned_edges(path: PathBias, attention: Attention, buffers: dict[str, Any], 
             T.buffer_store(edges, component(column) * factor, [*at, column])
     if path.turn is None:
         return edges
-    turned = T.alloc_buffer(shape, "float32", scope="global")
+    turned = workspace("turned", shape, "float32")
     slots = {slot: attention.slots[slot] for slot in path.turn.slots}
     turn(path.turn, Operand(operand.shape), slots, edges, buffers, turned, machine)
     return turned

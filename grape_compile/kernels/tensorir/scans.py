@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from grape_compile.kernels.tensorir.engine import T
+from grape_compile.kernels.tensorir.engine import T, workspace
 from grape_compile.kernels.tensorir.loops import product
 from grape_compile.kernels.tensorir.machines import Machine
 
@@ -15,7 +15,7 @@ def running_sums(rates: Any, inclusive: bool, machine: Machine) -> Any:
     Each row is summed by one thread.
     """
     shape = [*rates.shape]
-    sums = T.alloc_buffer(shape, "float64", scope="global")
+    sums = workspace("sums", shape, "float64")
     with machine.deal(product(shape[:-1])) as row:
         at: list[Any] = []
         for size in reversed(shape[:-1]):

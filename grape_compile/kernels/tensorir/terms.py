@@ -197,6 +197,17 @@ def capped(attention: Attention, machine: Machine, product: Any) -> Any:
     return number(attention.cap) * tanh(product * number(1.0 / attention.cap), machine.exp)
 
 
+def key_range(attention: Attention, place: Place, rows: int) -> tuple[Any, Any]:
+    """Return the first key that some query of a block of `rows` may see, and the number behind the last."""
+    first: Any = T.int32(0)
+    stop = place.keys
+    if attention.is_causal:
+        stop = T.max(T.min(place.first + rows + place.offset, place.keys), 0)
+    if attention.window is not None:
+        first = T.max(place.first + place.offset - (attention.window - 1), 0)
+    return T.bind(first), T.bind(stop)
+
+
 def hidden(attention: Attention, place: Place, row: Any, key: Any, stop: Any) -> Any:
     """Return whether a key of at least `stop`, or by causality or window, is not seen by a row of the block."""
     # Small numbers: the rows of a block are lanes of a vector.

@@ -1,0 +1,211 @@
+"""The code for GPUs, read by a GPU's compiler and run by a CPU's."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("tvm")
+
+import torch
+from cuda_on_cpu import COMPILER, run, source_of
+from tensorir_cases import double, operand
+from torch import Tensor
+
+from grape_compile.encoding import Encoding, Rotation, alibi, fox, gated_alibi, grape_ap, nope, rope
+from grape_compile.kernels.tensorir import engine
+from grape_compile.kernels.tensorir.attention import attention, attention_space
+from grape_compile.kernels.tensorir.attention_call import Attention, supports
+from grape_compile.kernels.tensorir.operands import Operand
+from grape_compile.kernels.tensorir.rotation import rotation
+from grape_compile.kernels.tensorir.rotation import supports as supports_rotation
+from grape_compile.operators.reference import reference_attend, reference_rotate
+from grape_compile.operators.rotation_samples import ROTATIONS
+from grape_compile.operators.sample import BATCH, HEAD_DIM, HEADS, LENGTH, Sample
+from grape_compile.operators.samples import BIASES, COMPOSITIONS, PATHS, attend_tolerance
+
+NVCC = shutil.which("nvcc")
+GPUS = {"sm_80": "nvidia/nvidia-a100", "sm_90": "nvidia/nvidia-h100"}
+SAMPLES = [sample for sample in (*BIASES, *PATHS, *COMPOSITIONS) if supports(sample.encoding) is True]
+SMALL = {"rows": 32, "block": 16, "tile": 4}
+
+needs_cpu = pytest.mark.skipif(COMPILER is None, reason="no g++ to compile the CUDA source for a CPU with")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc to compile the CUDA source with")
+
+
+def heads(queries: int, keys: int, kv_heads: int, dtype: torch.dtype) -> list[Tensor]:
+    torch.manual_seed(queries)
+    shapes = [
+        (BATCH, HEADS, queries, HEAD_DIM),
+        (BATCH, kv_heads, keys, HEAD_DIM),
+        (BATCH, kv_heads, keys, 11),
+    ]
+    return [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def check(
+    folder: Path,
+    encoding: Encoding,
+    tensors: list[Tensor],
+    slots: Mapping[str, Tensor],
+    point: Mapping[str, int] = SMALL,
+    **options: Any,
+) -> None:
+    extra = {name: options.pop(name) for name in ("mask", "sinks") if name in options}
+    attending = Attention(
+        encoding,
+        *map(operand, tensors),
+        slots={name: operand(slot) for name, slot in slots.items()},
+        **{name: operand(each) for name, each in extra.items()},
+        **options,
+    )
+    function = attention(attending, engine.to_target(GPUS["sm_80"]), point)
+    query, key, value = tensors
+    output = torch.full((*query.shape[:3], value.shape[3]), 7.0, dtype=query.dtype)
+    named = (
+        dict(zip(("query", "key", "value"), tensors, strict=True)) | extra | dict(slots) | {"output": output}
+    )
+    run(function, {name: tensor.numpy() for name, tensor in named.items()}, folder, GPUS["sm_80"])
+    wide = double({**slots, **extra})
+    wanted = reference_attend(
+        *(each.double() for each in tensors),
+        encoding,
+        {name: wide[name] for name in slots},
+        **{name: wide[name] for name in extra},
+        **options,
+    )
+    tolerance = attend_tolerance(query.dtype, query, key, value, 100.0)
+    assert (output.double() - wanted).abs().amax() <= tolerance
+
+
+@needs_cpu
+@pytest.mark.slow
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.name)
+def test_a_bias_is_what_it_is_defined_to_be(sample: Sample, tmp_path: Path) -> None:
+    check(
+        tmp_path,
+        sample.encoding,
+        heads(LENGTH, LENGTH, HEADS, torch.float32),
+        sample.slots(torch.float32),
+        is_causal=sample in PATHS,
+    )
+
+
+@needs_cpu
+@pytest.mark.parametrize(
+    ("encoding", "options"),
+    [
+        (alibi(HEADS), {"is_causal": True, "window": 20}),
+        (grape_ap(HEADS), {"is_causal": True}),
+        (nope(), {"cap": 2.0, "sinks": torch.tensor([[0.5, -1.0, 2.0, 0.0]])}),
+        (fox(), {"mask": torch.rand(BATCH, 1, 37, 41, generator=torch.Generator().manual_seed(1)) > 0.5}),
+    ],
+    ids=["alibi", "grape_ap", "nope", "fox"],
+)
+def test_what_a_query_sees(encoding: Encoding, options: dict[str, Any], tmp_path: Path) -> None:
+    slots = {
+        "log_forget": torch.rand(BATCH, HEADS, 41).log(),
+        "path_query": torch.randn(BATCH, HEADS, 37, 8),
+        "path_key": torch.randn(BATCH, HEADS, 41, 8),
+    }
+    tensors = heads(37, 41, 2, torch.float32)
+    check(tmp_path, encoding, tensors, {name: slots[name] for name in encoding.slots}, **dict(options))
+
+
+@needs_cpu
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "sample",
+    [sample for sample in ROTATIONS if supports_rotation(sample.encoding) is True],
+    ids=lambda sample: sample.name,
+)
+def test_a_tensor_turns_as_defined(sample: Sample, dtype: torch.dtype, tmp_path: Path) -> None:
+    turn_and_check(sample, dtype, tmp_path)
+
+
+@needs_cpu
+def test_one_tensor_turns_as_defined(tmp_path: Path) -> None:
+    """The sample with all of it: several axes, whose positions are sums, and a frequency for each plane."""
+    turn_and_check(
+        next(each for each in ROTATIONS if each.name == "axes_accumulated"), torch.float16, tmp_path
+    )
+
+
+def turn_and_check(sample: Sample, dtype: torch.dtype, folder: Path) -> None:
+    assert isinstance(sample.encoding, Rotation)
+    torch.manual_seed(0)
+    tensor = torch.randn(BATCH, HEADS, LENGTH, HEAD_DIM).to(dtype)
+    slots = sample.slots(torch.float32)
+    described = {name: operand(slot) for name, slot in slots.items()}
+    point = {"tokens": 4, "threads": 32, "parts": 2}
+    function = rotation(sample.encoding, operand(tensor), described, engine.to_target(GPUS["sm_80"]), point)
+    turned = torch.full_like(tensor, 7.0)
+    arrays = {"x": tensor, "y": turned} | slots
+    run(function, {name: each.numpy() for name, each in arrays.items()}, folder, GPUS["sm_80"])
+    (wanted,) = reference_rotate([tensor.double()], sample.encoding, double(slots))
+    unit = torch.finfo(dtype).eps / 2 + 6 * torch.finfo(torch.float32).eps
+    assert (turned.double() - wanted).abs().amax() <= 2 * unit * sample.encoding.scale * tensor.abs().amax()
+
+
+def functions(gpu: str) -> dict[str, Any]:
+    """One function of each kind, of any batch and length, in half precision."""
+    target = engine.to_target(gpu)
+    shape = Operand(("batch", 8, "tokens", 64), "float16")
+    shared = Operand(("batch", 2, "keys", 64), "float16")
+    one = Operand(("batch", 8, 1, 64), "float16")
+    slots = {
+        "log_forget": Operand(("batch", 8, "keys")),
+        "gate_query": Operand(("batch", 8, "tokens")),
+        "gate_key": Operand(("batch", 8, "keys")),
+        "path_query": Operand(("batch", 8, "tokens", 8)),
+        "path_key": Operand(("batch", 8, "keys", 8)),
+    }
+    attending = {
+        name: Attention(
+            encoding,
+            query,
+            shared,
+            shared,
+            slots={slot: slots[slot] for slot in encoding.slots},
+            is_causal=True,
+        )
+        for name, encoding, query in (
+            ("plain", nope(), shape),
+            ("alibi", alibi(8), shape),
+            ("fox", fox(), shape),
+            ("gated", gated_alibi(8), shape),
+            ("grape_ap", grape_ap(8), shape),
+            ("decode", alibi(8), one),
+        )
+    }
+    found = {name: attention(call, target, name=name) for name, call in attending.items()}
+    return found | {"rotation": rotation(rope(64), shape, {}, target, name="rotation")}
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", GPUS)
+def test_every_operator_compiles_for_a_gpu(architecture: str, tmp_path: Path) -> None:
+    written = functions(GPUS[architecture])
+    source, compiled = tmp_path / "kernels.cu", tmp_path / "kernels.ptx"
+    source.write_text(source_of(written, GPUS[architecture]))
+    command = [str(NVCC), f"-arch={architecture}", "-ptx", "-w", "-o", str(compiled), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[:2000]
+    text = compiled.read_text()
+    assert f".target {architecture}" in text
+    assert all(f".entry {name}_kernel" in text for name in written)
+
+
+def test_points_of_the_space_fit_the_gpu() -> None:
+    query, key, value = (operand(each) for each in heads(64, 64, HEADS, torch.float16))
+    attending = Attention(alibi(HEADS), query, key, value, is_causal=True)
+    space = attention_space(attending, engine.to_target(GPUS["sm_80"]))
+    points = space.candidates()
+    assert len(points) > 8
+    assert all(point["rows"] % point["tile"] ** 2 == 0 for point in points)
