@@ -71,6 +71,13 @@ figures: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	$(BIN)/python examples/encoding_figures.py docs/figures
 
+# The example that runs a library of TVM without Python; its runtime is that of the package.
+TVM = $$($(BIN)/python -c "import importlib.util as u; print(u.find_spec('$(1)').submodule_search_locations[0])")
+run_tvm: $(READY) examples/run_tvm.cpp
+	ffi=$(call TVM,tvm_ffi); tvm=$(call TVM,tvm); $(CXX) -std=c++17 -O2 examples/run_tvm.cpp -o $@ \
+	  -I$$ffi/include -L$$tvm/lib -L$$ffi/lib -Wl,-rpath,$$tvm/lib:$$ffi/lib \
+	  -Wl,--no-as-needed -ltvm_runtime -ltvm_ffi
+
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from benchmarks.cases import keep
 from benchmarks.coverage.architectures import draw_parameters
 from benchmarks.measuring import machine
+from grape_compile.export.kv_cache import with_cache
 from grape_compile.export.onnx import export
-from grape_compile.export.onnx.kv_cache import with_cache
 
 VOCABULARY, LAYERS, HEADS, HIDDEN = 1000, 4, 8, 512
 FUSED = ("RotaryEmbedding", "Attention", "MultiHeadAttention", "GroupQueryAttention")

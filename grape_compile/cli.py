@@ -1,4 +1,4 @@
-"""The command line: `grape-compile inspect MODEL`, `export onnx MODEL`, `tune MODEL --target`, `tune --kernels`."""
+"""The command line: `grape-compile inspect MODEL`, `export onnx MODEL`, `export tvm MODEL`, `tune`."""
 
 import contextlib
 import sys
@@ -195,6 +195,52 @@ def app() -> "typer.Typer":
                 progress=tell,
             )
         typer.echo(written.to_json() if json else str(written))
+
+    @exports.command("tvm")
+    def export_tvm(
+        model: Annotated[str, typer.Argument(help="As for inspect.")],
+        target: Annotated[
+            str,
+            typer.Option(
+                help="llvm (this CPU), or a tag such as nvidia/nvidia-h100, raspberry-pi/4b-aarch64."
+            ),
+        ] = "llvm",
+        out: Annotated[
+            str, typer.Option("--out", "-o", help="The library to write; a .tar takes its objects.")
+        ] = "model.so",
+        kv_cache: Annotated[
+            bool, typer.Option("--kv-cache", help="A decoder that takes and returns its cache.")
+        ] = False,
+        records: Annotated[
+            str, typer.Option(help="A directory of tuning records to build with; see `grape-compile tune`.")
+        ] = "",
+        dtype: Annotated[str, typer.Option(help="float16 or float32; by default the model's own.")] = "",
+        verify: Annotated[
+            bool, typer.Option("--verify/--no-verify", help="Run the library against the model.")
+        ] = True,
+        json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+        seq: Annotated[int, typer.Option(min=2, help="Tokens per row of a config.json's input.")] = 16,
+        batch: Annotated[int, typer.Option(min=1, help="Rows of a config.json's input.")] = 2,
+    ) -> None:
+        """Writes MODEL as a library that runs without torch, its weights and description beside it."""
+        from grape_compile import named_models
+        from grape_compile.export.tvm import build
+
+        with contextlib.redirect_stdout(sys.stderr):
+            named = named_models.load(model, batch=batch, sequence=seq)
+            built = build(
+                named.model,
+                named.args,
+                dict(named.kwargs),
+                target=target,
+                records=records or None,
+                kv_cache=kv_cache,
+                dtype=_dtype(dtype) if dtype else None,
+                verify=verify,
+                progress=lambda step: typer.echo(f"{step} ...", err=True),
+            )
+            built.save(out)
+        typer.echo(built.about.to_json() if json else built.report)
 
     return commands
 

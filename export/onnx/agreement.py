@@ -16,11 +16,11 @@ import sympy  # type: ignore[import-untyped]  # it has no annotations
 import torch
 
 from grape_compile.errors import GrapeError
+from grape_compile.export.comparison import Comparison
+from grape_compile.export.contract import FACTOR, FLOOR
 from grape_compile.export.onnx.reading.examples import Example, Feeds, inputs_of
 from grape_compile.export.onnx.reading.trace import Imported
-from grape_compile.export.onnx.report import Comparison
 from grape_compile.export.onnx.runs import Arrays, Session
-from grape_compile.export.onnx.verify import FACTOR, FLOOR
 from grape_compile.passes.graph import Sizes, Unreadable
 from grape_compile.passes.replay import Replay, exact
 

@@ -12,10 +12,10 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from grape_compile.errors import GrapeError
-from grape_compile.export.onnx.capturing import capture
-from grape_compile.export.onnx.cases import drawn_cases
-from grape_compile.export.onnx.kv_cache import cached_cases, with_cache
-from grape_compile.export.onnx.report import Comparison
+from grape_compile.export.capturing import capture
+from grape_compile.export.cases import drawn_cases
+from grape_compile.export.comparison import Comparison
+from grape_compile.export.kv_cache import cached_cases, with_cache
 from grape_compile.export.onnx.runtime import CPU
 from grape_compile.export.onnx.verify import measure
 

@@ -16,19 +16,21 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from grape_compile.errors import GrapeError
-from grape_compile.export.onnx.capturing import Captured, capture
-from grape_compile.export.onnx.cases import Case, drawn_cases
+from grape_compile.export.capturing import Captured, capture
+from grape_compile.export.cases import Case, drawn_cases
+from grape_compile.export.comparison import Comparison
+from grape_compile.export.kv_cache import cached_cases, with_cache
 from grape_compile.export.onnx.clean import finish, name_axes, share_heads, simplify, widen_arithmetic
-from grape_compile.export.onnx.files import LIMIT, check, describe, staged, write
+from grape_compile.export.onnx.files import LIMIT, check, describe, write
 from grape_compile.export.onnx.fuse_attention import fuse_attention
 from grape_compile.export.onnx.hold_past import hold_past
-from grape_compile.export.onnx.kv_cache import cached_cases, with_cache
 from grape_compile.export.onnx.lower import Lowered, lower
-from grape_compile.export.onnx.report import Comparison, OnnxReport
+from grape_compile.export.onnx.report import OnnxReport
 from grape_compile.export.onnx.runtime import CPU
 from grape_compile.export.onnx.targets import Target, target_of
 from grape_compile.export.onnx.translate import silence, translate
 from grape_compile.export.onnx.verify import verify as verified
+from grape_compile.export.staging import staged
 from grape_compile.passes.base import Outcome
 from grape_compile.passes.capture import capture_export, release_export
 from grape_compile.passes.pipeline import rewrite_program

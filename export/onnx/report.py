@@ -7,17 +7,9 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from grape_compile.export.comparison import Comparison
 from grape_compile.export.onnx.lower import Lowered
 from grape_compile.passes.site import Refusal, Site
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Relative root-mean-square errors against the original in float64: of the file and of the original itself."""
-
-    case: str
-    file: float
-    original: float
 
 
 @dataclass(frozen=True)

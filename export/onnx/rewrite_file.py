@@ -12,7 +12,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from grape_compile.export.onnx.agreement import Judge
-from grape_compile.export.onnx.files import check, describe, staged, write
+from grape_compile.export.onnx.files import check, describe, write
 from grape_compile.export.onnx.reading.examples import first_example
 from grape_compile.export.onnx.reading.opening import modernize, open_file, require_opset
 from grape_compile.export.onnx.reading.trace import Imported, import_graph
@@ -20,6 +20,7 @@ from grape_compile.export.onnx.report import OnnxReport
 from grape_compile.export.onnx.runs import Session, measure
 from grape_compile.export.onnx.splice import splice
 from grape_compile.export.onnx.targets import target_of
+from grape_compile.export.staging import staged
 from grape_compile.passes.pipeline import rewrite_program
 from grape_compile.passes.site import Refusal
 

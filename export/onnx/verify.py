@@ -2,55 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from grape_compile.errors import GrapeError
-from grape_compile.export.onnx.capturing import Captured
-from grape_compile.export.onnx.cases import Case
-from grape_compile.export.onnx.oracle import Eager
-from grape_compile.export.onnx.report import Comparison
+from grape_compile.export.capturing import Captured
+from grape_compile.export.cases import Case
+from grape_compile.export.comparison import Comparison
+from grape_compile.export.contract import Run, compared, hold_to_contract
 from grape_compile.export.onnx.runtime import CPU, session
-
-SEEDS: Final = 3
-#: A file may be off by this much more than the original itself is, and by rounding near zero.
-FACTOR, FLOOR = 1.25, 1e-7
-
-Run = Callable[[Sequence[Tensor]], list[Tensor]]
-
-
-@dataclass
-class _Sums:
-    """Squares of errors and of what is right, added up over calls."""
-
-    error: float = 0.0
-    size: float = 0.0
-
-    def add(self, found: Sequence[Tensor], right: Sequence[Tensor], counted: Tensor | None) -> None:
-        for one, other in zip(found, right, strict=True):
-            if not other.is_floating_point():
-                continue
-            wide, truth = one.double(), other.double()
-            if counted is not None:
-                if wide.shape[:2] != counted.shape:
-                    continue
-                wide, truth = wide[counted], truth[counted]
-            # What the original hides with infinity the file may hide with the same.
-            same = wide == truth
-            self.error += float((wide - truth).masked_fill(same, 0.0).square().sum())
-            self.size += float(truth.masked_fill(truth.isinf(), 0.0).square().sum())
-
-    @property
-    def relative(self) -> float:
-        """Root of the mean square of the errors over that of what is right; infinity where something is no number."""
-        ratio = (self.error / self.size) ** 0.5 if self.size else self.error**0.5
-        return ratio if ratio == ratio else float("inf")
 
 
 def verify(
@@ -61,77 +25,17 @@ def verify(
     providers: Sequence[str] = (CPU,),
     plain: Callable[[], Path] | None = None,
 ) -> tuple[Comparison, ...]:
-    """Return the errors of a file and of the original, both against float64, over three draws of every case.
-
-    GrapeError where the file's error is above 1.25 times that of the original or of `plain`, a file of the same model
-    without this library (asked for only then), plus 1e-7.
-    """
-    comparisons = measure(path, captured, draw, providers)
-    over = _over(comparisons)
-    if over and plain is not None:
-        other = _running(session(plain(), providers), captured)
-        bound = _measured({"plain": other}, captured, draw)
-        comparisons = tuple(
-            Comparison(each.case, each.file, max(each.original, bound[each.case]["plain"].relative))
-            for each in comparisons
-        )
-        over = _over(comparisons)
-    if over:
-        worst = max(over, key=lambda each: each.file)
-        raise GrapeError(
-            f"an ONNX file that computes what {type(captured.model).__name__} computes",
-            f"{worst.case}: relative error {worst.file:.2e} where the original has {worst.original:.2e}",
-            "another target, verify=False to look at the file, and a report of this",
-        )
-    return comparisons
-
-
-def _over(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """Those that break the contract; an error that is no number breaks it, whatever the original's own is."""
-    return [
-        each
-        for each in comparisons
-        if not (math.isfinite(each.file) and each.file <= FACTOR * each.original + FLOOR)
-    ]
-
-
-def _check_numbers(captured: Captured, case: Case, right: Sequence[Tensor]) -> None:
-    """GrapeError where the original itself has no numbers for a case: nothing could be compared with."""
-    for each in right:
-        counted = each if case.counted is None or each.shape[:2] != case.counted.shape else each[case.counted]
-        if bool(counted.isnan().any()):
-            raise GrapeError(
-                f"verify a file of {type(captured.model).__name__}",
-                f"{case.name}: the original in float64 returns nan",
-                "example arguments on which the model returns numbers, or verify=False",
-            )
+    """Hold a file to the contract, beside the original and the file that `plain` writes; see `hold_to_contract`."""
+    other = None if plain is None else lambda: _running(session(plain(), providers), captured)
+    run = _running(session(path, providers), captured)
+    return hold_to_contract("an ONNX file", run, captured, draw, plain=other)
 
 
 def measure(
     path: Path, captured: Captured, draw: Callable[[int], Iterable[Case]], providers: Sequence[str] = (CPU,)
 ) -> tuple[Comparison, ...]:
     """Return the errors of a file and of the original by case, over three draws of each."""
-    found = _measured({"file": _running(session(path, providers), captured)}, captured, draw)
-    return tuple(
-        Comparison(name, sums["file"].relative, sums["original"].relative) for name, sums in found.items()
-    )
-
-
-def _measured(
-    runs: dict[str, Run], captured: Captured, draw: Callable[[int], Iterable[Case]]
-) -> dict[str, dict[str, _Sums]]:
-    """Return by case and run the errors against float64, those of the original among them."""
-    eager, oracle = Eager(captured), Eager(captured, wide=True)
-    found: dict[str, dict[str, _Sums]] = {}
-    for seed in range(SEEDS):
-        for case in draw(seed):
-            own = found.setdefault(case.name, {name: _Sums() for name in (*runs, "original")})
-            right = oracle(case.inputs)
-            _check_numbers(captured, case, right)
-            own["original"].add(eager(case.inputs), right, case.counted)
-            for name, run in runs.items():
-                own[name].add(run(case.inputs), right, case.counted)
-    return found
+    return compared(_running(session(path, providers), captured), captured, draw)
 
 
 def _running(made: Any, captured: Captured) -> Run:

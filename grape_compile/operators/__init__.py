@@ -3,7 +3,7 @@
 Importing this package registers the operators as `torch.ops.grape.rotate`, `torch.ops.grape.attend` and others.
 """
 
-from grape_compile.operators.attention import attend
+from grape_compile.operators.attention import attend, attend_decomposition
 from grape_compile.operators.decode import decode
 from grape_compile.operators.normed import rotate_normed
 from grape_compile.operators.reference import reference_attend, reference_bias, reference_rotate
@@ -12,6 +12,7 @@ from grape_compile.operators.rotation import decompositions, rotate, rotate_deco
 
 __all__ = [
     "attend",
+    "attend_decomposition",
     "decode",
     "decompositions",
     "reference_attend",

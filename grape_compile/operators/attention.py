@@ -149,10 +149,10 @@ def _attend(
         return provider.kernel().forward(call if provider.turns_queries else with_turned_queries(call))
 
 
-def _attend_defined(
+def attend_decomposition(
     query: Tensor, key: Tensor, value: Tensor, slots: list[Tensor], encoding: str, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    """Output and logsumexp by the definition: all logits in memory, in the compute dtype."""
+    """Return what `grape::attend` computes, in plain ATen: all logits in memory, in the compute dtype."""
     check_tensors(query, key, value)
     whole, dtype = parse_encoding(encoding), compute_dtype(query)
     given = dict(zip(OPTIONS, options, strict=False))
@@ -344,7 +344,7 @@ _operator = torch.library.custom_op("grape::attend", _attend, mutates_args=(), s
 _operator.register_fake(_attend_fake)
 _operator.register_autograd(_backward, setup_context=_setup_context)
 _operator.register_vmap(attend_vmap)
-define_for_transforms(_operator, _attend_defined, when_compiled=_decodes)
+define_for_transforms(_operator, attend_decomposition, when_compiled=_decodes)
 _backward_operator = torch.library.custom_op(
     "grape::attend_backward", _attend_backward, mutates_args=(), schema=BACKWARD_SCHEMA
 )

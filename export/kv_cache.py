@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from grape_compile.errors import CaptureError, ModelError
-from grape_compile.export.onnx.capturing import BATCH, SEQUENCE, Captured
-from grape_compile.export.onnx.cases import Case
+from grape_compile.export.capturing import BATCH, SEQUENCE, Captured
+from grape_compile.export.cases import Case
 
 PAST, TOTAL = "past_sequence", "total_sequence"
 #: Rows, new tokens and cached tokens of the call that is captured: different, so that no two sizes are taken for one.
@@ -93,6 +93,7 @@ def with_cache(model: Any) -> Captured:
             "logits": (BATCH, SEQUENCE, None),
             **{f"present.{part}": (BATCH, None, TOTAL, None) for part in parts},
         },
+        type(model).__name__,
     )
 
 

@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from grape_compile.errors import GrapeError
-from grape_compile.export.onnx.capturing import Captured
+from grape_compile.export.capturing import Captured
 
 #: No case is larger than this along any axis.
 _LARGEST: Final = 1 << 20

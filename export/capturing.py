@@ -21,13 +21,17 @@ BATCH, SEQUENCE = "batch", "sequence"
 
 @dataclass(frozen=True)
 class Captured:
-    """A program, what runs it eagerly, and the names of its tensors in order; `axes` names sizes that have no name."""
+    """A program, what runs it eagerly, and the names of its tensors in order.
+
+    `axes` names sizes that have no name; `kind` is the class that was asked for, for messages.
+    """
 
     program: ExportedProgram
     model: nn.Module
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
     axes: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)
+    kind: str = "a program"
 
 
 def capture(
@@ -154,9 +158,8 @@ def _named(
         )
         if isinstance(node.meta.get("val"), Tensor)
     ]
-    return Captured(
-        program, model, tuple(tensors), _output_names(program), dict(zip(tensors, axes, strict=False))
-    )
+    named = dict(zip(tensors, axes, strict=False))
+    return Captured(program, model, tuple(tensors), _output_names(program), named, type(model).__name__)
 
 
 def _output_names(program: ExportedProgram) -> tuple[str, ...]:

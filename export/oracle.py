@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from grape_compile.export.onnx.capturing import Captured
+from grape_compile.export.capturing import Captured
 
 _NARROW: Final = (torch.float32, torch.float16, torch.bfloat16)
 _CASTS: Final = (Tensor.float, Tensor.half, Tensor.bfloat16)

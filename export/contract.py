@@ -1,0 +1,130 @@
+"""The error contract: what was exported may be off by little more than the model it came from is itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from torch import Tensor
+
+from grape_compile.errors import GrapeError
+from grape_compile.export.capturing import Captured
+from grape_compile.export.cases import Case
+from grape_compile.export.comparison import Comparison
+from grape_compile.export.oracle import Eager
+
+SEEDS: Final = 3
+#: A file may be off by this much more than the original itself is, and by rounding near zero.
+FACTOR, FLOOR = 1.25, 1e-7
+
+#: Inputs of a case in, tensors of the result out.
+Run = Callable[[Sequence[Tensor]], list[Tensor]]
+
+
+@dataclass
+class Sums:
+    """Squares of errors and of what is right, added up over calls."""
+
+    error: float = 0.0
+    size: float = 0.0
+
+    def add(self, found: Sequence[Tensor], right: Sequence[Tensor], counted: Tensor | None) -> None:
+        """Add the results of one call, of which the tokens `counted` [B, T] count (None: all)."""
+        for one, other in zip(found, right, strict=True):
+            if not other.is_floating_point():
+                continue
+            wide, truth = one.double(), other.double()
+            if counted is not None:
+                if wide.shape[:2] != counted.shape:
+                    continue
+                wide, truth = wide[counted], truth[counted]
+            # What the original hides with infinity the file may hide with the same.
+            same = wide == truth
+            self.error += float((wide - truth).masked_fill(same, 0.0).square().sum())
+            self.size += float(truth.masked_fill(truth.isinf(), 0.0).square().sum())
+
+    @property
+    def relative(self) -> float:
+        """Root of the mean square of the errors over that of what is right; infinity where something is no number."""
+        ratio = (self.error / self.size) ** 0.5 if self.size else self.error**0.5
+        return ratio if ratio == ratio else float("inf")
+
+
+def hold_to_contract(
+    kind: str,
+    run: Run,
+    captured: Captured,
+    draw: Callable[[int], Iterable[Case]],
+    *,
+    plain: Callable[[], Run] | None = None,
+) -> tuple[Comparison, ...]:
+    """Return the errors of what was exported and of the original, both against float64, over three draws of every case.
+
+    GrapeError where those of `run` are above 1.25 times those of the original or of `plain`, the same model exported
+    without this library (asked for only then), plus 1e-7; the message calls it a `kind`.
+    """
+    comparisons = compared(run, captured, draw)
+    over = _over(comparisons)
+    if over and plain is not None:
+        bound = measured({"plain": plain()}, captured, draw)
+        comparisons = tuple(
+            Comparison(each.case, each.file, max(each.original, bound[each.case]["plain"].relative))
+            for each in comparisons
+        )
+        over = _over(comparisons)
+    if over:
+        worst = max(over, key=lambda each: each.file)
+        raise GrapeError(
+            f"{kind} that computes what {captured.kind} computes",
+            f"{worst.case}: relative error {worst.file:.2e} where the original has {worst.original:.2e}",
+            "another target, verify=False to look at the file, and a report of this",
+        )
+    return comparisons
+
+
+def compared(run: Run, captured: Captured, draw: Callable[[int], Iterable[Case]]) -> tuple[Comparison, ...]:
+    """Return the errors of what was exported and of the original by case, over three draws of each."""
+    found = measured({"file": run}, captured, draw)
+    return tuple(
+        Comparison(name, sums["file"].relative, sums["original"].relative) for name, sums in found.items()
+    )
+
+
+def measured(
+    runs: dict[str, Run], captured: Captured, draw: Callable[[int], Iterable[Case]]
+) -> dict[str, dict[str, Sums]]:
+    """Return by case and run the errors against float64, those of the original among them."""
+    eager, oracle = Eager(captured), Eager(captured, wide=True)
+    found: dict[str, dict[str, Sums]] = {}
+    for seed in range(SEEDS):
+        for case in draw(seed):
+            own = found.setdefault(case.name, {name: Sums() for name in (*runs, "original")})
+            right = oracle(case.inputs)
+            _check_numbers(captured, case, right)
+            own["original"].add(eager(case.inputs), right, case.counted)
+            for name, run in runs.items():
+                own[name].add(run(case.inputs), right, case.counted)
+    return found
+
+
+def _over(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Those that break the contract; an error that is no number breaks it, whatever the original's own is."""
+    return [
+        each
+        for each in comparisons
+        if not (math.isfinite(each.file) and each.file <= FACTOR * each.original + FLOOR)
+    ]
+
+
+def _check_numbers(captured: Captured, case: Case, right: Sequence[Tensor]) -> None:
+    """GrapeError where the original itself has no numbers for a case: nothing could be compared with."""
+    for each in right:
+        counted = each if case.counted is None or each.shape[:2] != case.counted.shape else each[case.counted]
+        if bool(counted.isnan().any()):
+            raise GrapeError(
+                f"verify a file of {captured.kind}",
+                f"{case.name}: the original in float64 returns nan",
+                "example arguments on which the model returns numbers, or verify=False",
+            )

@@ -1,0 +1,201 @@
+"""From a flat program to a module of Relax: TVM's importer, held to the shapes and dtypes that torch gave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial, reduce
+from operator import add, mul
+from typing import Any, Final, Protocol
+
+import sympy  # type: ignore[import-untyped]  # it has no annotations
+import torch
+from torch import Tensor, fx
+from torch.utils._sympy.functions import FloorDiv, Max, Min, PythonMod
+from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
+
+from grape_compile.errors import CaptureError, GrapeError, first_line
+from grape_compile.export.tvm.flattening import Flat
+from grape_compile.kernels.tensorir.engine import IRModule, relax, tirx
+from grape_compile.passes.graph import module_path, source_line
+
+#: The function that a library holds.
+MAIN: Final = "main"
+_ASKED: Final = "import a program into TVM"
+
+
+class Converter(Protocol):
+    """Writes the call of one operator."""
+
+    def __call__(self, node: fx.Node, importer: Importer) -> Any:
+        """Return the value of a node."""
+
+
+def imported(flat: Flat, converters: Mapping[str, Converter]) -> IRModule:
+    """Return a module whose `main` takes the inputs and then the weights; CaptureError names what is not known.
+
+    `converters` are by the name of an operator without its library, besides those of this file.
+    """
+    importer = Importer(converters)
+    unknown = next((node for node in _calls(flat) if _name(node) not in importer.convert_map), None)
+    if unknown is not None:
+        raise CaptureError(
+            _ASKED, f"{_place(unknown)}, which TVM's importer does not have", "the way by ONNX"
+        )
+    try:
+        module = importer.from_exported_program(flat.program, False, False, False, None)
+    except GrapeError:
+        raise
+    except Exception as failure:
+        at = "" if importer.at is None else f"{_place(importer.at)}: "
+        raise CaptureError(_ASKED, at + first_line(failure), "the way by ONNX") from failure
+    module[MAIN] = module[MAIN].with_attr("num_input", len(flat.inputs))
+    return module
+
+
+def _calls(flat: Flat) -> list[fx.Node]:
+    return [node for node in flat.program.graph.nodes if node.op == "call_function"]
+
+
+def _name(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def _place(node: fx.Node) -> str:
+    at = ", ".join(part for part in (module_path(node), source_line(node)) if part)
+    return f"{node.target} ({at})" if at else str(node.target)
+
+
+class Importer(ExportedProgramImporter):  # type: ignore[misc]  # TVM is not annotated
+    """TVM's importer, whose every value has the dtype that torch gave it, and whose sizes are torch's own.
+
+    A size is what torch knows of it: an expression in the sizes of the inputs, in which equal ones are one symbol. `at`
+    is the node that is being imported.
+    """
+
+    def __init__(self, converters: Mapping[str, Converter]) -> None:
+        self._own = {**_CONVERTERS, **converters}
+        self._symbols: dict[str, Any] = {}
+        self.at: fx.Node | None = None
+        super().__init__()
+
+    def create_convert_map(self) -> dict[str, Callable[[fx.Node], Any]]:
+        """Return what converts a call, by the name of its operator."""
+        found = {name: self._held(convert) for name, convert in super().create_convert_map().items()}
+        for name, converter in self._own.items():
+            found[name] = self._held(partial(converter, importer=self))
+        return {name: self._sized(convert) for name, convert in found.items()}
+
+    def _process_derived_symbol(self, symbol: Any, variables: dict[str, Any]) -> Any:
+        """Keep the variables of the sizes; every expression is one, not a variable of its own name."""
+        self._symbols = variables
+        return (str(symbol), None) if symbol.is_Symbol else (str(symbol), self._expression(symbol))
+
+    def size(self, value: int | torch.SymInt) -> Any:
+        """Return a size as TVM writes it."""
+        return value if isinstance(value, int) else self._expression(value.node.expr)
+
+    def sizes(self, node: fx.Node) -> list[Any]:
+        """Return the shape of a node's value."""
+        return [self.size(size) for size in node.meta["val"].shape]
+
+    def emit(self, expression: Any) -> Any:
+        """Bind an expression to a variable and return it."""
+        return self.block_builder.emit(expression)
+
+    def _sized(self, convert: Callable[[fx.Node], Any]) -> Callable[[fx.Node], Any]:
+        def sized(node: fx.Node) -> Any:
+            self.at = node
+            value = node.meta.get("val")
+            return self.size(value) if isinstance(value, torch.SymInt) else convert(node)
+
+        return sized
+
+    def _held(self, convert: Callable[[fx.Node], Any]) -> Callable[[fx.Node], Any]:
+        def held(node: fx.Node) -> Any:
+            if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
+                raise CaptureError(_ASKED, f"{_place(node)} with factors", "the way by ONNX")
+            result, value = convert(node), node.meta.get("val")
+            is_tensor = isinstance(value, Tensor) and isinstance(
+                getattr(result, "ty", None), relax.TensorType
+            )
+            if is_tensor and str(result.ty.dtype) != dtype_of(node):
+                return self.emit(relax.op.astype(result, dtype_of(node)))
+            return result
+
+        return held
+
+    def _expression(self, symbol: Any) -> Any:
+        if symbol.is_Integer:
+            return tirx.IntImm("int64", int(symbol))
+        if symbol.is_Symbol:
+            return self._symbols.setdefault(str(symbol), tirx.Var(str(symbol), "int64"))
+        parts = [self._expression(part) for part in symbol.args]
+        match symbol:
+            case sympy.Add():
+                return reduce(add, parts)
+            case sympy.Mul():
+                return reduce(mul, parts)
+            case sympy.Pow() if symbol.exp.is_Integer and symbol.exp > 0:
+                return reduce(mul, parts[:1] * int(symbol.exp))
+            case FloorDiv():
+                return tirx.floordiv(*parts)
+            case PythonMod():
+                return tirx.floormod(*parts)
+            case Max():
+                return reduce(tirx.max, parts)
+            case Min():
+                return reduce(tirx.min, parts)
+        raise CaptureError(_ASKED, f"a size that is {symbol}", "sizes that are sums, products and quotients")
+
+
+def dtype_of(node: fx.Node) -> str:
+    """Return the dtype of a node's value, by the name that TVM has for it."""
+    return str(node.meta["val"].dtype).removeprefix("torch.")
+
+
+def _rows(node: fx.Node, importer: Importer) -> Any:
+    """Rows of a table; a number past its end reads the last row instead of foreign memory."""
+    table, numbers = (importer.env[each] for each in node.args[:2])
+    return importer.emit(relax.op.take(table, numbers, axis=0, mode="clip"))
+
+
+def _reshaped(node: fx.Node, importer: Importer) -> Any:
+    (given, *_) = node.args
+    assert isinstance(given, fx.Node)
+    same = node.meta["val"].shape == given.meta["val"].shape
+    return (
+        importer.env[given]
+        if same
+        else importer.emit(relax.op.reshape(importer.env[given], importer.sizes(node)))
+    )
+
+
+def _expanded(node: fx.Node, importer: Importer) -> Any:
+    (given, *_) = node.args
+    assert isinstance(given, fx.Node)
+    same = node.meta["val"].shape == given.meta["val"].shape
+    return (
+        importer.env[given]
+        if same
+        else importer.emit(relax.op.broadcast_to(importer.env[given], importer.sizes(node)))
+    )
+
+
+def _reduced(reduce: Callable[..., Any]) -> Converter:
+    def converted(node: fx.Node, importer: Importer) -> Any:
+        given, *rest = node.args
+        axes = list(rest[0]) if rest and rest[0] else None  # type: ignore[arg-type]  # a list, says the schema
+        return importer.emit(reduce(importer.env[given], axes, bool(rest[1]) if len(rest) > 1 else False))
+
+    return converted
+
+
+_CONVERTERS: Final[Mapping[str, Converter]] = {
+    "embedding.default": _rows,
+    "view.default": _reshaped,
+    "reshape.default": _reshaped,
+    "_unsafe_view.default": _reshaped,
+    "expand.default": _expanded,
+    "amax.default": _reduced(relax.op.max),
+    "amin.default": _reduced(relax.op.min),
+}

@@ -1,0 +1,363 @@
+"""Libraries by TVM: built, verified, saved, loaded and run where torch is not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from tvm_models import BLOCKED, RUNNER, Turned, decoder, program, turned
+
+pytest.importorskip("tvm")
+
+from grape_compile import cli
+from grape_compile.encoding import parse
+from grape_compile.errors import CaptureError, EngineError, GrapeError, ModelError, OperandError
+from grape_compile.export.contract import FACTOR, FLOOR, Sums
+from grape_compile.export.oracle import InDouble
+from grape_compile.export.tvm import Artifact, build, load
+from grape_compile.export.tvm.about import about_of
+from grape_compile.export.tvm.operators import Operators
+
+SEEDS = 3
+
+
+@pytest.fixture(scope="module")
+def small() -> Artifact:
+    model, args = turned()
+    return build(model, args, target="llvm")
+
+
+@pytest.fixture
+def saved(small: Artifact, tmp_path: Path) -> Path:
+    return small.save(tmp_path / "model.so")
+
+
+# -- decoders with a cache, where torch is not -------------------------------------------------------------
+
+
+def calls(vocabulary: int) -> dict[str, Tensor]:
+    """Prompts of three lengths, behind the last of them a step of one token and one of two."""
+    random = torch.Generator().manual_seed(1)
+    shapes = {
+        "prompt 3": (1, 3),
+        "prompt 9": (2, 9),
+        "prompt 17": (3, 17),
+        "step 1": (3, 1),
+        "step 2": (3, 2),
+    }
+    return {name: torch.randint(3, vocabulary, shape, generator=random) for name, shape in shapes.items()}
+
+
+def logits_of(model: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    found, held = {}, None
+    for name, ids in given.items():
+        with torch.no_grad():
+            result = model(ids, past_key_values=None if name.startswith("prompt") else held, use_cache=True)
+        found[name], held = result.logits, result.past_key_values
+    return found
+
+
+def check_without_torch(model: Any, path: Path) -> None:
+    given = calls(96)
+    arrays: dict[str, Any] = {name: ids.numpy() for name, ids in given.items()}
+    np.savez(path.with_name("calls.npz"), **arrays)
+    out = path.with_name("logits.npz")
+    command = [*program(RUNNER), str(path), str(path.with_name("calls.npz")), str(out)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    own = logits_of(model, given)
+    with InDouble():
+        truth = logits_of(model.double(), given)
+    for name, found in np.load(out).items():
+        errors = []
+        for logits in (torch.from_numpy(found), own[name]):
+            sums = Sums()
+            sums.add([logits], [truth[name]], None)
+            errors.append(sums.relative)
+        assert errors[0] <= FACTOR * errors[1] + FLOOR, (name, errors)
+
+
+def test_a_decoder_is_built_saved_and_runs_where_torch_is_not(tmp_path: Path) -> None:
+    model = decoder("llama", 64, 2)
+    artifact = build(model, kv_cache=True, target="llvm")
+    hows = {place.encoding.partition("(")[0]: place.how for place in artifact.about.places}
+    assert hows == {"rotation": "TensorIR", "attention": "TensorIR"}
+    assert len(artifact.about.comparisons) == 4
+    check_without_torch(model, artifact.save(tmp_path / "model.so"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gptj", "bloom"])
+def test_decoders_keep_the_error_contract(family: str, tmp_path: Path) -> None:
+    model = decoder(family, 256, 4)
+    artifact = build(model, kv_cache=True, target="llvm")
+    assert {place.how for place in artifact.about.places} == {"TensorIR"}
+    check_without_torch(model, artifact.save(tmp_path / "model.so"))
+    ids = torch.arange(3, 13)[None]
+    whole = build(
+        decoder(family, 256, 4), (), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, target="llvm"
+    )
+    assert len(whole.about.comparisons) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gptj", "bloom"])
+def test_decoders_in_half_precision(family: str) -> None:
+    artifact = build(decoder(family, 256, 4), kv_cache=True, target="llvm", dtype=torch.float16)
+    assert {value.dtype for value in artifact.about.outputs} == {"float16"}
+
+
+@pytest.mark.slow
+def test_the_runners_say_what_the_model_says(tmp_path: Path) -> None:
+    model = decoder("llama", 64, 2)
+    path = build(model, kv_cache=True, target="llvm").save(tmp_path / "model.so")
+    prompt = [5, 17, 42]
+    made = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=None)
+    right = " ".join(map(str, made[0, len(prompt) :].tolist()))
+    root = Path(__file__).parents[2]
+    example = str(root / "examples/run_tvm.py")
+    start = "import runpy; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    by_python = [*program(BLOCKED + start), example]
+    done = subprocess.run(
+        [*by_python, str(path), *map(str, prompt), "--tokens", "8"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == right
+    runner = tmp_path / "run_tvm"
+    compile_runner(root / "examples/run_tvm.cpp", runner)
+    done = subprocess.run(
+        [str(runner), str(path), "8", *map(str, prompt)], check=True, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == right
+
+
+def compile_runner(source: Path, runner: Path) -> None:
+    import importlib.util
+    import shutil
+
+    if shutil.which("g++") is None:
+        pytest.skip("there is no g++")
+    folders = []
+    for name in ("tvm", "tvm_ffi"):
+        found = importlib.util.find_spec(name)
+        assert found is not None
+        assert found.submodule_search_locations is not None
+        folders.append(found.submodule_search_locations[0])
+    engine, ffi = folders
+    command = ["g++", "-std=c++17", str(source), "-o", str(runner), f"-I{ffi}/include"]
+    command += [f"-L{engine}/lib", f"-L{ffi}/lib", f"-Wl,-rpath,{engine}/lib:{ffi}/lib"]
+    subprocess.run([*command, "-Wl,--no-as-needed", "-ltvm_runtime", "-ltvm_ffi"], check=True)
+
+
+# -- files -------------------------------------------------------------------------------------------------
+
+
+def test_a_saved_library_computes_the_same(small: Artifact, saved: Path) -> None:
+    x = torch.randn(3, 11, 8).numpy()
+    assert sorted(each.name for each in saved.parent.iterdir()) == [
+        "model.so",
+        "model.so.json",
+        "model.so.params",
+    ]
+    again = load(saved)
+    assert again.about == small.about
+    np.testing.assert_array_equal(again.run(x)["output"], small.run(x=x)["output"])
+    with pytest.raises(GrapeError, match="copies of its three files"):
+        again.save(saved.with_name("other.so"))
+
+
+def test_weights_are_not_in_the_code(saved: Path) -> None:
+    weight = turned()[0].layer.weight.detach().numpy()
+    assert weight[0].tobytes() not in saved.read_bytes()
+    assert weight[0].tobytes() in saved.with_name("model.so.params").read_bytes()
+
+
+def test_a_description_reads_back(small: Artifact) -> None:
+    about, files = about_of(small.about.to_json(sha256="x"), "read")
+    assert (about, files) == (small.about, {"sha256": "x"})
+    assert about.encodings[0].startswith("rotation(half(8)")
+    assert [str(parse(text)) for text in about.encodings] == list(about.encodings)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda path: path.unlink(), "no file"),
+        (lambda path: path.with_name("model.so.params").unlink(), "no file"),
+        (lambda path: path.with_name("model.so.params").write_bytes(b"short"), "the whole file"),
+        (lambda path: path.with_name("model.so.json").write_text("{"), "does not read"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"more"), "describes another library"),
+    ],
+)
+def test_files_that_do_not_belong_together_are_refused(saved: Path, spoil: Any, told: str) -> None:
+    spoil(saved)
+    with pytest.raises(GrapeError, match=told):
+        load(saved)
+
+
+def test_another_release_is_refused(saved: Path) -> None:
+    text = saved.with_name("model.so.json")
+    content = json.loads(text.read_text())
+    content["versions"]["tvm"] = "0.1"
+    text.write_text(json.dumps(content))
+    with pytest.raises(EngineError, match="apache-tvm=="):
+        load(saved)
+
+
+@pytest.mark.parametrize("path", ["folder/model.so", "model.onnx"])
+def test_a_path_that_cannot_be_written_leaves_nothing(small: Artifact, tmp_path: Path, path: str) -> None:
+    with pytest.raises(GrapeError, match="write"):
+        small.save(tmp_path / path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_linker_that_fails_leaves_nothing(
+    small: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(EngineError, match=r"apt install g\+\+"):
+        small.save(tmp_path / "model.so")
+    assert not list(tmp_path.iterdir())
+
+
+# -- calls -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs"),
+    [
+        ((), {}),
+        ((np.zeros((1, 2, 8), np.float64),), {}),
+        ((np.zeros((1, 2, 7), np.float32),), {}),
+        ((np.zeros((2, 8), np.float32),), {}),
+        ((np.zeros((1, 2, 8), np.float32),), {"input": 1}),
+        ((), {"y": 1}),
+    ],
+)
+def test_a_wrong_argument_is_told_what_would_fit(small: Artifact, args: Any, kwargs: Any) -> None:
+    with pytest.raises(OperandError, match=r"x float32\[batch, any, 8\]"):
+        small.run(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "error", "told"),
+    [
+        (3, {}, ModelError, "an int|a int"),
+        (nn.Linear(8, 8).bfloat16(), {"dtype": None}, GrapeError, "bfloat16"),
+        (Turned(), {"target": "nvidia/nvidia-h10"}, EngineError, "nvidia/nvidia-h100"),
+        (Turned(), {"kv_cache": True}, ModelError, "a causal language model"),
+    ],
+)
+def test_a_mistake_is_told(model: Any, arguments: dict[str, Any], error: type[Exception], told: str) -> None:
+    x = torch.zeros(2, 6, 8, dtype=torch.bfloat16 if isinstance(model, nn.Linear) else torch.float32)
+    with pytest.raises(error, match=told):
+        build(model, (x,), **{"target": "llvm", **arguments})
+
+
+def test_code_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unturned(self: Operators, node: Any, importer: Any) -> Any:
+        return [importer.env[tensor] for tensor in node.args[0]]
+
+    monkeypatch.setattr(Operators, "_rotate", unturned)
+    model, args = turned()
+    with pytest.raises(GrapeError, match="a library that computes what Turned computes"):
+        build(model, args, target="llvm")
+
+
+# -- other ways and targets --------------------------------------------------------------------------------
+
+
+class _Scattered(nn.Module):
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        return (x * 0.5).scatter_add(1, index, x)
+
+
+def test_an_operator_that_is_missing_takes_the_way_by_onnx() -> None:
+    args = (torch.randn(2, 6, 8), torch.randint(0, 4, (2, 6, 8)))
+    artifact = build(_Scattered(), args, target="llvm", dynamic_shapes=None)
+    assert artifact.about.comparisons
+    assert any("scatter_add" in note and "ONNX" in note for note in artifact.about.notes)
+
+
+class _Unknown(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = torch.special.bessel_j0(x)
+        return result
+
+
+def test_an_operator_that_nothing_has_is_named_with_its_line() -> None:
+    with pytest.raises(CaptureError, match=r"bessel_j0.default \(.*test_tvm\.py:\d+"):
+        build(_Unknown(), (torch.randn(2, 3),), target="llvm")
+
+
+def test_another_processor_takes_objects(tmp_path: Path) -> None:
+    model, args = turned()
+    artifact = build(model, args, target="raspberry-pi/4b-aarch64")
+    assert artifact.about.notes == ("not verified: the target is aarch64, this machine is x86_64",)
+    with pytest.raises(EngineError, match=r"g\+\+ -shared"):
+        artifact.save(tmp_path / "model.so")
+    with pytest.raises(GrapeError, match="aarch64"):
+        artifact.run(args[0])
+    artifact.save(tmp_path / "model.tar")
+    names = sorted(each.name for each in tmp_path.iterdir())
+    assert names == ["model.so.json", "model.so.params", "model.tar"]
+    with tarfile.open(tmp_path / "model.tar") as objects:
+        for each in objects.getmembers():
+            file = objects.extractfile(each)
+            assert file is not None
+            head = file.read(20)
+            assert head[:4] == b"\x7fELF"
+            assert int.from_bytes(head[18:20], "little") == 183  # EM_AARCH64
+
+
+def test_a_gpu_that_is_not_there_still_gives_its_source() -> None:
+    model, args = turned()
+    artifact = build(model, args, target="nvidia/nvidia-h100")
+    assert "__global__" in artifact.source
+    if not torch.cuda.is_available():
+        assert "no cuda device" in artifact.report
+
+
+# -- the command line --------------------------------------------------------------------------------------
+
+
+def test_the_command_line_writes_a_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "model.so"
+    arguments = ["export", "tvm", "tvm_models:turned", "--target", "llvm", "-o", str(out), "--json"]
+    monkeypatch.setattr(sys, "argv", ["grape-compile", *arguments])
+    with pytest.raises(SystemExit) as done:
+        cli.main()
+    assert done.value.code == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["model"] == "Turned"
+    assert "compile ..." in told.err
+    assert load(out).run(turned()[1][0])["output"].shape == (2, 6, 8)
+
+
+# -- records -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_what_was_tuned_is_built(tmp_path: Path) -> None:
+    from grape_compile.tuning import tune
+
+    model, args = turned()
+    tune(model, args, target="llvm", trials=2, records=tmp_path)
+    artifact = build(model, args, target="llvm", records=tmp_path)
+    assert any(note.startswith("tuned: rotate rotation(half(8)") for note in artifact.about.notes)
+    file = next(tmp_path.iterdir())
+    file.write_text(file.read_text(encoding="utf-8").replace("half", "hall"), encoding="utf-8")
+    plain = build(model, args, target="llvm", records=tmp_path)
+    assert any("checksum" in note for note in plain.about.notes)
+    assert not any(note.startswith("tuned") for note in plain.about.notes)
