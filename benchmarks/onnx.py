@@ -3,8 +3,9 @@
     python -m benchmarks.onnx llama gptj --out benchmarks/results/onnx.json
 
 Files take turns on one thread; a time is the processor time of a call, which other work on the machine disturbs least.
-Peers: torch.onnx at opset 20 ("plain") and at opset 23, onnxscript's `optimize_for_ort` on the plain file, and the
-exporter of transformers with its fusions for a CPU.
+Peers: torch.onnx at opset 20 ("plain") and at opset 23, onnxscript's `optimize_for_ort` and `onnxruntime.transformers`
+on the plain file, and the exporter of transformers with its fusions for a CPU. Memory is what a process that only runs
+the file needs more at its peak than after loading it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from __future__ import annotations
 import argparse
 import logging
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -102,7 +105,11 @@ FAMILIES: dict[str, tuple[Callable[[], Any], int]] = {
 }
 
 
-def files(model: nn.Module, folder: Path) -> Iterator[tuple[str, Path | str]]:
+#: What onnxruntime.transformers calls a family; the others are nearest to GPT-2.
+KINDS = {"llama": "qwen3", "qwen3": "qwen3", "gpt_neox": "gpt_neox"}
+
+
+def files(family: str, model: nn.Module, folder: Path) -> Iterator[tuple[str, Path | str]]:
     """Yield the file of every exporter, or what it says instead of one."""
     ids = torch.randint(3, VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0))
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -126,6 +133,16 @@ def files(model: nn.Module, folder: Path) -> Iterator[tuple[str, Path | str]]:
         optimized = optimize_for_ort(ir.load(path))
         ir.save(optimized[0], path)
 
+    def by_onnxruntime(path: Path) -> None:
+        from onnxruntime.transformers.optimizer import optimize_model
+
+        plain = path.with_name("before.onnx")
+        by_torch(20, plain)
+        made = optimize_model(
+            str(plain), KINDS.get(family, "gpt2"), num_heads=HEADS, hidden_size=HIDDEN, opt_level=0
+        )
+        made.save_model_to_file(str(path))
+
     def by_transformers(path: Path) -> None:
         from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
@@ -141,6 +158,7 @@ def files(model: nn.Module, folder: Path) -> Iterator[tuple[str, Path | str]]:
         PLAIN: lambda path: by_torch(20, path),
         "torch opset 23": lambda path: by_torch(23, path),
         "onnxscript": by_onnxscript,
+        "onnxruntime.transformers": by_onnxruntime,
         "transformers": by_transformers,
         **{name: by_us(target) for name, target in OURS.items()},
     }
@@ -171,6 +189,28 @@ def call(session: Any, ids: Tensor) -> Callable[[], Any]:
     return lambda: session.run(None, feeds)[0]
 
 
+#: Runs a file once on so many tokens and prints by how many KiB its peak is above what loading it left.
+_PEAK = """
+import resource, sys
+import numpy as np, onnxruntime
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads, options.log_severity_level = 1, 3
+session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+given = {each.name: np.ones((1, int(sys.argv[2])), np.int64) for each in session.get_inputs()}
+held = int(open("/proc/self/status").read().split("VmRSS:")[1].split()[0])
+session.run(None, given)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held)
+"""
+
+
+def peak(path: Path, length: int) -> int:
+    """Bytes that a run of a file on so many tokens needs beside the file."""
+    told = subprocess.run(
+        [sys.executable, "-c", _PEAK, str(path), str(length)], capture_output=True, check=True
+    )
+    return 1024 * int(told.stdout)
+
+
 def processor_times(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
     """Median seconds of processor time of each, taking turns; two rounds before them do not count."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -197,7 +237,7 @@ def measured(family: str, rounds: int) -> Iterator[dict[str, Any]]:
         rows: dict[str, dict[str, Any]] = {}
         calls: dict[str, Callable[[], Any]] = {}
         prompt = torch.randint(3, VOCABULARY, (1, length), generator=torch.Generator().manual_seed(1))
-        for name, path in files(model, Path(folder)):
+        for name, path in files(family, model, Path(folder)):
             row = rows[name] = {
                 "name": f"{family}, {name}",
                 "family": family,
@@ -209,13 +249,14 @@ def measured(family: str, rounds: int) -> Iterator[dict[str, Any]]:
                 continue
             try:
                 session = open_file(path)
-                counted = Counter(node.op_type for node in ir.load(path).graph)
+                counted = Counter(node.op_type for node in ir.load(path).graph.all_nodes())
                 row |= {
                     "nodes": sum(counted.values()),
                     "fused": {kind: counted[kind] for kind in FUSED if counted[kind]},
                 }
                 row["bytes"] = sum(each.stat().st_size for each in Path(folder).glob(f"{path.stem}.onnx*"))
                 row["error"] = _errors(session, model)
+                row["peak"] = peak(path, length)
                 calls[name] = call(session, prompt)
             except Exception as failure:
                 row["failure"] = f"{type(failure).__name__}: {str(failure).splitlines()[0][:120]}"
@@ -290,7 +331,8 @@ def _told(row: dict[str, Any]) -> str:
     if "seconds" not in row:
         return str(row.get("failure", "not timed"))
     fused = ", ".join(f"{count} {kind}" for kind, count in row["fused"].items()) or "nothing fused"
-    return f"{row['faster']:.3f} x the plain file ({fused}); errors {row['error']}"
+    needed = f"{row['peak'] / 2**20:.0f} MiB at the peak"
+    return f"{row['faster']:.3f} x the plain file ({fused}); {needed}; errors {row['error']}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

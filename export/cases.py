@@ -27,8 +27,8 @@ class Case:
     counted: Tensor | None = None
 
 
-def drawn_cases(captured: Captured, seed: int) -> list[Case]:
-    """Return calls at three shapes: one row, three rows of which one is padded on the left, a short one.
+def drawn_cases(captured: Captured, seed: int, *, least: int = 2) -> list[Case]:
+    """Return calls at three shapes: one row of `least` tokens, three rows, one of them padded on the left, a short one.
 
     Whole numbers are drawn from those of the example, real ones with its mean and deviation; sizes that are not open
     stay. GrapeError where a program has no example inputs.
@@ -40,7 +40,7 @@ def drawn_cases(captured: Captured, seed: int) -> list[Case]:
     if not opened:
         return [_case("the example's shape", captured, examples, shapes, 1, 0, random)]
     return [
-        _case("batch 1", captured, examples, shapes, 1, 3, random),
+        _case("batch 1", captured, examples, shapes, 1, 3, random, least),
         _case("batch 3, left padding", captured, examples, shapes, 3, 5, random),
         _case("batch 2, short", captured, examples, shapes, 2, -6, random),
     ]
@@ -73,8 +73,9 @@ def _case(
     batch: int,
     longer: int,
     random: torch.Generator,
+    least: int = 2,
 ) -> Case:
-    sizes = _bound(captured.program, examples, shapes, batch, longer)
+    sizes = _bound(captured.program, examples, shapes, batch, longer, least)
     inputs, counted = [], None
     for own, example, shape in zip(captured.input_names, examples, shapes, strict=True):
         wanted = [size if isinstance(size, int) else int(size.subs(sizes)) for size in shape]
@@ -92,6 +93,7 @@ def _bound(
     shapes: Sequence[tuple[Any, ...]],
     batch: int,
     longer: int,
+    least: int,
 ) -> dict[Any, int]:
     """Give every open size a number: rows of a batch, or the example's size and a few more."""
     rows = {symbol for shape in shapes for symbol in _symbols(shape[:1])}
@@ -99,7 +101,7 @@ def _bound(
     for example, shape in zip(examples, shapes, strict=True):
         for size, own in zip(shape, example.shape, strict=True):
             for symbol in _symbols((size,)):
-                sizes.setdefault(symbol, max(2, int(own) + longer))
+                sizes.setdefault(symbol, max(least, int(own) + longer))
     for symbol, limits in program.range_constraints.items():
         if symbol in sizes:
             lower = 1 if symbol in rows else int(limits.lower)

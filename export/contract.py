@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from torch import Tensor
@@ -13,6 +12,7 @@ from grape_compile.errors import GrapeError
 from grape_compile.export.capturing import Captured
 from grape_compile.export.cases import Case
 from grape_compile.export.comparison import Comparison
+from grape_compile.export.deviation import Deviation, Numbers
 from grape_compile.export.oracle import Eager
 
 SEEDS: Final = 3
@@ -21,35 +21,6 @@ FACTOR, FLOOR = 1.25, 1e-7
 
 #: Inputs of a case in, tensors of the result out.
 Run = Callable[[Sequence[Tensor]], list[Tensor]]
-
-
-@dataclass
-class Sums:
-    """Squares of errors and of what is right, added up over calls."""
-
-    error: float = 0.0
-    size: float = 0.0
-
-    def add(self, found: Sequence[Tensor], right: Sequence[Tensor], counted: Tensor | None) -> None:
-        """Add the results of one call, of which the tokens `counted` [B, T] count (None: all)."""
-        for one, other in zip(found, right, strict=True):
-            if not other.is_floating_point():
-                continue
-            wide, truth = one.double(), other.double()
-            if counted is not None:
-                if wide.shape[:2] != counted.shape:
-                    continue
-                wide, truth = wide[counted], truth[counted]
-            # What the original hides with infinity the file may hide with the same.
-            same = wide == truth
-            self.error += float((wide - truth).masked_fill(same, 0.0).square().sum())
-            self.size += float(truth.masked_fill(truth.isinf(), 0.0).square().sum())
-
-    @property
-    def relative(self) -> float:
-        """Root of the mean square of the errors over that of what is right; infinity where something is no number."""
-        ratio = (self.error / self.size) ** 0.5 if self.size else self.error**0.5
-        return ratio if ratio == ratio else float("inf")
 
 
 def hold_to_contract(
@@ -94,19 +65,33 @@ def compared(run: Run, captured: Captured, draw: Callable[[int], Iterable[Case]]
 
 def measured(
     runs: dict[str, Run], captured: Captured, draw: Callable[[int], Iterable[Case]]
-) -> dict[str, dict[str, Sums]]:
+) -> dict[str, dict[str, Deviation]]:
     """Return by case and run the errors against float64, those of the original among them."""
     eager, oracle = Eager(captured), Eager(captured, wide=True)
-    found: dict[str, dict[str, Sums]] = {}
+    found: dict[str, dict[str, Deviation]] = {}
     for seed in range(SEEDS):
         for case in draw(seed):
-            own = found.setdefault(case.name, {name: Sums() for name in (*runs, "original")})
+            own = found.setdefault(case.name, {name: Deviation() for name in (*runs, "original")})
             right = oracle(case.inputs)
             _check_numbers(captured, case, right)
-            own["original"].add(eager(case.inputs), right, case.counted)
+            _add(own["original"], eager(case.inputs), right, case.counted)
             for name, run in runs.items():
-                own[name].add(run(case.inputs), right, case.counted)
+                _add(own[name], run(case.inputs), right, case.counted)
     return found
+
+
+def _add(total: Deviation, found: Sequence[Tensor], right: Sequence[Tensor], counted: Tensor | None) -> None:
+    """Count the results of a call; of a mask over tokens, the tokens that count and results by token alone."""
+    for one, other in zip(found, right, strict=True):
+        if counted is None:
+            total.add(_numbers(one), _numbers(other))
+        elif other.shape[:2] == counted.shape:
+            total.add(_numbers(one[counted]), _numbers(other[counted]))
+
+
+def _numbers(result: Tensor) -> Numbers:
+    numbers: Numbers = (result.double() if result.is_floating_point() else result).numpy()
+    return numbers
 
 
 def _over(comparisons: Sequence[Comparison]) -> list[Comparison]:

@@ -22,13 +22,13 @@ MICROSOFT: Final = "com.microsoft"
 
 
 class Builder:
-    """Puts nodes in front of `anchor`; equal constants of a graph are one initializer.
+    """Puts nodes in front of `anchor`; equal constants are one initializer of `root`, which a body of a loop lies in.
 
     A value is given the element type of the first input unless told otherwise.
     """
 
-    def __init__(self, graph: ir.Graph, anchor: ir.Node) -> None:
-        self.graph, self.anchor = graph, anchor
+    def __init__(self, graph: ir.Graph, anchor: ir.Node, root: ir.Graph | None = None) -> None:
+        self.graph, self.anchor, self.root = graph, anchor, root or graph
         self._prefix = (
             next((value.name for value in anchor.outputs if value.name), None) or f"node{id(anchor)}"
         )
@@ -84,7 +84,7 @@ class Builder:
         array = np.asarray(numbers, dtype.numpy())
         content = f"{array.dtype}{array.shape}".encode() + array.tobytes()
         name = f"grape_{dtype.name.lower()}_{hashlib.sha256(content).hexdigest()[:16]}"
-        root = self.graph
+        root = self.root
         if name not in root.initializers:
             value = ir.Value(
                 name=name,
@@ -94,6 +94,10 @@ class Builder:
             )
             root.register_initializer(value)
         return root.initializers[name]
+
+    def given(self, name: str, dtype: ir.DataType, shape: Sequence[Size]) -> ir.Value:
+        """Return a value that a body is given."""
+        return ir.Value(name=f"{self._name()}_{name}", type=ir.TensorType(dtype), shape=ir.Shape(shape))
 
     # -- operators that every part needs ------------------------------------------------------------------------------
 
@@ -155,6 +159,12 @@ class Builder:
         shape = (*sizes(value)[:at], len(range(start, stop, step)), *sizes(value)[at + 1 :])
         bounds = (self.constant([bound]) for bound in (start, stop, at, step))
         return self.op("Slice", value, *bounds, shape=shape)
+
+    def part(self, value: ir.Value, start: ir.Value, stop: ir.Value, axis: int) -> ir.Value:
+        """Return the entries from `start` to `stop` ([1] each) of one axis."""
+        at = axis % len(sizes(value))
+        shape = (*sizes(value)[:at], None, *sizes(value)[at + 1 :])
+        return self.op("Slice", value, start, stop, self.constant([at]), shape=shape)
 
     def tail(self, value: ir.Value, count: ir.Value, axis: int, size: Size = None) -> ir.Value:
         """Return the last `count` [1] entries of one axis."""

@@ -19,6 +19,11 @@ def simplify(model: ir.Model) -> None:
     optimizer.optimize_ir(model, num_iterations=2)
 
 
+def drop_unread(model: ir.Model) -> None:
+    """Drop what nothing reads."""
+    common.RemoveUnusedNodesPass()(model)
+
+
 def share_heads(graph: ir.Graph) -> None:
     """Give attention the key heads there are, where the model repeats them for every query head.
 

@@ -1,20 +1,20 @@
-"""Attention as ONNX nodes: Attention or MultiHeadAttention where a call fits one, else products and a softmax.
+"""Attention as ONNX nodes, for the call `softmax(cap(scale * q k^T) + bias + mask) v`, queries the last of the keys.
 
-Cases, for the call `softmax(cap(scale * q k^T) + bias + mask) v` with the queries the last of the keys:
+Cases:
 
-1. biases that are sums of products become columns of query and key (`emit_bias`), the others a float mask;
-2. opset 23 has the call as one Attention, grouped heads and soft cap included;
-3. com.microsoft has it as MultiHeadAttention, without a soft cap, and as GroupQueryAttention with a cache;
-4. elsewhere it is two products and a softmax in the compute type; grouped heads share their keys by broadcasting.
+1. rotations of the encoding turn queries and keys (`emit_rotation`);
+2. biases that are sums of products become columns of query and key (`emit_bias`), the others a float mask;
+3. where a file may hold loops, what the mask hides as a whole is left out by blocks of queries (`emit_blocks`);
+4. what is left is an operator of the target (`emit_operators`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Final
 
-import numpy as np
 import onnx_ir as ir
 
 from grape_compile.encoding import (
@@ -29,54 +29,23 @@ from grape_compile.encoding import (
     Tables,
 )
 from grape_compile.encoding.clock import Accumulated
-from grape_compile.errors import GrapeError
 from grape_compile.export.onnx.builder import (
     BOOL,
-    DOUBLE,
-    FLOAT,
-    INT64,
-    MICROSOFT,
     Builder,
-    Size,
     broadcast,
     compute_dtype,
     dtype_of,
-    joined,
     sizes,
 )
 from grape_compile.export.onnx.emit_bias import Column, Lengths, columns, is_lifted, seen, total, whole
+from grape_compile.export.onnx.emit_blocks import bounded, in_blocks
+from grape_compile.export.onnx.emit_operators import Call, as_numbers, chosen, fitted, repeated
 from grape_compile.export.onnx.emit_rotation import Emitted, rotate
 from grape_compile.export.onnx.emit_tables import Slots, accumulated
 from grape_compile.export.onnx.targets import Target
+from grape_compile.export.onnx.visible_keys import Reach
 
 _NOTHING: Final = Nope()
-
-
-@dataclass(frozen=True)
-class Call:
-    """Queries [B, H, T_q, D], keys [B, H_kv, T_k, D], values [B, H_kv, T_k, D_v], and what is added to the scores.
-
-    `mask` has up to four axes that broadcast to [B, H, T_q, T_k], True or a number to add. `scale` is 1/sqrt(D) by
-    default; `softcap` c makes c tanh(scores / c) of the scaled product; 0 is none.
-    """
-
-    query: ir.Value
-    key: ir.Value
-    value: ir.Value
-    encoding: Encoding = _NOTHING
-    slots: Mapping[str, ir.Value] = field(default_factory=dict)
-    mask: ir.Value | None = None
-    is_causal: bool = False
-    scale: float | None = None
-    window: int | None = None
-    softcap: float = 0.0
-
-    @property
-    def factor(self) -> float:
-        """The score scale."""
-        width = sizes(self.query)[-1]
-        assert isinstance(width, int)
-        return 1.0 / float(np.sqrt(max(width, 1))) if self.scale is None else self.scale
 
 
 def attend(builder: Builder, call: Call, target: Target) -> Emitted:
@@ -87,8 +56,14 @@ def attend(builder: Builder, call: Call, target: Target) -> Emitted:
     call = _turned(builder, call, lengths, target)
     call, told = _added(builder, call, lengths, target)
     call = _hidden(builder, call, lengths)
-    emitted = _chosen(builder, call, target)
-    return Emitted(emitted.values, ", ".join((*told, emitted.how)))
+    width = sizes(call.value)[3]
+    call = fitted(builder, call, target)
+    bounds = Reach() if not target.loops or _is_grown(call.key) else bounded(builder, call)
+    compute = partial(chosen, target=target)
+    emitted = in_blocks(builder, call, bounds, compute) if bounds.is_bounded else compute(builder, call)
+    (mixed,) = emitted.values
+    assert isinstance(width, int)
+    return Emitted((builder.slice(mixed, 0, width),), ", ".join((*told, emitted.how)))
 
 
 # -- what is made of the encoding -------------------------------------------------------------------------------------
@@ -217,24 +192,6 @@ def _as_heads(builder: Builder, column: ir.Value, heads: ir.Value) -> ir.Value:
     return builder.expand(wide, (*by, 1), (*sizes(heads)[:3], 1))
 
 
-def repeated(builder: Builder, heads: ir.Value, own: Size, wanted: Size) -> ir.Value:
-    """Return [B, H, T, D] from [B, H_kv, T, D], each head as often as it has query heads."""
-    assert isinstance(own, int)
-    assert isinstance(wanted, int)
-    batch, _, length, width = sizes(heads)
-    apart = builder.unsqueeze(heads, 2)
-    copies = builder.expand(apart, (1, 1, wanted // own, 1, 1), (batch, own, wanted // own, length, width))
-    return builder.reshape(copies, (0, wanted, -1, int(str(width))), (batch, wanted, length, width))
-
-
-def as_numbers(builder: Builder, mask: ir.Value, dtype: ir.DataType) -> ir.Value:
-    """Return a mask as numbers to add; what is hidden gets a low one that stays finite when others are added."""
-    if dtype_of(mask) != BOOL:
-        return builder.cast(mask, dtype)
-    hidden = builder.constant(float(np.finfo(dtype.numpy()).min) / 2, dtype)
-    return builder.op("Where", mask, builder.constant(0.0, dtype), hidden, dtype=dtype, shape=sizes(mask))
-
-
 def _hidden(builder: Builder, call: Call, lengths: Lengths) -> Call:
     """Put into the mask what no attribute of an operator says: a window, and the future of keys with a past."""
     if call.window is None and (not call.is_causal or lengths.is_square):
@@ -248,146 +205,3 @@ def _hidden(builder: Builder, call: Call, lengths: Lengths) -> Call:
     else:
         mask = total(builder, [call.mask, as_numbers(builder, visible, dtype_of(call.mask))])
     return replace(call, mask=mask, is_causal=False, window=None)
-
-
-# -- what computes it -------------------------------------------------------------------------------------------------
-
-
-def _chosen(builder: Builder, call: Call, target: Target) -> Emitted:
-    if dtype_of(call.query) == DOUBLE:
-        return Emitted((by_products(builder, call),), "two products and a softmax: no operator takes double")
-    if target.fused:
-        return Emitted((_by_attention(builder, call),), "Attention")
-    if not target.microsoft:
-        return Emitted(
-            (by_products(builder, call),),
-            f"two products and a softmax: opset {target.opset} has no Attention",
-        )
-    if call.softcap:
-        return Emitted(
-            (by_products(builder, call),), "two products and a softmax: MultiHeadAttention has no soft cap"
-        )
-    if dtype_of(call.query) != FLOAT:
-        return Emitted(
-            (by_products(builder, call),),
-            "two products and a softmax: MultiHeadAttention takes float on a CPU",
-        )
-    return Emitted((_by_multi_head(builder, call),), "MultiHeadAttention")
-
-
-def _four(builder: Builder, mask: ir.Value) -> ir.Value:
-    missing = 4 - len(sizes(mask))
-    return builder.unsqueeze(mask, *range(missing)) if missing else mask
-
-
-def _by_attention(builder: Builder, call: Call) -> ir.Value:
-    mask = call.mask
-    if mask is not None:
-        mask = _four(builder, mask)
-        if dtype_of(mask) not in (BOOL, dtype_of(call.query)):
-            mask = builder.cast(mask, dtype_of(call.query))
-    return builder.op(
-        "Attention",
-        *(call.query, call.key, call.value, mask),
-        shape=_result(call),
-        scale=call.factor,
-        is_causal=int(call.is_causal),
-        softcap=call.softcap or None,
-    )
-
-
-def _result(call: Call) -> tuple[Size, ...]:
-    return (*sizes(call.query)[:3], sizes(call.value)[3])
-
-
-def _by_multi_head(builder: Builder, call: Call) -> ir.Value:
-    """com.microsoft takes queries as [B, T, H * D], keys and values by heads, and a float bias."""
-    heads, own = sizes(call.query)[1], sizes(call.key)[1]
-    key, value = (
-        part if own == heads else repeated(builder, part, own, heads) for part in (call.key, call.value)
-    )
-    width, value_width = sizes(call.query)[3], sizes(value)[3]
-    assert isinstance(heads, int)
-    assert isinstance(width, int)
-    assert isinstance(value_width, int)
-    bias = None if call.mask is None else _four(builder, as_numbers(builder, call.mask, FLOAT))
-    if bias is not None:
-        bias = _over_all(builder, bias, call)
-    batch, _, length, _ = sizes(call.query)
-    if width != value_width:
-        # By heads, keys and values have to be of one width.
-        key, value = joined(builder, key), joined(builder, value)
-    mixed = builder.op(
-        "MultiHeadAttention",
-        *(joined(builder, call.query), key, value, None, None, bias),
-        domain=MICROSOFT,
-        shape=(batch, length, heads * value_width),
-        num_heads=heads,
-        scale=call.factor,
-        unidirectional=1 if call.is_causal else None,
-    )
-    apart = builder.reshape(mixed, (0, 0, heads, value_width), (batch, length, heads, value_width))
-    return builder.transpose(apart, 0, 2, 1, 3)
-
-
-def _over_all(builder: Builder, bias: ir.Value, call: Call) -> ir.Value:
-    """Return a bias whose last two axes have all queries and keys: the operator broadcasts the first two only."""
-    if sizes(bias)[2] != 1 and sizes(bias)[3] != 1:
-        return bias
-    by = (1, 1, builder.size(call.query, 2), builder.size(call.key, 2))
-    return builder.expand(bias, by, (*sizes(bias)[:2], sizes(call.query)[2], sizes(call.key)[2]))
-
-
-def by_products(builder: Builder, call: Call) -> ir.Value:
-    """Return the attention written out; scores and softmax in the compute type."""
-    dtype, own = compute_dtype(call.query), dtype_of(call.query)
-    heads, key_heads = sizes(call.query)[1], sizes(call.key)[1]
-    query, key, value = (builder.cast(part, dtype) for part in (call.query, call.key, call.value))
-    query = builder.binary("Mul", query, call.factor)
-    mask = call.mask
-    if call.is_causal:
-        lengths = Lengths(builder.size(query, 2), builder.size(key, 2), sizes(query)[2], sizes(key)[2])
-        visible = seen(builder, lengths, is_causal=True, window=None)
-        if mask is not None and dtype_of(mask) == BOOL:
-            mask = builder.op("And", mask, visible, dtype=BOOL, shape=broadcast(sizes(mask), sizes(visible)))
-        else:
-            shown = as_numbers(builder, visible, dtype)
-            mask = shown if mask is None else total(builder, [builder.cast(mask, dtype), shown])
-    bias = None if mask is None else _four(builder, as_numbers(builder, mask, dtype))
-    if heads != key_heads:
-        query, key, value, bias = _grouped(builder, query, key, value, bias)
-    rank = len(sizes(key))
-    scores = builder.matmul(query, builder.transpose(key, *range(rank - 2), rank - 1, rank - 2))
-    if call.softcap:
-        bent = builder.same("Tanh", builder.binary("Div", scores, call.softcap))
-        scores = builder.binary("Mul", bent, call.softcap)
-    if bias is not None:
-        scores = builder.binary("Add", scores, bias)
-    mixed = builder.matmul(builder.same("Softmax", scores, axis=-1), value)
-    if heads != key_heads:
-        assert isinstance(heads, int)
-        width = sizes(value)[-1]
-        assert isinstance(width, int)
-        mixed = builder.reshape(mixed, (0, heads, -1, width), _result(call))
-    return builder.cast(mixed, own)
-
-
-def _grouped(
-    builder: Builder, query: ir.Value, key: ir.Value, value: ir.Value, bias: ir.Value | None
-) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value | None]:
-    """Return everything with an axis for the query heads of one key head, which broadcasts over keys and values."""
-    (batch, heads, length, width), own = sizes(query), sizes(key)[1]
-    if not isinstance(heads, int) or not isinstance(own, int) or not isinstance(width, int):
-        raise GrapeError("attention with grouped heads", f"{heads} and {own} heads", "known numbers of heads")
-    groups = heads // own
-    query = builder.reshape(query, (0, own, groups, -1, width), (batch, own, groups, length, width))
-    key, value = (builder.unsqueeze(part, 2) for part in (key, value))
-    if bias is None:
-        return query, key, value, None
-    if sizes(bias)[1] == 1:
-        return query, key, value, builder.unsqueeze(bias, 2)
-    lead, _, rows, columns_ = sizes(bias)
-    last = builder.op("Shape", bias, dtype=INT64, shape=(2,), start=2, end=4)
-    first = builder.size(bias, 0)
-    target = builder.concat([first, builder.constant([own, groups]), last], 0)
-    return query, key, value, builder.op("Reshape", bias, target, shape=(lead, own, groups, rows, columns_))

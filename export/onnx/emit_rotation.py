@@ -11,12 +11,13 @@ Cases, by what the tensor and its tables look like:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx_ir as ir
 
 from grape_compile.encoding import (
+    Axes,
     Compose,
     Encoding,
     Half,
@@ -25,6 +26,7 @@ from grape_compile.encoding import (
     Nope,
     Planes,
     Rotation,
+    planes_of,
 )
 from grape_compile.export.onnx.builder import (
     DOUBLE,
@@ -39,6 +41,7 @@ from grape_compile.export.onnx.builder import (
 )
 from grape_compile.export.onnx.emit_generators import generated
 from grape_compile.export.onnx.emit_tables import Slots, Turn, turn
+from grape_compile.export.onnx.fold_weights import Map, fold
 from grape_compile.export.onnx.targets import Target
 
 
@@ -78,13 +81,36 @@ def _rotated(
             (generated(builder, tensor, encoding, slots),), "arithmetic: its planes are no coordinates"
         )
     if encoding.basis is not None:
-        basis = builder.cast(slots[encoding.basis], dtype_of(tensor))
-        tensor = builder.matmul(tensor, basis)
-    tables = turn(builder, encoding, slots, tensor)
+        tensor = _in_basis(builder, tensor, slots[encoding.basis])
+    placed = _in_place(builder, tensor, encoding)
+    told = "" if placed is encoding else ", the weights before it in order"
+    tables = turn(builder, placed, slots, tensor)
     obstacle = _obstacle(tensor, tables, target)
     if obstacle:
-        return Emitted((_by_arithmetic(builder, tensor, encoding, tables),), f"arithmetic: {obstacle}")
-    return Emitted((_by_operator(builder, tensor, encoding, tables, target),), "RotaryEmbedding")
+        return Emitted((_by_arithmetic(builder, tensor, placed, tables),), f"arithmetic: {obstacle}{told}")
+    return Emitted((_by_operator(builder, tensor, placed, tables, target),), f"RotaryEmbedding{told}")
+
+
+def _in_basis(builder: Builder, tensor: ir.Value, basis: ir.Value) -> ir.Value:
+    """Return x E: by the weights that x comes from where E is known, else as a product."""
+    matrix = basis.const_value
+    if matrix is not None and fold(builder, tensor, Map.basis(matrix.numpy())):
+        return tensor
+    return builder.matmul(tensor, builder.cast(basis, dtype_of(tensor)))
+
+
+def _in_place(builder: Builder, tensor: ir.Value, rotation: Rotation) -> Rotation:
+    """Return a rotation whose result has the places of its operand, where weights can make the operand so."""
+    own, wanted = rotation.planes, rotation.output
+    if own.pairs() == wanted.pairs():
+        return rotation
+    places = [place for pair in wanted.pairs() for place in pair] + _outside(wanted)
+    held = [place for pair in own.pairs() for place in pair] + _outside(own)
+    order = [held[places.index(place)] for place in range(own.head_dim)]
+    if not fold(builder, tensor, Map.order(order)):
+        return rotation
+    planes = planes_of(wanted.pairs(), wanted.head_dim)
+    return replace(rotation, planes=Axes(planes, own.axes()) if any(own.axes()) else planes, out=None)
 
 
 # -- the fused operator -----------------------------------------------------------------------------------------------
@@ -123,7 +149,24 @@ def _tokens_first(tensor: ir.Value, tables: Turn) -> bool:
 def _by_operator(
     builder: Builder, tensor: ir.Value, rotation: Rotation, tables: Turn, target: Target
 ) -> ir.Value:
-    order = _order(rotation)
+    """Turn the coordinates from the first to the last that turn; the operator itself leaves what lies behind them."""
+    taken = [place for side in (rotation.planes, rotation.output) for pair in side.pairs() for place in pair]
+    start, size = min(taken), rotation.head_dim
+    if start == 0:
+        return _from_the_first(builder, tensor, rotation.planes, rotation.output, tables, target)
+    planes, output = (
+        planes_of([(first - start, second - start) for first, second in side.pairs()], size - start)
+        for side in (rotation.planes, rotation.output)
+    )
+    behind = builder.slice(tensor, start, size)
+    turned = _from_the_first(builder, behind, planes, output, tables, target)
+    return builder.concat([builder.slice(tensor, 0, start), turned])
+
+
+def _from_the_first(
+    builder: Builder, tensor: ir.Value, planes: Planes, output: Planes, tables: Turn, target: Target
+) -> ir.Value:
+    order = _order(planes, output)
     if order.before is not None:
         tensor = builder.permute(tensor, order.before)
     shape, batch = sizes(tensor), builder.size(tensor, 0)
@@ -143,12 +186,12 @@ def _by_operator(
     attributes: dict[str, Any] = {
         "interleaved": int(order.interleaved),
         "num_heads": heads,
-        "rotary_embedding_dim": 2 * rotation.planes.count,
+        "rotary_embedding_dim": 2 * planes.count,
     }
     if target.fused:
         turned = builder.op("RotaryEmbedding", taken, cos, sin, shape=sizes(taken), **attributes)
     else:
-        turned = _microsoft(builder, taken, cos, sin, rotation.planes.count, attributes)
+        turned = _microsoft(builder, taken, cos, sin, planes.count, attributes)
     if heads_axis == 2:
         turned = builder.reshape(turned, (0, 0, *_known(shape[2:])), shape)
     return turned if order.after is None else builder.permute(turned, order.after)
@@ -192,14 +235,14 @@ class _Order:
     after: tuple[int, ...] | None
 
 
-def _order(rotation: Rotation) -> _Order:
-    pairs, size = rotation.planes.pairs(), rotation.head_dim
+def _order(planes: Planes, output: Planes) -> _Order:
+    pairs, size = planes.pairs(), planes.head_dim
     spellings = {rule: rule(2 * len(pairs)).pairs() for rule in (Half, Interleaved)}
     # Two coordinates are both; the operators take halves without a detour.
     rule = next((rule for rule, own in spellings.items() if own == pairs), None)
     places = spellings[rule or Half]
     held = list(range(size)) if rule is not None else _held(pairs, places, size)
-    wanted = _held(rotation.output.pairs(), places, size)
+    wanted = _held(output.pairs(), places, size)
     after = [wanted.index(coordinate) for coordinate in range(size)]
     return _Order(
         rule is Interleaved,
@@ -268,8 +311,11 @@ def _rest(builder: Builder, tensor: ir.Value, outside: list[int]) -> list[ir.Val
 
 
 def _put(builder: Builder, turned: list[ir.Value], rest: list[ir.Value], planes: Planes) -> ir.Value:
-    together = builder.concat([*turned, *rest])
+    """Return coordinates in their places: what does not turn in front of or behind what does, or else among it."""
     first, second = zip(*planes.pairs(), strict=True)
-    held = [*first, *second, *_outside(planes)]
+    outside, inside = _outside(planes), [*first, *second]
+    if _plain([*outside, *inside]):
+        return builder.concat([*rest, *turned])
+    held = [*inside, *outside]
     order = [held.index(coordinate) for coordinate in range(planes.head_dim)]
-    return builder.permute(together, order)
+    return builder.permute(builder.concat([*turned, *rest]), order)

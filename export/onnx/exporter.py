@@ -20,8 +20,17 @@ from grape_compile.export.capturing import Captured, capture
 from grape_compile.export.cases import Case, drawn_cases
 from grape_compile.export.comparison import Comparison
 from grape_compile.export.kv_cache import cached_cases, with_cache
-from grape_compile.export.onnx.clean import finish, name_axes, share_heads, simplify, widen_arithmetic
+from grape_compile.export.onnx.clean import (
+    drop_unread,
+    finish,
+    name_axes,
+    share_heads,
+    simplify,
+    widen_arithmetic,
+)
+from grape_compile.export.onnx.emit_blocks import SMALLEST
 from grape_compile.export.onnx.files import LIMIT, check, describe, write
+from grape_compile.export.onnx.fold_parameters import fold_parameters
 from grape_compile.export.onnx.fuse_attention import fuse_attention
 from grape_compile.export.onnx.hold_past import hold_past
 from grape_compile.export.onnx.lower import Lowered, lower
@@ -61,7 +70,9 @@ def export(
     Raises ModelError for something that is no model, CaptureError for one that torch.export or ONNX cannot take, and
     GrapeError for a path that cannot be written and for a file that does not verify, of which nothing is left.
     """
-    wanted, place = target_of(target), Path(path)
+    place = Path(path)
+    # A step of one query has no blocks, and would copy what a loop cuts out of the cache.
+    wanted = target_of(target, loops=list(providers) == [CPU] and not kv_cache)
     with staged(place) as draft:
         progress("capture")
         captured, draw = _captured(model, args, kwargs or {}, dynamic_shapes, kv_cache)
@@ -72,11 +83,15 @@ def export(
         graph, lowered = _lowered(replace(captured, program=program), wanted)
         describe(graph, wanted.name, lowered)
         progress("write")
+        operators = dict(Counter(node.op_type for node in graph.graph.all_nodes()))
         data = write(graph, draft, external_data_above)
         check(draft)
         comparisons: tuple[Comparison, ...] = ()
         if verify:
             progress("verify")
+            if "Loop" in operators:
+                # Two rounds at least.
+                draw = partial(draw, least=SMALLEST + 3)
             plain = partial(_plain, captured, draft.with_name("plain.onnx"))
             comparisons = verified(draft, captured, draw, providers=providers, plain=plain)
             draft.with_name("plain.onnx").unlink(missing_ok=True)
@@ -85,7 +100,7 @@ def export(
             place,
             wanted.name,
             tuple(lowered),
-            dict(Counter(node.op_type for node in graph.graph)),
+            operators,
             tuple(found.sites),
             tuple(found.refusals),
             comparisons,
@@ -99,7 +114,7 @@ def _captured(
     kwargs: dict[str, Any],
     shapes: Any,
     kv_cache: bool,
-) -> tuple[Captured, Callable[[int], Iterable[Case]]]:
+) -> tuple[Captured, Callable[..., Iterable[Case]]]:
     if kv_cache:
         captured = with_cache(model)
         return captured, partial(cached_cases, captured)
@@ -131,12 +146,16 @@ def _rewritten(program: ExportedProgram) -> tuple[ExportedProgram, Outcome]:
 
 def _lowered(captured: Captured, target: Target) -> tuple[ir.Model, list[Lowered]]:
     graph = translate(
-        captured.program, target.opset, input_names=captured.input_names, output_names=captured.output_names
+        fold_parameters(captured.program),
+        target.opset,
+        input_names=captured.input_names,
+        output_names=captured.output_names,
     )
     simplify(graph)
     fuse_attention(graph.graph)
     share_heads(graph.graph)
     lowered = lower(graph, target)
+    drop_unread(graph)
     hold_past(graph.graph)
     if not _narrow(captured):
         widen_arithmetic(graph.graph)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from grape_compile.export.onnx.builder import BOOL, Builder, broadcast, dtype_of, sizes
+from grape_compile.export.onnx.builder import BOOL, Builder, all_known, broadcast, dtype_of, sizes
 from grape_compile.export.onnx.translate import FUSED, PRIVATE
 
 #: A number that hides a key: as passes read it in a model's own code.
@@ -50,10 +50,13 @@ def _fuse(graph: ir.Graph, softmax: ir.Node) -> bool:
     scores, mixing = _read(logits), _mixing(softmax)
     if scores is None or scores.product is None or mixing is None:
         return False
-    query, turned, value = scores.product.inputs[0], scores.product.inputs[1], mixing.inputs[1]
+    query, turned = (_unscaled(scores, operand) for operand in scores.product.inputs)
+    value = mixing.inputs[1]
     if query is None or turned is None or value is None:
         return False
     if any(part.shape is None or len(part.shape) != 4 for part in (query, turned, value)):
+        return False
+    if not all_known([size for part in (query, value) for size in sizes(part)[1::2]]):
         return False
     builder = Builder(graph, mixing)
     key = _by_token(builder, turned)
@@ -116,6 +119,18 @@ def _scaled(found: _Scores, node: ir.Node) -> ir.Value | None:
         return None
     found.scale *= number if node.op_type == "Mul" else 1.0 / number
     return inner
+
+
+def _unscaled(found: _Scores, operand: ir.Value | None) -> ir.Value | None:
+    """An operand of the product without the number it is multiplied by, which becomes part of the scale."""
+    node = None if operand is None else operand.producer()
+    if node is None or node.domain != "" or node.op_type not in ("Mul", "Div"):
+        return operand
+    bent = found.cap  # behind the product, where a factor in front of it does not reach
+    found.cap = 0.0
+    inner = _scaled(found, node)
+    found.cap = bent
+    return operand if inner is None else inner
 
 
 def _added(found: _Scores, node: ir.Node) -> ir.Value | None:
@@ -187,6 +202,10 @@ def _mixing(softmax: ir.Node) -> ir.Node | None:
     weights = softmax.outputs[0]
     while True:
         uses = list(weights.uses())
+        guard = _guard(weights)
+        if guard is not None:
+            weights = guard.outputs[0]
+            continue
         if len(uses) != 1 or weights.is_graph_output():
             return None
         user, place = uses[0]
@@ -195,6 +214,17 @@ def _mixing(softmax: ir.Node) -> ir.Node | None:
         if user.op_type not in ("Cast", "Identity"):
             return None
         weights = user.outputs[0]
+
+
+def _guard(weights: ir.Value) -> ir.Node | None:
+    """What puts zeros in place of weights that are no numbers, as torch does for rows that see no key."""
+    users = {user.op_type: user for user, _ in weights.uses()}
+    if set(users) != {"IsNaN", "Where"} or len(list(weights.uses())) != 2 or weights.is_graph_output():
+        return None
+    asked, chosen = users["IsNaN"].outputs[0], users["Where"]
+    if chosen.inputs[0] is not asked or _number(chosen.inputs[1]) != 0 or _read_elsewhere(asked):
+        return None
+    return chosen
 
 
 # -- what the private node is given -----------------------------------------------------------------------------------
@@ -208,7 +238,25 @@ def _by_token(builder: Builder, turned: ir.Value) -> ir.Value:
         own = node.attributes.get_ints("perm", (3, 2, 1, 0))
         if node.inputs[0].shape is not None and len(own) == 4:
             turned, order = node.inputs[0], [own[at] for at in order]
+    elif (whole := _turned_in_one(turned)) is not None:
+        return whole
     return turned if order == [0, 1, 2, 3] else builder.transpose(turned, *order)
+
+
+def _turned_in_one(turned: ir.Value) -> ir.Value | None:
+    """The keys [B, H, T, D] that were seen as [B * H, T, D], transposed, and seen as [B, H, D, T]."""
+    kinds, value = ("Reshape", "Transpose", "Reshape"), turned
+    for kind in kinds:
+        node = value.producer()
+        if node is None or node.op_type != kind or node.inputs[0] is None or value.shape is None:
+            return None
+        if kind == "Transpose" and node.attributes.get_ints("perm", ()) != (0, 2, 1):
+            return None
+        value = node.inputs[0]
+    if value.shape is None or len(value.shape) != 4:
+        return None
+    (batch, heads, tokens, width), own = sizes(value), sizes(turned)
+    return value if own == (batch, heads, width, tokens) and None not in own else None
 
 
 def _mask(builder: Builder, scores: _Scores) -> ir.Value | None:

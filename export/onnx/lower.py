@@ -9,8 +9,9 @@ import onnx_ir as ir
 from grape_compile.encoding import Nope, parse
 from grape_compile.errors import GrapeError
 from grape_compile.export.onnx.builder import BOOL, MICROSOFT, Builder, sizes
-from grape_compile.export.onnx.emit_attention import Call, attend
+from grape_compile.export.onnx.emit_attention import attend
 from grape_compile.export.onnx.emit_experts import grouped_product
+from grape_compile.export.onnx.emit_operators import Call
 from grape_compile.export.onnx.emit_rotation import Emitted, rotate
 from grape_compile.export.onnx.targets import Target
 from grape_compile.export.onnx.translate import ATTEND, FUSED, GROUPED, PRIVATE, ROTATE

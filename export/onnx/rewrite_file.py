@@ -5,21 +5,26 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
 
 from grape_compile.export.onnx.agreement import Judge
+from grape_compile.export.onnx.clean import drop_unread, share_heads
 from grape_compile.export.onnx.files import check, describe, write
+from grape_compile.export.onnx.fuse_attention import fuse_attention
+from grape_compile.export.onnx.hold_past import hold_past
+from grape_compile.export.onnx.lower import Lowered, lower
 from grape_compile.export.onnx.reading.examples import first_example
 from grape_compile.export.onnx.reading.opening import modernize, open_file, require_opset
 from grape_compile.export.onnx.reading.trace import Imported, import_graph
 from grape_compile.export.onnx.report import OnnxReport
 from grape_compile.export.onnx.runs import Session, measure
+from grape_compile.export.onnx.runtime import CPU
 from grape_compile.export.onnx.splice import splice
-from grape_compile.export.onnx.targets import target_of
+from grape_compile.export.onnx.targets import Target, target_of
 from grape_compile.export.staging import staged
 from grape_compile.passes.pipeline import rewrite_program
 from grape_compile.passes.site import Refusal
@@ -30,17 +35,19 @@ def rewrite_onnx(
     out: str | os.PathLike[str],
     *,
     target: str = "standard",
+    providers: Sequence[str] = (CPU,),
     verify: bool = True,
     progress: Callable[[str], None] = lambda step: None,
 ) -> OnnxReport:
     """Write `out`: the file at `path` with every position encoding that was found as operators of `target`.
 
-    Inputs and outputs keep their names and types, external data stays external; a file without a site is copied. With
-    `verify` the new file is run beside the old one, on one and on three rows, both held to the old one in fp64; where
-    it is worse nothing is written. Raises GrapeError for what is no ONNX file, an opset too old, a path that cannot be
-    written, a graph that ONNX Runtime does not run, a new file that is worse.
+    Inputs and outputs keep their names and types, external data stays external; a file without a site is copied.
+    `providers` are those that the new file is for: on a CPU alone, causal attention is a loop over blocks of
+    queries. With `verify` the new file is run beside the old one, on one and on three rows, both held to the old
+    one in fp64; where it is worse nothing is written. Raises GrapeError for what is no ONNX file, an opset too old,
+    a path that cannot be written, a graph that ONNX Runtime does not run, a new file that is worse.
     """
-    kind = target_of(target)
+    kind = target_of(target, loops=list(providers) == [CPU])
     source, place = Path(path), Path(out)
     with staged(place) as made:
         progress("read")
@@ -63,14 +70,19 @@ def rewrite_onnx(
             place,
             target,
             tuple(done.lowered),
-            _operators(model),
+            {},
             tuple(done.sites),
             (*(_placed(each, imported) for each in found.refusals), *done.refusals),
             notes=_notes(imported),
         )
         if not done.sites:
             _copy(source, made)
-            return replace(report, notes=("nothing was replaced: the file is a copy", *report.notes))
+            return replace(
+                report,
+                operators=_operators(model),
+                notes=("nothing was replaced: the file is a copy", *report.notes),
+            )
+        report = replace(report, lowered=(*done.lowered, *_fused(model, kind)), operators=_operators(model))
         progress("write")
         describe(model, target, done.lowered)
         data = write(model, made, 0 if external else None)
@@ -84,6 +96,16 @@ def rewrite_onnx(
         )
 
 
+def _fused(model: ir.Model, target: Target) -> list[Lowered]:
+    """Make attention that is written out the operator of the target, with the key heads and the cache there are."""
+    fuse_attention(model.graph)
+    share_heads(model.graph)
+    lowered = lower(model, target)
+    drop_unread(model)
+    hold_past(model.graph)
+    return lowered
+
+
 def _is_external(model: ir.Model) -> bool:
     return any(
         isinstance(value.const_value, ir.ExternalTensor) for value in model.graph.initializers.values()
@@ -91,7 +113,7 @@ def _is_external(model: ir.Model) -> bool:
 
 
 def _operators(model: ir.Model) -> dict[str, int]:
-    return dict(Counter(node.op_type for node in model.graph))
+    return dict(Counter(node.op_type for node in model.graph.all_nodes()))
 
 
 def _placed(refusal: Refusal, imported: Imported) -> Refusal:

@@ -18,7 +18,8 @@ from torch import Tensor, fx
 from grape_compile.encoding import parse
 from grape_compile.errors import GrapeError
 from grape_compile.export.onnx.builder import MICROSOFT, Builder, Size, sizes
-from grape_compile.export.onnx.emit_attention import Call, attend
+from grape_compile.export.onnx.emit_attention import attend
+from grape_compile.export.onnx.emit_operators import Call
 from grape_compile.export.onnx.emit_rotation import rotate
 from grape_compile.export.onnx.lower import Lowered
 from grape_compile.export.onnx.node_writers import WRITERS, Unwritable, Written, element

@@ -1,0 +1,255 @@
+"""A call of attention as one operator of the target: Attention or MultiHeadAttention, else products and a softmax.
+
+Cases, for the call `softmax(cap(scale * q k^T) + mask) v` without a bias of its own:
+
+1. opset 23 has it as one Attention, grouped heads and soft cap included;
+2. com.microsoft has it as MultiHeadAttention, without a soft cap;
+3. elsewhere it is two products and a softmax in the compute type; grouped heads share their keys by broadcasting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+import numpy as np
+import onnx_ir as ir
+
+from grape_compile.encoding import Encoding, Nope
+from grape_compile.errors import GrapeError
+from grape_compile.export.onnx.builder import (
+    BOOL,
+    DOUBLE,
+    FLOAT,
+    INT64,
+    MICROSOFT,
+    Builder,
+    Size,
+    broadcast,
+    compute_dtype,
+    dtype_of,
+    joined,
+    sizes,
+)
+from grape_compile.export.onnx.emit_bias import Lengths, seen, total
+from grape_compile.export.onnx.emit_rotation import Emitted
+from grape_compile.export.onnx.targets import Target
+
+_NOTHING: Final = Nope()
+
+
+@dataclass(frozen=True)
+class Call:
+    """Queries [B, H, T_q, D], keys [B, H_kv, T_k, D], values [B, H_kv, T_k, D_v], and what is added to the scores.
+
+    `mask` has up to four axes that broadcast to [B, H, T_q, T_k], True or a number to add. `scale` is 1/sqrt(D) by
+    default; `softcap` c makes c tanh(scores / c) of the scaled product; 0 is none.
+    """
+
+    query: ir.Value
+    key: ir.Value
+    value: ir.Value
+    encoding: Encoding = _NOTHING
+    slots: Mapping[str, ir.Value] = field(default_factory=dict)
+    mask: ir.Value | None = None
+    is_causal: bool = False
+    scale: float | None = None
+    window: int | None = None
+    softcap: float = 0.0
+
+    @property
+    def factor(self) -> float:
+        """The score scale."""
+        width = sizes(self.query)[-1]
+        assert isinstance(width, int)
+        return 1.0 / float(np.sqrt(max(width, 1))) if self.scale is None else self.scale
+
+
+def chosen(builder: Builder, call: Call, target: Target) -> Emitted:
+    """Return [B, H, T_q, D_v] by what the target has for the call, and what that is."""
+    if dtype_of(call.query) == DOUBLE:
+        return Emitted((by_products(builder, call),), "two products and a softmax: no operator takes double")
+    if target.fused:
+        return Emitted((_by_attention(builder, call),), "Attention")
+    if not target.microsoft:
+        return Emitted(
+            (by_products(builder, call),),
+            f"two products and a softmax: opset {target.opset} has no Attention",
+        )
+    if call.softcap:
+        return Emitted(
+            (by_products(builder, call),), "two products and a softmax: MultiHeadAttention has no soft cap"
+        )
+    if dtype_of(call.query) != FLOAT:
+        return Emitted(
+            (by_products(builder, call),),
+            "two products and a softmax: MultiHeadAttention takes float on a CPU",
+        )
+    return Emitted((_by_multi_head(builder, call),), "MultiHeadAttention")
+
+
+def _four(builder: Builder, mask: ir.Value) -> ir.Value:
+    missing = 4 - len(sizes(mask))
+    return builder.unsqueeze(mask, *range(missing)) if missing else mask
+
+
+def _by_attention(builder: Builder, call: Call) -> ir.Value:
+    mask = call.mask
+    if mask is not None:
+        mask = _four(builder, mask)
+        if dtype_of(mask) not in (BOOL, dtype_of(call.query)):
+            mask = builder.cast(mask, dtype_of(call.query))
+    return builder.op(
+        "Attention",
+        *(call.query, call.key, call.value, mask),
+        shape=_result(call),
+        scale=call.factor,
+        is_causal=int(call.is_causal),
+        softcap=call.softcap or None,
+    )
+
+
+def _result(call: Call) -> tuple[Size, ...]:
+    return (*sizes(call.query)[:3], sizes(call.value)[3])
+
+
+def fitted(builder: Builder, call: Call, target: Target) -> Call:
+    """Return the call with keys and values as the operator wants them: MultiHeadAttention has no groups, and one width.
+
+    Keys and values of two widths it takes by token alone, and copies them; values get coordinates of zero instead.
+    """
+    if not _is_multi_head(call, target):
+        return call
+    heads, own = sizes(call.query)[1], sizes(call.key)[1]
+    if heads != own:
+        key, value = (repeated(builder, part, own, heads) for part in (call.key, call.value))
+        call = replace(call, key=key, value=value)
+    width, value_width = _widths(call)
+    if value_width >= width:
+        return call
+    zeros = builder.constant(np.zeros((1, 1, 1, width - value_width)), dtype_of(call.value))
+    batch, _, length, _ = sizes(call.value)
+    by = [builder.size(call.value, axis) for axis in range(3)]
+    beside = builder.expand(zeros, (*by, 1), (batch, heads, length, width - value_width))
+    return replace(call, value=builder.concat([call.value, beside]))
+
+
+def _is_multi_head(call: Call, target: Target) -> bool:
+    return target.microsoft and not target.fused and not call.softcap and dtype_of(call.query) == FLOAT
+
+
+def _widths(call: Call) -> tuple[int, int]:
+    width, value_width = sizes(call.query)[3], sizes(call.value)[3]
+    assert isinstance(width, int)
+    assert isinstance(value_width, int)
+    return width, value_width
+
+
+def _by_multi_head(builder: Builder, call: Call) -> ir.Value:
+    """com.microsoft takes queries as [B, T, H * D], keys and values by heads, and a float bias."""
+    heads, key, value = sizes(call.query)[1], call.key, call.value
+    width, value_width = _widths(call)
+    assert isinstance(heads, int)
+    bias = None if call.mask is None else _four(builder, as_numbers(builder, call.mask, FLOAT))
+    if bias is not None:
+        bias = _over_all(builder, bias, call)
+    batch, _, length, _ = sizes(call.query)
+    if width != value_width:
+        # By heads, keys and values have to be of one width.
+        key, value = joined(builder, key), joined(builder, value)
+    mixed = builder.op(
+        "MultiHeadAttention",
+        *(joined(builder, call.query), key, value, None, None, bias),
+        domain=MICROSOFT,
+        shape=(batch, length, heads * value_width),
+        num_heads=heads,
+        scale=call.factor,
+        unidirectional=1 if call.is_causal else None,
+    )
+    apart = builder.reshape(mixed, (0, 0, heads, value_width), (batch, length, heads, value_width))
+    return builder.transpose(apart, 0, 2, 1, 3)
+
+
+def _over_all(builder: Builder, bias: ir.Value, call: Call) -> ir.Value:
+    """Return a bias whose last two axes have all queries and keys: the operator broadcasts the first two only."""
+    if sizes(bias)[2] != 1 and sizes(bias)[3] != 1:
+        return bias
+    by = (1, 1, builder.size(call.query, 2), builder.size(call.key, 2))
+    return builder.expand(bias, by, (*sizes(bias)[:2], sizes(call.query)[2], sizes(call.key)[2]))
+
+
+def by_products(builder: Builder, call: Call) -> ir.Value:
+    """Return the attention written out; scores and softmax in the compute type."""
+    dtype, own = compute_dtype(call.query), dtype_of(call.query)
+    heads, key_heads = sizes(call.query)[1], sizes(call.key)[1]
+    query, key, value = (builder.cast(part, dtype) for part in (call.query, call.key, call.value))
+    query = builder.binary("Mul", query, call.factor)
+    mask = call.mask
+    if call.is_causal:
+        lengths = Lengths(builder.size(query, 2), builder.size(key, 2), sizes(query)[2], sizes(key)[2])
+        visible = seen(builder, lengths, is_causal=True, window=None)
+        if mask is not None and dtype_of(mask) == BOOL:
+            mask = builder.op("And", mask, visible, dtype=BOOL, shape=broadcast(sizes(mask), sizes(visible)))
+        else:
+            shown = as_numbers(builder, visible, dtype)
+            mask = shown if mask is None else total(builder, [builder.cast(mask, dtype), shown])
+    bias = None if mask is None else _four(builder, as_numbers(builder, mask, dtype))
+    if heads != key_heads:
+        query, key, value, bias = _grouped(builder, query, key, value, bias)
+    rank = len(sizes(key))
+    scores = builder.matmul(query, builder.transpose(key, *range(rank - 2), rank - 1, rank - 2))
+    if call.softcap:
+        bent = builder.same("Tanh", builder.binary("Div", scores, call.softcap))
+        scores = builder.binary("Mul", bent, call.softcap)
+    if bias is not None:
+        scores = builder.binary("Add", scores, bias)
+    mixed = builder.matmul(builder.same("Softmax", scores, axis=-1), value)
+    if heads != key_heads:
+        assert isinstance(heads, int)
+        width = sizes(value)[-1]
+        assert isinstance(width, int)
+        mixed = builder.reshape(mixed, (0, heads, -1, width), _result(call))
+    return builder.cast(mixed, own)
+
+
+def _grouped(
+    builder: Builder, query: ir.Value, key: ir.Value, value: ir.Value, bias: ir.Value | None
+) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value | None]:
+    """Return everything with an axis for the query heads of one key head, which broadcasts over keys and values."""
+    (batch, heads, length, width), own = sizes(query), sizes(key)[1]
+    if not isinstance(heads, int) or not isinstance(own, int) or not isinstance(width, int):
+        raise GrapeError("attention with grouped heads", f"{heads} and {own} heads", "known numbers of heads")
+    groups = heads // own
+    query = builder.reshape(query, (0, own, groups, -1, width), (batch, own, groups, length, width))
+    key, value = (builder.unsqueeze(part, 2) for part in (key, value))
+    if bias is None:
+        return query, key, value, None
+    if sizes(bias)[1] == 1:
+        return query, key, value, builder.unsqueeze(bias, 2)
+    lead, _, rows, columns_ = sizes(bias)
+    last = builder.op("Shape", bias, dtype=INT64, shape=(2,), start=2, end=4)
+    first = builder.size(bias, 0)
+    target = builder.concat([first, builder.constant([own, groups]), last], 0)
+    return query, key, value, builder.op("Reshape", bias, target, shape=(lead, own, groups, rows, columns_))
+
+
+# -- operands ---------------------------------------------------------------------------------------------------------
+
+
+def repeated(builder: Builder, heads: ir.Value, own: Size, wanted: Size) -> ir.Value:
+    """Return [B, H, T, D] from [B, H_kv, T, D], each head as often as it has query heads."""
+    assert isinstance(own, int)
+    assert isinstance(wanted, int)
+    batch, _, length, width = sizes(heads)
+    apart = builder.unsqueeze(heads, 2)
+    copies = builder.expand(apart, (1, 1, wanted // own, 1, 1), (batch, own, wanted // own, length, width))
+    return builder.reshape(copies, (0, wanted, -1, int(str(width))), (batch, wanted, length, width))
+
+
+def as_numbers(builder: Builder, mask: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """Return a mask as numbers to add; what is hidden gets a low one that stays finite when others are added."""
+    if dtype_of(mask) != BOOL:
+        return builder.cast(mask, dtype)
+    hidden = builder.constant(float(np.finfo(dtype.numpy()).min) / 2, dtype)
+    return builder.op("Where", mask, builder.constant(0.0, dtype), hidden, dtype=dtype, shape=sizes(mask))
