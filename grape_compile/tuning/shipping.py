@@ -45,8 +45,14 @@ def main() -> None:
     parser.add_argument("--records", help="a directory of records to go on with; none: a new one")
     arguments = parser.parse_args()
     target = engine.to_target("llvm")
-    works = [each for encoding, shape in layers() for each in of_encoding(encoding, [shape], target).workloads]
-    with tempfile.TemporaryDirectory() as folder, Log(arguments.records or folder) as log, shown() as progress:
+    works = [
+        each for encoding, shape in layers() for each in of_encoding(encoding, [shape], target).workloads
+    ]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Log(arguments.records or folder) as log,
+        shown() as progress,
+    ):
         report = search(works, target, log, trials=arguments.trials, progress=progress)
     winners = [each.winner for each in report.tasks if each.winner is not None]
     write(winners, SHIPPED)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from attention_layers import BiasedAttention, example
 from bias_spellings import distance_then_masked_fill
+from torch.utils.dlpack import from_dlpack
 
 pytest.importorskip("tvm")
 
@@ -22,7 +23,13 @@ TUNED = "grape::attend by TVM, tuned"
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("records")
-    tune(BiasedAttention(distance_then_masked_fill).eval(), (example(),), target="llvm", trials=1, records=folder)
+    tune(
+        BiasedAttention(distance_then_masked_fill).eval(),
+        (example(),),
+        target="llvm",
+        trials=1,
+        records=folder,
+    )
     return folder
 
 
@@ -36,11 +43,10 @@ def faster(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("faster")
 def test_a_graph_calls_what_is_faster_and_none_with_gradients(records: Path) -> None:
-    x = example()
+    x, layer = example(), BiasedAttention(distance_then_masked_fill).eval()
     with torch.no_grad():
-        expected = BiasedAttention(distance_then_masked_fill).eval()(x)
-    layer = grape_compile(BiasedAttention(distance_then_masked_fill).eval(), backend="eager", options=None)
-    layer = grape_compile(layer, backend="eager", options={"tvm": records})
+        expected = layer(x)
+    grape_compile(layer, backend="eager", options={"tvm": records})
     with torch.no_grad():
         found = layer(x)
     torch.testing.assert_close(found, expected)
@@ -56,7 +62,9 @@ def test_what_is_slower_or_not_on_record_is_left(
     times = iter((1.0, 2.0))
     monkeypatch.setattr(calling, "_seconds", lambda run: next(times))
     for folder in (records, tmp_path):
-        layer = grape_compile(BiasedAttention(distance_then_masked_fill).eval(), backend="eager", options={"tvm": folder})
+        layer = grape_compile(
+            BiasedAttention(distance_then_masked_fill).eval(), backend="eager", options={"tvm": folder}
+        )
         with torch.no_grad():
             layer(example())
         assert TUNED not in {site.lowering for site in report(layer).sites}
@@ -66,8 +74,8 @@ def test_tensors_are_shared_and_those_that_lie_otherwise_copied(monkeypatch: pyt
     seen: list[int] = []
 
     def double(x: object, y: object) -> None:
-        seen.append(torch.from_dlpack(x).data_ptr())
-        torch.from_dlpack(y).copy_(torch.from_dlpack(x) * 2)
+        seen.append(from_dlpack(x).data_ptr())
+        from_dlpack(y).copy_(from_dlpack(x) * 2)
 
     monkeypatch.setattr(calling, "_functions", [double])
     whole = torch.arange(65.0)
