@@ -24,7 +24,7 @@ from grape_compile.tuning.programs import search
 from grape_compile.tuning.tasks import of_encoding
 
 #: Heads and coordinates of a head of the layers of small and of large models, in rows of so many tokens.
-HEADS: Final = ((12, 64), (32, 64), (32, 128))
+HEADS: Final = ((12, 64), (32, 128))
 TOKENS: Final = 512
 
 
@@ -45,8 +45,14 @@ def main() -> None:
     parser.add_argument("--records", help="a directory of records to go on with; none: a new one")
     arguments = parser.parse_args()
     target = engine.to_target("llvm")
-    works = [each for encoding, shape in layers() for each in of_encoding(encoding, [shape], target).workloads]
-    with tempfile.TemporaryDirectory() as folder, Log(arguments.records or folder) as log, shown() as progress:
+    works = [
+        each for encoding, shape in layers() for each in of_encoding(encoding, [shape], target).workloads
+    ]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Log(arguments.records or folder) as log,
+        shown() as progress,
+    ):
         report = search(works, target, log, trials=arguments.trials, progress=progress)
     winners = [each.winner for each in report.tasks if each.winner is not None]
     write(winners, SHIPPED)
