@@ -24,7 +24,7 @@ from grape_compile.tuning.programs import search
 from grape_compile.tuning.tasks import of_encoding
 
 #: Heads and coordinates of a head of the layers of small and of large models, in rows of so many tokens.
-HEADS: Final = ((12, 64), (32, 64), (32, 128))
+HEADS: Final = ((12, 64), (32, 128))
 TOKENS: Final = 512
 
 
