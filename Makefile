@@ -12,7 +12,8 @@ export TOKENIZERS_PARALLELISM := false
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := test
-.PHONY: demo test test-all lint format bench bench-gpu bench-tvm gpu-page gates coverage figures models results clean
+.PHONY: demo test test-all lint format bench bench-gpu bench-tvm tvm-defaults gpu-page gates \
+  coverage figures models results run_tvm clean
 
 demo: $(READY)
 	$(BIN)/python examples/quickstart.py
@@ -49,6 +50,10 @@ bench-gpu: $(READY)
 # Tunes programs of TVM for this CPU and times them; about five minutes.
 bench-tvm: $(READY)
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.tvm --out benchmarks/results/
+
+# Writes the winners that come with the package, for CPUs such as this one; about ten minutes.
+tvm-defaults: $(READY)
+	$(ONE_THREAD) $(BIN)/python -m grape_compile.tuning.shipping
 
 # What they measured, as a page with figures.
 gpu-page: $(READY)

@@ -12,7 +12,8 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeVar, cast, overload
 
 import torch
@@ -20,7 +21,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.nn.parallel import DistributedDataParallel
 
-from grape_compile.errors import CaptureError, GrapeError, ModelError, RefusalError, first_line
+from grape_compile.errors import CaptureError, EngineError, GrapeError, ModelError, RefusalError, first_line
 from grape_compile.passes.capture import (
     capture_dynamo,
     capture_export,
@@ -49,12 +50,14 @@ Model = TypeVar("Model", bound=nn.Module)
 class _Compiled:
     """What is known of one compiled model: what each graph holds, and the seconds spent before the inner backend.
 
-    `in_buckets`: its graphs come whole although DistributedDataParallel wants one per bucket of gradients.
+    `in_buckets`: its graphs come whole although DistributedDataParallel wants one per bucket of gradients. `tuned`: the
+    records of tuned functions that its graphs may call, True for those that come with the package.
     """
 
     graphs: list[GraphReport] = field(default_factory=list)
     seconds: float = 0.0
     in_buckets: bool = False
+    tuned: Path | str | bool = False
 
 
 _OTHER_TABLES = (
@@ -82,6 +85,8 @@ def grape_compile(
     The model keeps its type, state, hooks and methods; `report(model)` tells what was done once it has run,
     `restore(model)` undoes it, a second call replaces the first. `backend` compiles the rewritten graph ("eager" runs
     it as it is, without a C++ compiler), `dynamic`, `fullgraph` and `options` mean what they mean to `torch.compile`.
+    One more of the options, "tvm", is a directory of tuning records, or True: graphs without gradients then call tuned
+    functions of TVM for attention on a CPU, where they are measured to be faster.
     `on_refusal="raise"` turns the first refusal into a RefusalError; "keep" leaves the place as it was.
 
     Raises ModelError for something that is no module, GrapeError for an unknown backend or `on_refusal`.
@@ -91,8 +96,9 @@ def grape_compile(
         raise GrapeError(
             "compile a model", f"on_refusal={on_refusal!r}", 'on_refusal="keep" or on_refusal="raise"'
         )
-    inner = _inner_backend(backend, options)
-    record = _Compiled()
+    given = dict(options or {})
+    record = _Compiled(tuned=given.pop("tvm", False))
+    inner = _inner_backend(backend, given)
     door = functools.partial(_compile_graph, inner=inner, record=record, strict=on_refusal == "raise")
     compiled = torch.compile(model._call_impl, backend=door, dynamic=dynamic, fullgraph=fullgraph)
     call = _constant_floats(compiled) if dynamic else compiled
@@ -133,8 +139,11 @@ def rewrite_seconds(model: nn.Module) -> float:
 
 def grape(module: fx.GraphModule, examples: Sequence[Any], **options: Any) -> Callable[..., Any]:
     """The `torch.compile(model, backend="grape")` door: rewrite a Dynamo graph, then compile it with Inductor."""
-    inner = _inner_backend("inductor", options.get("options"))
-    return _compile_graph(module, examples, inner=inner, record=_Compiled(), strict=False)
+    given = dict(options.get("options") or {})
+    record = _Compiled(tuned=given.pop("tvm", False))
+    return _compile_graph(
+        module, examples, inner=_inner_backend("inductor", given), record=record, strict=False
+    )
 
 
 def inspect(
@@ -218,6 +227,10 @@ def _compile_graph(
     try:
         rewritten = _rewritten(module, examples)
         found = rewritten.report
+        if record.tuned is not False and found.sites:
+            found = _with_tuned(rewritten.module, found, record.tuned)
+    except EngineError:
+        raise
     except CaptureError as failure:
         found = Report(refusals=(_capture_refusal(failure),))
     except Exception as failure:
@@ -265,6 +278,20 @@ def _rewritten(module: fx.GraphModule, examples: Sequence[Any]) -> Rewritten:
         ShareAngles()(program)
         outline_regions(program.module)
     return Rewritten(program.module, found, tables, bool(program.stands))
+
+
+def _with_tuned(module: fx.GraphModule, found: Report, records: Path | str | bool) -> Report:
+    """Let a graph call tuned functions of TVM; the report says where."""
+    from grape_compile.export.tvm.calling import call_tuned
+
+    places = call_tuned(module, None if isinstance(records, bool) else records)
+    sites = (
+        replace(site, lowering="grape::attend by TVM, tuned")
+        if site.kind == "bias" and site.module in places
+        else site
+        for site in found.sites
+    )
+    return Report(tuple(sites), found.refusals)
 
 
 def _note_other_tables(record: _Compiled, found: Report) -> None:

@@ -159,6 +159,55 @@ def _rows(node: fx.Node, importer: Importer) -> Any:
     return importer.emit(relax.op.take(table, numbers, axis=0, mode="clip"))
 
 
+def _indexed(node: fx.Node, importer: Importer) -> Any:
+    """Places along one axis, from the end where they are negative, and none past it."""
+    given, indices = node.args
+    assert isinstance(given, fx.Node)
+    assert isinstance(indices, list | tuple)
+    places = [(axis, each) for axis, each in enumerate(indices) if isinstance(each, fx.Node)]
+    axis, index = places[0]
+    size = given.meta["val"].shape[axis]
+    if len(places) != 1 or index.meta["val"].dtype == torch.bool or not isinstance(size, int):
+        return importer._index_tensor(node)
+    numbers = _within(importer.env[index], dtype_of(index), size)
+    return importer.emit(relax.op.take(importer.env[given], numbers, axis=axis, mode="clip"))
+
+
+def _gathered(node: fx.Node, importer: Importer) -> Any:
+    given, axis, index = node.args[:3]
+    assert isinstance(given, fx.Node)
+    assert isinstance(index, fx.Node)
+    assert isinstance(axis, int)
+    size, numbers = given.meta["val"].shape[axis], importer.env[index]
+    if isinstance(size, int):
+        last = relax.const(size - 1, dtype_of(index))
+        numbers = relax.op.minimum(_within(numbers, dtype_of(index), size), last)
+    return importer.emit(relax.op.gather_elements(importer.env[given], numbers, axis=axis))
+
+
+def _within(numbers: Any, dtype: str, size: int) -> Any:
+    """Count negative numbers from the end, and let none stay negative."""
+    nothing = relax.const(0, dtype)
+    counted = relax.op.where(
+        relax.op.less(numbers, nothing), relax.op.add(numbers, relax.const(size, dtype)), numbers
+    )
+    return relax.op.maximum(counted, nothing)
+
+
+def _clamped(node: fx.Node, importer: Importer) -> Any:
+    """Whole numbers have no infinity, which TVM takes for a limit that is not given."""
+    given, *limits = node.args
+    if node.meta["val"].is_floating_point():
+        return importer._clamp(node)
+    assert isinstance(given, fx.Node)
+    limits += [node.kwargs.get(name) for name in ("min", "max")][len(limits) :]
+    found = importer.env[given]
+    for limit, bound in zip(limits, (relax.op.maximum, relax.op.minimum), strict=True):
+        if limit is not None:
+            found = bound(found, relax.const(limit, dtype_of(node)))
+    return importer.emit(found)
+
+
 def _reshaped(node: fx.Node, importer: Importer) -> Any:
     (given, *_) = node.args
     assert isinstance(given, fx.Node)
@@ -192,6 +241,9 @@ def _reduced(reduce: Callable[..., Any]) -> Converter:
 
 _CONVERTERS: Final[Mapping[str, Converter]] = {
     "embedding.default": _rows,
+    "clamp.default": _clamped,
+    "index.Tensor": _indexed,
+    "gather.default": _gathered,
     "view.default": _reshaped,
     "reshape.default": _reshaped,
     "_unsafe_view.default": _reshaped,

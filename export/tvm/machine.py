@@ -16,7 +16,7 @@ from grape_compile.errors import EngineError, GrapeError, first_line
 from grape_compile.kernels.tensorir.engine import INSTALL, Target, load_module, relax, tvm, versions
 
 #: Where the compiled function reads tensors from without a copy: what the code of a CPU is made for.
-_ALIGNED: Final = 64
+ALIGNED: Final = 64
 _LINKERS: Final = ("g++", "c++", "clang++", "clang")
 _INSTRUCTIONS: Final = (
     "sse",
@@ -74,7 +74,7 @@ def runner(code: Any, target: Mapping[str, Any], device: str, weights: Sequence[
 
 def _tensor(array: np.ndarray[Any, Any], place: Any) -> Any:
     plain = np.ascontiguousarray(array)
-    if place.type == "cpu" and plain.flags.writeable and plain.ctypes.data % _ALIGNED == 0 and plain.size:
+    if place.type == "cpu" and plain.flags.writeable and plain.ctypes.data % ALIGNED == 0 and plain.size:
         return tvm.runtime.from_dlpack(plain)
     return tvm.runtime.tensor(plain, place)
 

@@ -28,7 +28,7 @@ from grape_compile.kernels.tensorir.tasks import attention_task, rotation_task, 
 from grape_compile.operators.operands import slot_names
 from grape_compile.records import Task
 
-_ROTATE, _ATTEND = torch.ops.grape.rotate.default, torch.ops.grape.attend.default
+_ROTATE, ATTEND = torch.ops.grape.rotate.default, torch.ops.grape.attend.default
 #: What TVM calls a function that nothing is fused with.
 OPAQUE: Final = 8
 
@@ -149,12 +149,17 @@ class Operators:
         return results
 
     def _attend(self, node: fx.Node, importer: Importer) -> Any:
+        function, tensors = self.attention_of(node)
+        given = [importer.env[each] for each in tensors]
+        return [_called(function, given, node.meta["val"][0], importer)]
+
+    def attention_of(self, node: fx.Node) -> tuple[PrimFunc | str, list[fx.Node]]:
+        """Return the function of a call of `grape::attend`, or why there is none, and the tensors that it takes."""
         named = _named(node)
         function = self._attending(**{name: fx.map_arg(each, _value) for name, each in named.items()})
-        heads = [named.pop(name) for name in ("query", "key", "value")]
+        heads = [named[name] for name in ("query", "key", "value")]
         tensors = [*heads, named.get("mask"), named.get("sinks"), *named["slots"]]
-        given = [importer.env[each] for each in tensors if each is not None]
-        return [_called(function, given, node.meta["val"][0], importer)]
+        return function, [each for each in tensors if each is not None]
 
 
 def _tried(write: Callable[[], PrimFunc]) -> PrimFunc | str:
@@ -193,7 +198,7 @@ def _summed(dtype: str, left: Any, right: Any, bias: Any = None) -> Any:
 
 def _named(node: fx.Node) -> dict[str, Any]:
     """Return the arguments of a call by the names of the schema."""
-    names = [argument.name for argument in _ATTEND._schema.arguments]
+    names = [argument.name for argument in ATTEND._schema.arguments]
     named: Mapping[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     return {("text" if name == "encoding" else name): each for name, each in named.items()}
 
@@ -224,7 +229,7 @@ def _counted(program: ExportedProgram) -> Counter[str]:
         for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
             if node.target is _ROTATE:
                 found[str(node.args[2])] += len(node.args[0])
-            elif node.target is _ATTEND:
+            elif node.target is ATTEND:
                 found[str(_named(node)["text"])] += 1
             elif node.target is torch.ops.aten.scaled_dot_product_attention.default:
                 found[str(nope())] += 1

@@ -203,7 +203,7 @@ def _slots_of(part: Encoding, shape: Shape) -> Iterator[tuple[str, Operand]]:
             yield part.spectrum.slot, Operand((planes,))
     elif isinstance(part, Bias):
         yield from _clock_of(part.clock, tokens, ())
-        if isinstance(part.slopes, Learned):
+        if isinstance(part.slopes, Learned | Table):
             yield part.slopes.slot, Operand((shape.heads,))
         for name in () if part.gate is None else (part.gate.query, part.gate.key):
             if name is not None:

@@ -98,7 +98,9 @@ def rotation_workload(encoding: Rotation, operand: Operand, slots: Slots, target
     inputs = {"x": operand, **{name: slots[name] for name in encoding.slots}}
 
     def define(given: Mapping[str, Tensor]) -> Tensor:
-        return reference_rotate([given["x"]], encoding, given)[0]
+        # Models make angles in float32, whatever the dtype of their heads.
+        x = given["x"] if given["x"].dtype == torch.float64 else given["x"].float()
+        return reference_rotate([x], encoding, given)[0].to(given["x"].dtype)
 
     space = rotation_space(encoding, operand, slots, target)
     return Workload(rotation_task(encoding, operand, slots), space, inputs, operand, encoding, define)

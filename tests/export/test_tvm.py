@@ -247,6 +247,31 @@ def test_a_wrong_argument_is_told_what_would_fit(small: Artifact, args: Any, kwa
         small.run(*args, **kwargs)
 
 
+class _Looked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(5, 4)
+        self.rows = nn.Buffer(torch.arange(20.0).view(5, 4))
+
+    def forward(self, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        wide = places.clamp(min=0)[..., None].expand(-1, -1, 4)
+        return (
+            self.table(places.clamp(min=0)),
+            self.rows[places],
+            self.rows.expand(places.shape[0], -1, -1).gather(1, wide),
+        )
+
+
+def test_places_past_the_end_of_a_table_read_its_last_row() -> None:
+    places = torch.tensor([[0, 4, -1], [1, 2, -5]])
+    artifact = build(_Looked(), (places,), target="llvm")
+    table, rows, gathered = artifact.run(np.array([[10**9, 3, -1]])).values()
+    last, *_ = artifact.run(np.array([[4, 4]])).values()
+    np.testing.assert_array_equal(table[0, 0], last[0, 0])
+    assert (rows[0, :, 0] == [16, 12, 16]).all()
+    assert (gathered[0, :, 0] == [16, 12, 0]).all()
+
+
 @pytest.mark.parametrize(
     ("model", "arguments", "error", "told"),
     [

@@ -25,7 +25,7 @@ from tvm_stand_ins import small
 
 from grape_compile.encoding import alibi, grape_m, rope
 from grape_compile.errors import EngineError, GrapeError
-from grape_compile.kernels.tensorir.bench import Library
+from grape_compile.kernels.tensorir.bench import Library, library_ending
 from grape_compile.kernels.tensorir.engine import to_target
 from grape_compile.kernels.tensorir.replay import Recorded
 from grape_compile.records import Log, read_log
@@ -197,6 +197,13 @@ def test_mistakes_are_told_before_anything_is_written(
 def test_programs_for_a_gpu_want_a_fleet_without_one(tmp_path: Path) -> None:
     with pytest.raises(GrapeError, match="tracker="):
         tune(rope(64), [LAYER], target="nvidia/nvidia-h100", trials=4, records=tmp_path)
+
+
+def test_libraries_are_linked_where_the_linker_is() -> None:
+    phone = {"kind": "llvm", "mtriple": "aarch64-linux-android", "mattr": ["+neon"]}
+    assert library_ending(str(TARGET), is_here=True) == ".so"
+    assert library_ending(str(to_target("raspberry-pi/4b-aarch64")), is_here=False) == ".tar"
+    assert library_ending(str(to_target(phone)), is_here=False) == ".so"
 
 
 def test_without_tvm_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,9 +22,9 @@ REPEAT: Final = 3
 LEAST_MILLISECONDS: Final = 20
 
 Array = np.ndarray[Any, Any]
-rpc: Final = engine.tvm.rpc
+rpc: Final = engine.rpc
 #: A process that one call after the other can be sent to, and that may end without harm.
-Worker: Final = engine.tvm.support.popen_pool.PopenWorker
+Worker: Final = engine.PopenWorker
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ def library_ending(target: str, *, is_here: bool) -> str:
 
 def _linking(path: str, target: engine.Target) -> dict[str, Any]:
     if path.endswith(".tar"):
-        return {"fcompile": engine.tvm.support.tar.tar}
-    return {"fcompile": engine.tvm.support.ndk.create_shared} if _is_android(target) else {}
+        return {"fcompile": engine.tar.tar}
+    return {"fcompile": engine.ndk.create_shared} if _is_android(target) else {}
 
 
 def _is_android(target: engine.Target) -> bool:

@@ -50,11 +50,13 @@ def check_installation() -> None:
 check_installation()
 
 import tvm  # noqa: E402 - only after the check
-from tvm import IRModule, relax, tirx  # noqa: E402
+from tvm import IRModule, relax, rpc, tirx  # noqa: E402
 from tvm.runtime import Module as Library  # noqa: E402
 from tvm.runtime import load_module  # noqa: E402
 from tvm.runtime import tensor as device_tensor  # noqa: E402
 from tvm.script.ir_builder import IRBuilder  # noqa: E402
+from tvm.support import ndk, tar  # noqa: E402
+from tvm.support.popen_pool import PopenWorker  # noqa: E402
 from tvm.target import Target  # noqa: E402
 from tvm.target import codegen as _codegen  # noqa: E402
 from tvm.target.tag import list_tags  # noqa: E402
@@ -69,6 +71,7 @@ __all__ = [
     "VERSION",
     "IRModule",
     "Library",
+    "PopenWorker",
     "PrimFunc",
     "T",
     "Target",
@@ -80,8 +83,11 @@ __all__ = [
     "is_gpu",
     "load_module",
     "module_of",
+    "ndk",
     "relax",
+    "rpc",
     "shared_memory",
+    "tar",
     "targets",
     "tirx",
     "to_target",
