@@ -44,6 +44,38 @@ template <class A, class B> static auto max(A a, B b) -> std::common_type_t<A, B
 static const float CUDART_INF_F = INFINITY;
 #define __expf expf
 static float __int_as_float(int x) { float y; memcpy(&y, &x, 4); return y; }
+namespace nvcuda::wmma {
+struct row_major {};
+struct col_major {};
+struct matrix_a {};
+struct matrix_b {};
+struct accumulator {};
+enum layout_t { mem_row_major, mem_col_major };
+template <class Use, int M, int N, int K, class T, class Order = row_major> struct fragment { float at[16][16]; };
+template <class F> void fill_fragment(F &f, float value) {
+  for (auto &row : f.at)
+    for (auto &each : row) each = value;
+}
+template <class Use, int M, int N, int K, class T, class Order>
+void load_matrix_sync(fragment<Use, M, N, K, T, Order> &f, const T *from, int stride) {
+  constexpr bool rows = std::is_same_v<Order, row_major>;
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 16; ++j) f.at[i][j] = (float)(rows ? from[i * stride + j] : from[j * stride + i]);
+}
+template <class C, class A, class B, class D> void mma_sync(C &c, const A &a, const B &b, const D &d) {
+  C sum;
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 16; ++j) {
+      sum.at[i][j] = d.at[i][j];
+      for (int k = 0; k < 16; ++k) sum.at[i][j] += a.at[i][k] * b.at[k][j];
+    }
+  c = sum;
+}
+template <class F> void store_matrix_sync(float *to, const F &f, int stride, layout_t order) {
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 16; ++j) (order == mem_row_major ? to[i * stride + j] : to[j * stride + i]) = f.at[i][j];
+}
+}
 alignas(128) uchar buf_dyn_shmem_ptr[1 << 18];
 static void launch(int gx, int gy, int threads, void (*body)(void **), void **args) {
   gate = std::make_unique<std::barrier<>>(threads);

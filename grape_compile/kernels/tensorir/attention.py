@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from grape_compile.kernels.tensorir.attention_call import Attention
@@ -40,8 +41,8 @@ def attention_space(call: Attention, target: Target, *, name: str = "attend") ->
     """Return the schedules of `attention` for one target."""
     write = partial(attention, call, target, name=name)
     if is_gpu(target):
-        choices = {"rows": (32, 64, 128, 256), "block": (16, 32, 64), "tile": (4, 8)}
-        return Space(name, choices, hand(call, target), write, partial(gpu_fits, call, shared_memory(target)))
+        choices = {"rows": (32, 64, 128, 256), "block": (16, 32, 64), "tile": (4, 8), "cores": (0, 1)}
+        return Space(name, choices, hand(call, target), write, _gpu_fits(call, target))
     choices = {
         "lanes": (vector_lanes(target),),
         "vectors": (1, 2, 3, 4),
@@ -55,8 +56,18 @@ def attention_space(call: Attention, target: Target, *, name: str = "attend") ->
 def hand(call: Attention, target: Target) -> Point:
     """Return the schedule where nothing has been measured: tiles as large as registers or shared memory hold."""
     if is_gpu(target):
-        tried = [{"rows": rows, "block": 32, "tile": 8 if rows >= 64 else 4} for rows in (128, 64, 32)]
-        last = {"rows": 32, "block": 16, "tile": 4}
-        return next((point for point in tried if gpu_fits(call, shared_memory(target), point)), last)
+        fits = _gpu_fits(call, target)
+        shapes = ((128, 8), (128, 4), (64, 8), (64, 4), (32, 4))
+        tried = [
+            {"rows": rows, "block": 32, "tile": tile, "cores": cores}
+            for cores in (1, 0)
+            for rows, tile in shapes
+        ]
+        last = {"rows": 32, "block": 16, "tile": 4, "cores": 0}
+        return next((point for point in tried if fits(point)), last)
     vectors = 4 if vector_registers(target) >= 32 else 2
     return {"lanes": vector_lanes(target), "vectors": vectors, "keys": 6, "columns": 6, "tiles": 16}
+
+
+def _gpu_fits(call: Attention, target: Target) -> Callable[[Point], bool]:
+    return partial(gpu_fits, call, str(target.attrs.get("arch", "")), shared_memory(target))

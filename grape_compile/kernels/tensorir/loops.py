@@ -54,7 +54,13 @@ def given(*conditions: Any) -> Iterator[None]:
 
 @contextmanager
 def strided(thread: Any, threads: int, total: int) -> Iterator[tuple[Any, Any]]:
-    """Deal `total` numbers out to the threads of a block: (number, whether it is one, None where all are)."""
+    """Deal `total` numbers out to the threads of a block: (number, whether it is one, None where all are).
+
+    Where there are more threads, those behind the last number get that one too.
+    """
+    if total < threads:
+        yield T.min(thread, total - 1), None
+        return
     with T.serial(0, ceildiv(total, threads)) as turn:
         number = turn * threads + thread
         yield number, None if total % threads == 0 else number < total

@@ -65,7 +65,8 @@ class Gpu(Machine):
     thread: Any = None
 
     def make(self, *shape: int) -> Any:
-        return T.alloc_buffer(shape, "float32", scope="shared.dyn")
+        # A single number is each thread's own.
+        return T.alloc_buffer(shape, "float32", scope="local" if prod(shape) == 1 else "shared.dyn")
 
     def fill(self, buffer: Any, shape: tuple[int, ...], value: Callable[..., Any]) -> None:
         with strided(self.thread, self.threads, prod(shape)) as (number, inside), given(inside):

@@ -14,8 +14,7 @@ pytest.importorskip("tvm")
 
 import torch
 from cuda_on_cpu import COMPILER, run, source_of
-from tensorir_cases import double, operand
-from torch import Tensor
+from tensorir_cases import Case, double, heads, operand
 
 from grape_compile.encoding import Encoding, Rotation, alibi, fox, gated_alibi, grape_ap, nope, rope
 from grape_compile.kernels.tensorir import engine
@@ -24,76 +23,34 @@ from grape_compile.kernels.tensorir.attention_call import Attention, supports
 from grape_compile.kernels.tensorir.operands import Operand
 from grape_compile.kernels.tensorir.rotation import rotation
 from grape_compile.kernels.tensorir.rotation import supports as supports_rotation
-from grape_compile.operators.reference import reference_attend, reference_rotate
+from grape_compile.operators.reference import reference_rotate
 from grape_compile.operators.rotation_samples import ROTATIONS
 from grape_compile.operators.sample import BATCH, HEAD_DIM, HEADS, LENGTH, Sample
-from grape_compile.operators.samples import BIASES, COMPOSITIONS, PATHS, attend_tolerance
+from grape_compile.operators.samples import BIASES, COMPOSITIONS, PATHS
 
 NVCC = shutil.which("nvcc")
 GPUS = {"sm_80": "nvidia/nvidia-a100", "sm_90": "nvidia/nvidia-h100"}
 SAMPLES = [sample for sample in (*BIASES, *PATHS, *COMPOSITIONS) if supports(sample.encoding) is True]
-SMALL = {"rows": 32, "block": 16, "tile": 4}
+SMALL = {"rows": 32, "block": 16, "tile": 4, "cores": 0}
 
 needs_cpu = pytest.mark.skipif(COMPILER is None, reason="no g++ to compile the CUDA source for a CPU with")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc to compile the CUDA source with")
 
 
-def heads(queries: int, keys: int, kv_heads: int, dtype: torch.dtype) -> list[Tensor]:
-    torch.manual_seed(queries)
-    shapes = [
-        (BATCH, HEADS, queries, HEAD_DIM),
-        (BATCH, kv_heads, keys, HEAD_DIM),
-        (BATCH, kv_heads, keys, 11),
-    ]
-    return [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes]
-
-
-def check(
-    folder: Path,
-    encoding: Encoding,
-    tensors: list[Tensor],
-    slots: Mapping[str, Tensor],
-    point: Mapping[str, int] = SMALL,
-    **options: Any,
-) -> None:
-    extra = {name: options.pop(name) for name in ("mask", "sinks") if name in options}
-    attending = Attention(
-        encoding,
-        *map(operand, tensors),
-        slots={name: operand(slot) for name, slot in slots.items()},
-        **{name: operand(each) for name, each in extra.items()},
-        **options,
-    )
-    function = attention(attending, engine.to_target(GPUS["sm_80"]), point)
-    query, key, value = tensors
-    output = torch.full((*query.shape[:3], value.shape[3]), 7.0, dtype=query.dtype)
-    named = (
-        dict(zip(("query", "key", "value"), tensors, strict=True)) | extra | dict(slots) | {"output": output}
-    )
-    run(function, {name: tensor.numpy() for name, tensor in named.items()}, folder, GPUS["sm_80"])
-    wide = double({**slots, **extra})
-    wanted = reference_attend(
-        *(each.double() for each in tensors),
-        encoding,
-        {name: wide[name] for name in slots},
-        **{name: wide[name] for name in extra},
-        **options,
-    )
-    tolerance = attend_tolerance(query.dtype, query, key, value, 100.0)
-    assert (output.double() - wanted).abs().amax() <= tolerance
+def check(folder: Path, case: Case, point: Mapping[str, int] = SMALL) -> None:
+    function = attention(case.described(), engine.to_target(GPUS["sm_80"]), point)
+    output = case.output()
+    arrays = {name: tensor.numpy() for name, tensor in (case.named | {"output": output}).items()}
+    run(function, arrays, folder, GPUS["sm_80"])
+    case.hold(output)
 
 
 @needs_cpu
 @pytest.mark.slow
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.name)
 def test_a_bias_is_what_it_is_defined_to_be(sample: Sample, tmp_path: Path) -> None:
-    check(
-        tmp_path,
-        sample.encoding,
-        heads(LENGTH, LENGTH, HEADS, torch.float32),
-        sample.slots(torch.float32),
-        is_causal=sample in PATHS,
-    )
+    options = {"is_causal": sample in PATHS}
+    check(tmp_path, Case(sample.encoding, heads(LENGTH, LENGTH), sample.slots(torch.float32), options))
 
 
 @needs_cpu
@@ -113,8 +70,32 @@ def test_what_a_query_sees(encoding: Encoding, options: dict[str, Any], tmp_path
         "path_query": torch.randn(BATCH, HEADS, 37, 8),
         "path_key": torch.randn(BATCH, HEADS, 41, 8),
     }
-    tensors = heads(37, 41, 2, torch.float32)
-    check(tmp_path, encoding, tensors, {name: slots[name] for name in encoding.slots}, **dict(options))
+    used = {name: slots[name] for name in encoding.slots}
+    check(tmp_path, Case(encoding, heads(37, 41, kv_heads=2), used, options))
+
+
+@needs_cpu
+@pytest.mark.parametrize("encoding", [fox(), grape_ap(HEADS)], ids=["fox", "grape_ap"])
+def test_few_queries_are_taken_one_by_one(encoding: Encoding, tmp_path: Path) -> None:
+    slots = {
+        "log_forget": torch.rand(BATCH, HEADS, 81).log(),
+        "path_query": torch.randn(BATCH, HEADS, 2, 8),
+        "path_key": torch.randn(BATCH, HEADS, 81, 8),
+    }
+    used = {name: slots[name] for name in encoding.slots}
+    case = Case(encoding, heads(2, 81, width=33, kv_heads=2), used, {"is_causal": True, "window": 70})
+    check(tmp_path, case)
+
+
+@needs_cpu
+@pytest.mark.parametrize("encoding", [alibi(HEADS), grape_ap(HEADS)], ids=["alibi", "grape_ap"])
+def test_tensor_cores_take_half_precision(encoding: Encoding, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    query = torch.randn(1, HEADS, 70, 32).half()
+    key, value = (torch.randn(1, 2, 70, size).half() for size in (32, 16))
+    slots = {name: torch.randn(1, HEADS, 70, 8) for name in encoding.slots}
+    case = Case(encoding, (query, key, value), slots, {"is_causal": True})
+    check(tmp_path, case, {"rows": 64, "block": 32, "tile": 8, "cores": 1})
 
 
 @needs_cpu
@@ -200,12 +181,11 @@ def test_every_operator_compiles_for_a_gpu(architecture: str, tmp_path: Path) ->
     text = compiled.read_text()
     assert f".target {architecture}" in text
     assert all(f".entry {name}_kernel" in text for name in written)
+    assert "wmma.mma.sync" in text
 
 
 def test_points_of_the_space_fit_the_gpu() -> None:
-    query, key, value = (operand(each) for each in heads(64, 64, HEADS, torch.float16))
-    attending = Attention(alibi(HEADS), query, key, value, is_causal=True)
-    space = attention_space(attending, engine.to_target(GPUS["sm_80"]))
-    points = space.candidates()
+    case = Case(alibi(HEADS), heads(64, 64, dtype=torch.float16), {}, {"is_causal": True})
+    points = attention_space(case.described(), engine.to_target(GPUS["sm_80"])).candidates()
     assert len(points) > 8
     assert all(point["rows"] % point["tile"] ** 2 == 0 for point in points)

@@ -22,8 +22,16 @@ def bound(tensor: torch.Tensor, scale: float) -> torch.Tensor:
     return (6 * torch.finfo(torch.float32).eps + own) * scale * tensor.double().abs().amax() * 2
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
-@pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.name)
+@pytest.mark.parametrize(
+    ("sample", "dtype"),
+    [
+        # In the quick run each sample in one dtype.
+        pytest.param(sample, dtype, id=f"{sample.name}-{dtype}", marks=marks)
+        for number, sample in enumerate(SAMPLES)
+        for place, dtype in enumerate((torch.float32, torch.float16, torch.float64))
+        for marks in [() if (number + place) % 3 == 0 else pytest.mark.slow]
+    ],
+)
 def test_a_tensor_turns_as_defined(sample: Sample, dtype: torch.dtype) -> None:
     assert isinstance(sample.encoding, Rotation)
     torch.manual_seed(0)
