@@ -13,7 +13,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := test
 .PHONY: demo test test-all lint format bench bench-gpu bench-tvm tvm-defaults gpu-page gates \
-  coverage figures models results run_tvm clean
+  coverage figures models results clean
 
 demo: $(READY)
 	$(BIN)/python examples/quickstart.py
