@@ -1,6 +1,7 @@
 """ONNX files of one model by several exporters: what is in them, how exact and how fast they are on a CPU.
 
-    python -m benchmarks.onnx llama gptj --out benchmarks/results/onnx.json
+    python -m benchmarks.onnx prompts llama gptj
+    python -m benchmarks.onnx steps bloom mpt
 
 Files take turns on one thread; a time is the processor time of a call, which other work on the machine disturbs least.
 Peers: torch.onnx at opset 20 ("plain") and at opset 23, onnxscript's `optimize_for_ort` and `onnxruntime.transformers`
@@ -43,8 +44,6 @@ FUSED = ("RotaryEmbedding", "Attention", "MultiHeadAttention", "GroupQueryAttent
 PLAIN = "plain opset 20"
 #: Tokens in the cache of a step.
 CACHED = 2048
-#: Families whose steps are measured: keys as they are, grouped, made of a latent, and with a bias.
-STEPS = ("llama", "gptj", "deepseek_v3", "bloom", "mpt")
 OURS = {f"ours, {target}": target for target in ("standard", "ort", "portable")}
 
 
@@ -337,21 +336,25 @@ def _told(row: dict[str, Any]) -> str:
     return f"{row['faster']:.3f} x the plain file ({fused}); {needed}; errors {row['error']}"
 
 
+WAYS: dict[str, Callable[[str, int], Iterator[dict[str, Any]]]] = {"prompts": measured, "steps": decoded}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure the families named on the command line, all without a name."""
     parser = argparse.ArgumentParser(description="compare ONNX files of several exporters")
+    parser.add_argument(
+        "way", choices=WAYS, help="whole prompts without a cache, or steps of one token behind one"
+    )
     parser.add_argument("families", nargs="*", metavar="FAMILY", help=", ".join(FAMILIES))
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/onnx.json"))
+    parser.add_argument("--out", type=Path, help="by default benchmarks/results/onnx_WAY.json")
     given = parser.parse_args(arguments)
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    families = given.families or list(FAMILIES)
-    steps = [family for family in families if family in STEPS]
-    runs = [*((measured, family) for family in families), *((decoded, family) for family in steps)]
-    rows = (row for way, family in runs for row in way(family, given.rounds))
+    rows = (row for family in given.families or FAMILIES for row in WAYS[given.way](family, given.rounds))
     about = {**machine(), "onnxruntime": onnxruntime.__version__, "clock": "processor time, one thread"}
-    keep("onnx", rows, given.out, {"machine": about})
+    out = given.out or Path("benchmarks/results") / f"onnx_{given.way}.json"
+    keep("onnx", rows, out, {"machine": about})
 
 
 if __name__ == "__main__":
