@@ -87,7 +87,10 @@ FAMILIES: dict[str, tuple[Callable[[], Any], int]] = {
     "gpt_neox": (lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**_sizes())), 512),
     "gptj": (_gptj, 512),
     "cohere": (lambda: hf.CohereForCausalLM(hf.CohereConfig(**_sizes(**GROUPED))), 512),
-    "glm4": (lambda: hf.Glm4ForCausalLM(hf.Glm4Config(**_sizes(**GROUPED, head_dim=64))), 512),
+    "glm4": (
+        lambda: hf.Glm4ForCausalLM(hf.Glm4Config(**_sizes(**GROUPED, head_dim=64, pad_token_id=0))),
+        512,
+    ),
     "deepseek_v3": (_deepseek_v3, 512),
     "bloom": (
         lambda: hf.BloomForCausalLM(
