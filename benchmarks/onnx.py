@@ -1,6 +1,7 @@
 """ONNX files of one model by several exporters: what is in them, how exact and how fast they are on a CPU.
 
-    python -m benchmarks.onnx llama gptj --out benchmarks/results/onnx.json
+    python -m benchmarks.onnx prompts llama gptj
+    python -m benchmarks.onnx steps bloom mpt
 
 Files take turns on one thread; a time is the processor time of a call, which other work on the machine disturbs least.
 Peers: torch.onnx at opset 20 ("plain") and at opset 23, onnxscript's `optimize_for_ort` and `onnxruntime.transformers`
@@ -86,7 +87,10 @@ FAMILIES: dict[str, tuple[Callable[[], Any], int]] = {
     "gpt_neox": (lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**_sizes())), 512),
     "gptj": (_gptj, 512),
     "cohere": (lambda: hf.CohereForCausalLM(hf.CohereConfig(**_sizes(**GROUPED))), 512),
-    "glm4": (lambda: hf.Glm4ForCausalLM(hf.Glm4Config(**_sizes(**GROUPED, head_dim=64))), 512),
+    "glm4": (
+        lambda: hf.Glm4ForCausalLM(hf.Glm4Config(**_sizes(**GROUPED, head_dim=64, pad_token_id=0))),
+        512,
+    ),
     "deepseek_v3": (_deepseek_v3, 512),
     "bloom": (
         lambda: hf.BloomForCausalLM(
@@ -123,21 +127,19 @@ def files(family: str, model: nn.Module, folder: Path) -> Iterator[tuple[str, Pa
             strict=False,
         )
 
+    plain = folder / "plain.onnx"
+
     def by_torch(opset: int, path: Path) -> None:
         torch.onnx.export(program, f=str(path), dynamo=True, opset_version=opset, external_data=False)
 
     def by_onnxscript(path: Path) -> None:
         from onnxscript.rewriter.ort_fusions import optimize_for_ort
 
-        by_torch(20, path)
-        optimized = optimize_for_ort(ir.load(path))
-        ir.save(optimized[0], path)
+        ir.save(optimize_for_ort(ir.load(plain))[0], path)
 
     def by_onnxruntime(path: Path) -> None:
         from onnxruntime.transformers.optimizer import optimize_model
 
-        plain = path.with_name("before.onnx")
-        by_torch(20, plain)
         made = optimize_model(
             str(plain), KINDS.get(family, "gpt2"), num_heads=HEADS, hidden_size=HIDDEN, opt_level=0
         )
@@ -162,8 +164,8 @@ def files(family: str, model: nn.Module, folder: Path) -> Iterator[tuple[str, Pa
         "transformers": by_transformers,
         **{name: by_us(target) for name, target in OURS.items()},
     }
-    for at, (name, way) in enumerate(ways.items()):
-        path = folder / f"{at}.onnx"
+    for name, way in ways.items():
+        path = plain if name == PLAIN else folder / f"{len(list(folder.iterdir()))}.onnx"
         try:
             with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
                 way(path)
@@ -191,15 +193,17 @@ def call(session: Any, ids: Tensor) -> Callable[[], Any]:
 
 #: Runs a file once on so many tokens and prints by how many KiB its peak is above what loading it left.
 _PEAK = """
-import resource, sys
+import sys
 import numpy as np, onnxruntime
 options = onnxruntime.SessionOptions()
 options.intra_op_num_threads, options.log_severity_level = 1, 3
 session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
 given = {each.name: np.ones((1, int(sys.argv[2])), np.int64) for each in session.get_inputs()}
-held = int(open("/proc/self/status").read().split("VmRSS:")[1].split()[0])
+told = lambda name: int(open("/proc/self/status").read().split(name)[1].split()[0])
+open("/proc/self/clear_refs", "w").write("5")  # what loading needed for a while does not count
+held = told("VmRSS:")
 session.run(None, given)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held)
+print(told("VmHWM:") - held)
 """
 
 
@@ -335,19 +339,25 @@ def _told(row: dict[str, Any]) -> str:
     return f"{row['faster']:.3f} x the plain file ({fused}); {needed}; errors {row['error']}"
 
 
+WAYS: dict[str, Callable[[str, int], Iterator[dict[str, Any]]]] = {"prompts": measured, "steps": decoded}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure the families named on the command line, all without a name."""
     parser = argparse.ArgumentParser(description="compare ONNX files of several exporters")
+    parser.add_argument(
+        "way", choices=WAYS, help="whole prompts without a cache, or steps of one token behind one"
+    )
     parser.add_argument("families", nargs="*", metavar="FAMILY", help=", ".join(FAMILIES))
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/onnx.json"))
+    parser.add_argument("--out", type=Path, help="by default benchmarks/results/onnx_WAY.json")
     given = parser.parse_args(arguments)
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    families = given.families or list(FAMILIES)
-    rows = (row for way in (measured, decoded) for family in families for row in way(family, given.rounds))
+    rows = (row for family in given.families or FAMILIES for row in WAYS[given.way](family, given.rounds))
     about = {**machine(), "onnxruntime": onnxruntime.__version__, "clock": "processor time, one thread"}
-    keep("onnx", rows, given.out, {"machine": about})
+    out = given.out or Path("benchmarks/results") / f"onnx_{given.way}.json"
+    keep("onnx", rows, out, {"machine": about})
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from grape_compile.export.onnx.builder import (
     sizes,
 )
 from grape_compile.export.onnx.emit_bias import Column, Lengths, columns, is_lifted, seen, total, whole
-from grape_compile.export.onnx.emit_blocks import bounded, in_blocks
+from grape_compile.export.onnx.emit_blocks import SMALLEST, bounded, in_blocks
 from grape_compile.export.onnx.emit_operators import Call, as_numbers, chosen, fitted, repeated
 from grape_compile.export.onnx.emit_rotation import Emitted, rotate
 from grape_compile.export.onnx.emit_tables import Slots, accumulated
@@ -58,12 +58,18 @@ def attend(builder: Builder, call: Call, target: Target) -> Emitted:
     call = _hidden(builder, call, lengths)
     width = sizes(call.value)[3]
     call = fitted(builder, call, target)
-    bounds = Reach() if not target.loops or _is_grown(call.key) else bounded(builder, call)
+    bounds = bounded(builder, call) if _has_blocks(call, target) else Reach()
     compute = partial(chosen, target=target)
     emitted = in_blocks(builder, call, bounds, compute) if bounds.is_bounded else compute(builder, call)
     (mixed,) = emitted.values
     assert isinstance(width, int)
     return Emitted((builder.slice(mixed, 0, width),), ", ".join((*told, emitted.how)))
+
+
+def _has_blocks(call: Call, target: Target) -> bool:
+    """Whether there may be more queries than a block has, and keys that are not a cache."""
+    queries = sizes(call.query)[2]
+    return target.loops and not _is_grown(call.key) and (not isinstance(queries, int) or queries > SMALLEST)
 
 
 # -- what is made of the encoding -------------------------------------------------------------------------------------

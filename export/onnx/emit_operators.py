@@ -117,7 +117,8 @@ def _result(call: Call) -> tuple[Size, ...]:
 def fitted(builder: Builder, call: Call, target: Target) -> Call:
     """Return the call with keys and values as the operator wants them: MultiHeadAttention has no groups, and one width.
 
-    Keys and values of two widths it takes by token alone, and copies them; values get coordinates of zero instead.
+    Keys and values of two widths it takes by token alone, and copies them; values get coordinates of zero instead where
+    those are few, such as the columns of a bias.
     """
     if not _is_multi_head(call, target):
         return call
@@ -126,7 +127,7 @@ def fitted(builder: Builder, call: Call, target: Target) -> Call:
         key, value = (repeated(builder, part, own, heads) for part in (call.key, call.value))
         call = replace(call, key=key, value=value)
     width, value_width = _widths(call)
-    if value_width >= width:
+    if not value_width < width <= value_width + value_width // 8:
         return call
     zeros = builder.constant(np.zeros((1, 1, 1, width - value_width)), dtype_of(call.value))
     batch, _, length, _ = sizes(call.value)

@@ -62,10 +62,11 @@ def export(
     """Write a model as an ONNX file in which its position encodings and attention are operators, and verify it.
 
     `target` is "standard" (opset 23, nothing outside ai.onnx), "ort" (com.microsoft) or "portable" (opset 18).
-    `dynamic_shapes` are those of torch.export, or "auto": batch and sequence are open. `kv_cache` makes a decoder of
-    transformers take past_key_values.N.key and .value and return present.N.key and .value. `verify` runs the file on
-    `providers` at three shapes, three draws each, against the model in float64. Weights of more than
-    `external_data_above` bytes go to `path` with .data behind it; None keeps them inside.
+    `dynamic_shapes` are those of torch.export, or "auto": batch and sequence are open. `kv_cache` makes a decoder
+    of transformers take past_key_values.N.key and .value and return present.N.key and .value. `verify` runs the
+    file on `providers` at three shapes, three draws each, against the model in float64; for the CPU alone causal
+    attention is a loop over blocks of queries. Weights of more than `external_data_above` bytes go to `path` with
+    .data behind it; None keeps them inside.
 
     Raises ModelError for something that is no model, CaptureError for one that torch.export or ONNX cannot take, and
     GrapeError for a path that cannot be written and for a file that does not verify, of which nothing is left.

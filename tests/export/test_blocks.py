@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import onnx_ir as ir
@@ -76,10 +77,11 @@ def _file(target: Target) -> File:
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=list(TARGETS))
 @pytest.mark.parametrize("mask", [None, _causal, _windowed, _added])
-def test_blocks_compute_the_whole(mask: object, target: Target) -> None:
+def test_blocks_compute_the_whole(mask: Callable[[Builder], ir.Value] | None, target: Target) -> None:
     file = _file(replace(target, loops=True))
-    made = mask(file.builder) if callable(mask) else None
-    call = Call(*(file.values[name] for name in ("query", "key", "value")), mask=made, is_causal=mask is None)
+    made = None if mask is None else mask(file.builder)
+    given = file.values
+    call = Call(given["query"], given["key"], given["value"], mask=made, is_causal=mask is None)
     emitted = attend(file.builder, call, replace(target, loops=True))
     assert emitted.how.startswith("a loop over blocks of queries")
     (found,) = file.run(emitted)
@@ -93,28 +95,23 @@ def test_blocks_compute_the_whole(mask: object, target: Target) -> None:
 
 
 def _opposite(builder: Builder) -> ir.Value:
-    return _relation(builder, "Not", _causal(builder), None)  # type: ignore[arg-type]  # of one operand
+    return builder.op("Not", _causal(builder), dtype=BOOL, shape=(1, 1, "tokens", "tokens"))
 
 
-NEAR_MISSES = {
+def _chosen(builder: Builder, seen: float, hidden: float) -> ir.Value:
+    """One number where a key is not ahead of the query, another elsewhere."""
+    numbers = (builder.constant(each, ir.DataType.FLOAT) for each in (seen, hidden))
+    shape = (1, 1, "tokens", "tokens")
+    return builder.op("Where", _causal(builder), *numbers, dtype=ir.DataType.FLOAT, shape=shape)
+
+
+NEAR_MISSES: dict[str, Callable[[Builder], ir.Value]] = {
     "of two masks one holds": lambda to: _relation(to, "Or", _causal(to), _windowed(to)),
     "every second number": lambda to: _relation(to, "LessOrEqual", _counted(to, 3), _counted(to, 2, step=2)),
     "keys with keys": lambda to: _relation(to, "LessOrEqual", _counted(to, 3), _counted(to, 3)),
     "queries as keys": lambda to: _relation(to, "GreaterOrEqual", _counted(to, 2), _counted(to, 1)),
-    "a number that does not hide": lambda to: to.op(
-        "Where",
-        _causal(to),
-        *(to.constant(each, ir.DataType.FLOAT) for each in (0.0, -100.0)),
-        dtype=ir.DataType.FLOAT,
-        shape=(1, 1, "tokens", "tokens"),
-    ),
-    "a number for what is seen": lambda to: to.op(
-        "Where",
-        _causal(to),
-        *(to.constant(each, ir.DataType.FLOAT) for each in (NEVER, 0.0)),
-        dtype=ir.DataType.FLOAT,
-        shape=(1, 1, "tokens", "tokens"),
-    ),
+    "a number that does not hide": lambda to: _chosen(to, 0.0, -100.0),
+    "a number for what is seen": lambda to: _chosen(to, NEVER, 0.0),
     "what lies ahead alone": _opposite,
 }
 

@@ -12,13 +12,13 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from architectures import ENCODED, LAYERS, VOCABULARY, Architecture
+from architectures import CACHED, ENCODED, LAYERS, VOCABULARY, Architecture
 from torch import Tensor, nn
 
 from grape_compile.encoding import parse
 from grape_compile.export.onnx import OnnxReport, compare, export
 
-ARCHITECTURES = {row.name: row for row in ENCODED}
+ARCHITECTURES = {row.name: row for row in (*CACHED, *ENCODED)}
 #: What stands for attention and rotation in a file of each target.
 FUSED = {
     "standard": ("Attention", "RotaryEmbedding"),
@@ -50,6 +50,8 @@ def _held(report: OnnxReport, row: Architecture, target: str) -> None:
         return
     attention, rotation = FUSED[target]
     assert report.operators.get(rotation, 0) == row.rotations
+    # Encoders see all tokens, and attention with sinks stays written out.
+    assert report.operators.get("Loop", 0) == LAYERS * (row.decoder and row.name != "gpt_oss")
     if row.name != "gpt_oss" and not (row.name == "gemma2" and target == "ort"):
         assert report.operators.get(attention, 0) == LAYERS
         assert "Softmax" not in report.operators
