@@ -11,6 +11,7 @@ from grape_compile.errors import (
     ModelError,
     OperandError,
     RefusalError,
+    UpgradeError,
 )
 
 KINDS = {
@@ -18,6 +19,7 @@ KINDS = {
     OperandError: ValueError,
     CaptureError: RuntimeError,
     RefusalError: RuntimeError,
+    UpgradeError: RuntimeError,
     ModelError: TypeError,
 }
 
