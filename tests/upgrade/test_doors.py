@@ -44,8 +44,8 @@ def test_never_by_its_own_code(model: nn.Module) -> None:
         with pytest.raises(UpgradeError, match="grape_compile"):
             outputs(each)
         # A backend that knows nothing of ours; `_compiled_call_impl` of the original stays as it is.
+        other: Any = torch.compile(each.forward, backend="aot_eager")
         with pytest.raises(UpgradeError):
-            other: Any = torch.compile(each.forward, backend="aot_eager")
             other(**INPUTS)
     exported = torch.export.export(model, (), INPUTS, strict=False)
     with pytest.raises(UpgradeError, match="rewrite"):
