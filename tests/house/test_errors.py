@@ -7,6 +7,7 @@ import pytest
 from grape_compile.errors import (
     CaptureError,
     EncodingError,
+    EngineError,
     GrapeError,
     ModelError,
     OperandError,
@@ -18,6 +19,7 @@ KINDS = {
     EncodingError: ValueError,
     OperandError: ValueError,
     CaptureError: RuntimeError,
+    EngineError: ImportError,
     RefusalError: RuntimeError,
     UpgradeError: RuntimeError,
     ModelError: TypeError,
