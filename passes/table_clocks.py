@@ -64,7 +64,7 @@ def row_count(program: Program, node: fx.Node) -> int:
     while stack:
         each = stack.pop()
         role, value = program.roles.get(each), each.meta.get("val")
-        if isinstance(value, Tensor) and not value.is_floating_point():
+        if isinstance(value, torch.SymInt) or (isinstance(value, Tensor) and not value.is_floating_point()):
             continue
         if role is Role.INPUT or op_name(each) in ANGLES:
             raise Unreadable(
