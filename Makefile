@@ -35,7 +35,7 @@ format: $(READY)
 	$(BIN)/ruff format
 
 bench: $(READY)
-	$(BIN)/python -m benchmarks.run cost kin speed --out benchmarks/results/
+	$(BIN)/python -m benchmarks.run cost kin speed upgrading --out benchmarks/results/
 
 # Half an hour on two quiet cores; on a GPU the models have about 10^9 parameters.
 models: $(READY)

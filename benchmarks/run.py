@@ -13,6 +13,7 @@ from benchmarks.cost import cost
 from benchmarks.kin import kin
 from benchmarks.measuring import machine
 from benchmarks.speed import speed
+from benchmarks.upgrading import upgrading
 from benchmarks.whole import models
 
 CASES: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
@@ -20,6 +21,7 @@ CASES: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
     "kin": kin,
     "models": models,
     "speed": speed,
+    "upgrading": upgrading,
 }
 
 

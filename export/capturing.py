@@ -14,6 +14,8 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from grape_compile.errors import CaptureError, ModelError
+from grape_compile.passes.marks import is_marked
+from grape_compile.passes.pipeline import rewrite_export
 
 #: Names of the sizes that are shared by the inputs.
 BATCH, SEQUENCE = "batch", "sequence"
@@ -150,6 +152,10 @@ def _is_sequence(leaf: Tensor) -> bool:
 def _named(
     program: ExportedProgram, model: nn.Module, axes: Sequence[tuple[str | None, ...]] = ()
 ) -> Captured:
+    if is_marked(program.graph_module):
+        # The code of an upgraded model has its old encoding: what is compared with is the program that has the new one.
+        program, _ = rewrite_export(program)
+        model = program.module()
     inputs = [node.name for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
     tensors = [
         name

@@ -4,11 +4,21 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = ["Report", "grape_compile", "inspect", "report", "restore", "rewrite"]
+__all__ = [
+    "Report",
+    "grape_compile",
+    "inspect",
+    "parameter_groups",
+    "report",
+    "restore",
+    "rewrite",
+    "upgrade",
+]
 
 try:
     from grape_compile.compiler import grape_compile, inspect, report, restore, rewrite
     from grape_compile.reporting import Report
+    from grape_compile.upgrading import parameter_groups, upgrade
 except ModuleNotFoundError as missing:
     if missing.name != "torch":
         raise

@@ -21,20 +21,29 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.nn.parallel import DistributedDataParallel
 
-from grape_compile.errors import CaptureError, EngineError, GrapeError, ModelError, RefusalError, first_line
+from grape_compile.errors import (
+    CaptureError,
+    EngineError,
+    GrapeError,
+    ModelError,
+    RefusalError,
+    UpgradeError,
+    first_line,
+)
+from grape_compile.nn.upgraded import is_upgraded
 from grape_compile.passes.capture import (
     capture_dynamo,
     capture_export,
     export_traced,
     has_unknown_sizes,
     parameter_paths,
-    release_export,
 )
 from grape_compile.passes.fuse_norms import FuseNorms
 from grape_compile.passes.graph import Program
 from grape_compile.passes.lower import ShareAngles
+from grape_compile.passes.marks import is_marked, marks_of
 from grape_compile.passes.origins import Origin, marking, origins_of
-from grape_compile.passes.pipeline import defect, rewrite_program
+from grape_compile.passes.pipeline import defect, rewrite_export, rewrite_program, unmoved
 from grape_compile.passes.regions import outline_regions
 from grape_compile.passes.site import Refusal
 from grape_compile.passes.stand_ins import guarded, settle
@@ -67,6 +76,8 @@ _OTHER_TABLES = (
 _OWN_GRAPH = (
     "a module compiled by grape_compile keeps its own graphs: an outer torch.compile cannot be a full graph"
 )
+
+_MANY = 10_000
 
 _compiled: weakref.WeakKeyDictionary[nn.Module, _Compiled] = weakref.WeakKeyDictionary()
 
@@ -102,7 +113,8 @@ def grape_compile(
     door = functools.partial(_compile_graph, inner=inner, record=record, strict=on_refusal == "raise")
     compiled = torch.compile(model._call_impl, backend=door, dynamic=dynamic, fullgraph=fullgraph)
     call = _constant_floats(compiled) if dynamic else compiled
-    model._compiled_call_impl = _unwrapped_errors(_whole_graphs(call, model, record))
+    call = _as_many_graphs_as_needed(call) if is_upgraded(model) else call
+    model._compiled_call_impl = _unwrapped_errors(_whole_graphs(call, model, record), model)
     _compiled[model] = record
     return model
 
@@ -229,7 +241,7 @@ def _compile_graph(
         found = rewritten.report
         if record.tuned is not False and found.sites:
             found = _with_tuned(rewritten.module, found, record.tuned)
-    except EngineError:
+    except (EngineError, UpgradeError):
         raise
     except CaptureError as failure:
         found = Report(refusals=(_capture_refusal(failure),))
@@ -246,9 +258,11 @@ def _compile_graph(
             'on_refusal="keep"',
         )
     inner = _by_bucket(inner) if record.in_buckets else inner
-    if rewritten is None:
+    if rewritten is None or (not rewritten.is_changed and is_marked(module)):
+        if is_marked(module):
+            raise unmoved(found.refusals)
         return graph.watched(inner(module, examples))
-    compiled = inner(rewritten.module if found.sites else module, examples)
+    compiled = inner(rewritten.module if rewritten.is_changed else module, examples)
     if rewritten.is_given_tables and found.sites:
         missed = functools.partial(_note_other_tables, record, found)
         compiled = guarded(compiled, inner(module, examples), examples, missed)
@@ -258,26 +272,32 @@ def _compile_graph(
 
 @dataclass(frozen=True)
 class Rewritten:
-    """A graph after all passes; the tables it returns, and whether it was read with tables of an earlier graph."""
+    """A graph after all passes; the tables it returns, and whether it was read with tables of an earlier graph.
+
+    `is_changed`: places of it were rewritten, or layers of it upgraded.
+    """
 
     module: fx.GraphModule
     report: Report
     tables: Mapping[int, Origin]
     is_given_tables: bool
+    is_changed: bool
 
 
 def _rewritten(module: fx.GraphModule, examples: Sequence[Any]) -> Rewritten:
     program = capture_dynamo(module, examples)
+    upgraded = bool(marks_of(program.graph))
     found = _rewrite_program(program)
     if program.stands:
         settle(program)
     tables = origins_of(program)
-    if found.sites:
+    changed = bool(found.sites) or (upgraded and not marks_of(program.graph))
+    if changed:
         FuseNorms()(program)
         TurnIntoCaches()(program)
         ShareAngles()(program)
         outline_regions(program.module)
-    return Rewritten(program.module, found, tables, bool(program.stands))
+    return Rewritten(program.module, found, tables, bool(program.stands), changed)
 
 
 def _with_tuned(module: fx.GraphModule, found: Report, records: Path | str | bool) -> Report:
@@ -323,9 +343,8 @@ def _inner_backend(backend: str | Backend, options: dict[str, Any] | None) -> Ba
 
 
 def _rewrite_export(program: ExportedProgram, args: Sequence[Any]) -> tuple[ExportedProgram, Report]:
-    captured = capture_export(program, args)
-    found = _rewrite_program(captured)
-    return (release_export(program, captured) if found.sites else program), found
+    rewritten, found = rewrite_export(program, args)
+    return rewritten, Report(tuple(found.sites), tuple(found.refusals))
 
 
 def _inspect_a_run(
@@ -387,6 +406,16 @@ def _constant_floats(compiled: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _as_many_graphs_as_needed(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile on where torch would give up and run the model's own code: an upgraded one has its old encoding."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=_MANY, accumulated_recompile_limit=_MANY):
+            return compiled(*args, **kwargs)
+
+    return call
+
+
 def _whole_graphs(compiled: Callable[..., Any], model: nn.Module, record: _Compiled) -> Callable[..., Any]:
     """Under DistributedDataParallel, take graphs before they are cut into buckets.
 
@@ -422,8 +451,8 @@ def _by_bucket(inner: Backend) -> Backend:
     return cast(Backend, DDPOptimizer(active.bucket_bytes_cap, inner).compile_fn)
 
 
-def _unwrapped_errors(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a GrapeError raised inside the backend reach the user as itself.
+def _unwrapped_errors(compiled: Callable[..., Any], model: nn.Module) -> Callable[..., Any]:
+    """Let a GrapeError raised inside the backend reach the user as itself; `torch.export` sees the model's own code.
 
     An outer `torch.compile`, such as the one transformers puts around the decoding step, breaks its graph here: it
     would take the plain code in and compile it without a single operator of ours.

@@ -46,6 +46,10 @@ class EngineError(GrapeError, ImportError):
     """An engine that is absent, of a release that does not work, or that cannot do what a target needs."""
 
 
+class UpgradeError(GrapeError, RuntimeError):
+    """A model whose encoding cannot be exchanged as asked, or an upgraded one that would run its old encoding."""
+
+
 class ModelError(GrapeError, TypeError):
     """Something that is not a model was given where a model is wanted."""
 

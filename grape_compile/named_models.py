@@ -129,7 +129,7 @@ def _from_config(path: Path, batch: int, sequence: int) -> NamedModel:
     config.use_cache = False
     _check_memory(asked, config)
     model = _random_model(config).eval()
-    return NamedModel(model, (), _inputs(asked, model, batch, sequence))
+    return NamedModel(model, (), example_inputs(asked, model, batch, sequence))
 
 
 def _random_model(config: Any) -> nn.Module:
@@ -159,7 +159,8 @@ def _check_memory(asked: str, config: Any) -> None:
         )
 
 
-def _inputs(asked: str, model: nn.Module, batch: int, sequence: int) -> dict[str, Tensor]:
+def example_inputs(asked: str, model: nn.Module, batch: int, sequence: int) -> dict[str, Tensor]:
+    """Return small inputs for a model of transformers by its configuration; ModelError for a kind that is not known."""
     config: Any = model.config
     text: Any = config.get_text_config()
     name = str(getattr(model, "main_input_name", "input_ids"))

@@ -7,9 +7,11 @@ Leaves alone: layers whose weights leave the layer, are dropped out at random, o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 
 from grape_compile.passes.contractions import einsum_letters
@@ -35,7 +37,10 @@ _BENDING = {
 
 @dataclass
 class Attention:
-    """One attention layer: `output` is its value, `scores` the [B, H, Tq, Tk] argument of the softmax."""
+    """One attention layer: `output` is its value, `scores` the [B, H, Tq, Tk] argument of the softmax.
+
+    A `plain` one is wanted as an operator even where it adds nothing.
+    """
 
     softmax: fx.Node
     output: fx.Node
@@ -51,6 +56,7 @@ class Attention:
     orders: dict[str, tuple[int, ...]] = field(default_factory=dict)
     cap: float | None = None
     sinks: fx.Node | None = None
+    plain: bool = False
 
     def is_folded(self, term: ScoreTerm) -> bool:
         """Whether a term's first axis is [B * H]: it was added below the view to four axes, or there is none."""
@@ -63,8 +69,8 @@ class Attention:
         return shape[axis] if order is None else shape[order[axis]]
 
 
-def find_attention(program: Program) -> list[Attention]:
-    """Every attention layer whose scores carry terms beside the product of query and key."""
+def find_attention(program: Program, plain: Callable[[Attention], bool] = lambda _: False) -> list[Attention]:
+    """Every attention layer whose scores carry terms beside the product of query and key, and `plain` ones."""
     found = []
     for node in program.graph.nodes:
         name = op_name(node)
@@ -74,20 +80,26 @@ def find_attention(program: Program) -> list[Attention]:
             layer = _fused(program, node)
         else:
             continue
-        if layer is not None and layer.terms:
-            found.append(layer)
+        if layer is not None:
+            layer.plain = plain(layer)
+            found += [layer] if layer.plain or _adds(layer) else []
     return found
 
 
+def _adds(layer: Attention) -> bool:
+    """Whether a layer has terms, be it in a mask of a fused call that is added, which a choice of keys is not."""
+    fused = op_name(layer.softmax) == "aten::scaled_dot_product_attention"
+    return bool(layer.terms) and not (fused and all(term.dead is False for term in layer.terms))
+
+
 def _fused(program: Program, node: fx.Node) -> Attention | None:
-    """A call of `scaled_dot_product_attention` with an additive mask."""
+    """A call of `scaled_dot_product_attention`."""
     names = ["query", "key", "value", "attn_mask", "dropout_p", "is_causal"]
     given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     query, key, value, mask = (given.get(name) for name in names[:4])
-    if not isinstance(mask, fx.Node) or not all(isinstance(part, fx.Node) for part in (query, key, value)):
+    if not all(isinstance(part, fx.Node) for part in (query, key, value)):
         return None
-    value_of = fake(mask)
-    if value_of is None or not value_of.is_floating_point():
+    if mask is not None and (not isinstance(mask, fx.Node) or fake(mask) is None):
         return None
     assert isinstance(query, fx.Node)
     assert isinstance(key, fx.Node)
@@ -103,7 +115,10 @@ def _fused(program: Program, node: fx.Node) -> Attention | None:
         node, node, query, key, value, False, float(scale) if scale is not None else width**-0.5
     )
     layer.is_causal = bool(given.get("is_causal", False))
-    layer.terms = split_terms(program, mask, 1.0)
+    if mask is not None:
+        chosen = require_fake(mask).dtype is torch.bool
+        hidden = ScoreTerm(mask, dead=False, value=-torch.inf)
+        layer.terms = [hidden] if chosen else split_terms(program, mask, 1.0)
     if rank > 4:
         layer.obstacle = _too_many_axes(rank)
     elif given.get("dropout_p", 0.0):

@@ -16,6 +16,7 @@ from grape_compile.encoding import (
     Encoding,
     Gate,
     Learned,
+    Nope,
     PathBias,
     Positions,
     Rotation,
@@ -66,9 +67,7 @@ class BiasSlots:
 
     def emit(self) -> Emitted:
         """All parts, each with names of its own."""
-        pairs = []
-        for part in self.plan.parts:
-            pairs.append(self._pair(part))
+        pairs = [self._pair(part) for part in self.plan.parts] or [(Nope(), Nope())]
         operators, described = zip(*pairs, strict=True)
         if len(pairs) == 1:
             return Emitted(operators[0], described[0], self.slots, tuple(self.turns))

@@ -10,6 +10,7 @@ Cost: one reading per layer; one evaluation per distinct term that holds no acti
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -44,12 +45,17 @@ class BiasPlan:
     window: int | None
 
 
-def detect_biases(program: Program) -> tuple[list[BiasPlan], list[tuple[fx.Node, Miss]]]:
-    """All additive biases of a program, and the layers with a position-dependent bias of another form."""
+def detect_biases(
+    program: Program, plain: Callable[[Attention], bool] = lambda _: False
+) -> tuple[list[BiasPlan], list[tuple[fx.Node, Miss]]]:
+    """All additive biases of a program, and the layers with a position-dependent bias of another form.
+
+    Of the layers that are wanted as operators although nothing is added, `plain` ones, there are plans without parts.
+    """
     plans: list[BiasPlan] = []
     misses: list[tuple[fx.Node, Miss]] = []
     replay = Replay(program)
-    for layer in find_attention(program):
+    for layer in find_attention(program, plain):
         try:
             result = (
                 _plan(Scores(program, replay, layer))
@@ -71,7 +77,7 @@ def _plan(scores: Scores) -> BiasPlan | Miss | None:
         return None
     masks, biases = scores.split()
     if not biases:
-        return None
+        return _plain(scores, masks) if layer.plain else None
     contextual = any(scores.program.taints[term.node] is Taint.DATA for term in biases)
     if layer.obstacle and not contextual:
         return _obstacle(layer)
@@ -90,14 +96,30 @@ def _plan(scores: Scores) -> BiasPlan | Miss | None:
             "does not; those are compared at one length, and this graph runs at several",
             3,
         )
-    if not parts:  # only what is the same along a row, which softmax does not see
+    if not parts and not layer.plain:  # only what is the same along a row, which softmax does not see
         return None
     if layer.obstacle:
         return _obstacle(layer)
+    return _with_masks(scores, masks, parts, alive)
+
+
+def _plain(scores: Scores, masks: list[ScoreTerm]) -> BiasPlan | Miss:
+    if scores.layer.obstacle:
+        return Miss("attention", f"the layer cannot be an operator: {scores.layer.obstacle}", 3)
+    return _with_masks(scores, masks, [], scores.alive(masks))
+
+
+def _with_masks(
+    scores: Scores,
+    masks: list[ScoreTerm],
+    parts: Sequence[BiasPart | PathPart | TablePart],
+    alive: Tensor,
+) -> BiasPlan:
+    """The plan of a layer that hides keys by these masks, by a flag where they say no more."""
     causal, window = scores.once("causal", masks, partial(_causal, scores, alive, masks))
     if not causal and masks and not scores.is_static:
         causal = CausalMasks(scores, AddendReader(scores)).say_causal(masks, NEVER)
-    return BiasPlan(layer, scores, tuple(masks), tuple(parts), causal, window)
+    return BiasPlan(scores.layer, scores, tuple(masks), tuple(parts), causal, window)
 
 
 def _wide(program: Program, replay: Replay, layer: Attention) -> Miss | None:

@@ -142,11 +142,19 @@ def _dynamo_role(node: fx.Node, example: Any) -> Role:
     path = str(source.name) if source is not None else "L['self']" if node.name.startswith("l_self_") else ""
     if isinstance(example, torch.nn.Parameter) or "._parameters[" in path:
         return Role.PARAMETER
+    if _is_sharded(source) and "._buffers[" not in path:
+        return Role.PARAMETER
     return (
         Role.BUFFER
         if path.startswith("L['self']") or "._modules[" in path or "._buffers[" in path
         else Role.INPUT
     )
+
+
+def _is_sharded(source: Any) -> bool:
+    """Whether a value belongs to a module of FullyShardedDataParallel, which keeps parameters as plain attributes."""
+    owner = getattr(source, "guard_source", None)
+    return owner is not None and bool(owner.is_fsdp_module())
 
 
 def parameter_paths(module: fx.GraphModule) -> dict[int, str]:

@@ -53,7 +53,8 @@ class Program:
     """A flat ATen graph, what its inputs are, and their values where they are known.
 
     Nodes in `outside` are known to have run in another graph and are not to be used; the last of each such stretch
-    `stands` for an input of this one. `replaced` says, for every value of the graph as captured whose users were given
+    `stands` for an input of this one. `rotated` and `attended` hold the sites of values that were
+    turned and of calls that attend. `replaced` says, for every value of the graph as captured whose users were given
     another, which that is and the site it belongs to.
     """
 
@@ -62,6 +63,7 @@ class Program:
     values: Mapping[fx.Node, Any]
     no_grad: frozenset[fx.Node] = frozenset()
     rotated: dict[fx.Node, Site] = field(default_factory=dict)
+    attended: dict[fx.Node, Site] = field(default_factory=dict)
     outside: frozenset[fx.Node] = frozenset()
     stands: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
     replaced: dict[fx.Node, tuple[fx.Node, Site]] = field(default_factory=dict)

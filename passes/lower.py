@@ -1,8 +1,8 @@
 """Lower rotations for a device whose body reads tables: cos and sin are computed once and shared by all layers.
 
 What: every `grape::rotate` whose angles are positions times frequencies gets their cos and sin as operands instead.
-Leaves alone: rotations given as tables already, several axes, closed-form spectra; devices whose kernel makes the
-    angles itself.
+Leaves alone: rotations given as tables already, several axes, closed-form spectra, positions in float64; devices
+    whose kernel makes the angles itself.
 Ensures: the same numbers; the operator's own body computes the same product in the same precision.
 Cost: one pass; equal angles are computed once.
 """
@@ -49,7 +49,8 @@ def _share(emitter: Emitter, node: fx.Node) -> None:
     assert isinstance(tensors, list | tuple)
     operands = dict(zip(encoding.slots, slots, strict=True))
     positions, frequencies = operands[encoding.clock.slot], operands[encoding.spectrum.slot]
-    if computes_angles(require_fake(positions).device):
+    # Positions in double precision are sums over tokens: the operator keeps them so until cosine and sine.
+    if computes_angles(require_fake(positions).device) or require_fake(positions).dtype == torch.float64:
         return
     dtype = torch.float32
     for tensor in (*tensors, frequencies):

@@ -2,36 +2,50 @@
 
 from __future__ import annotations
 
-from grape_compile.errors import first_line
+from collections.abc import Sequence
+from typing import Any
+
+from torch.export import ExportedProgram
+
+from grape_compile.errors import UpgradeError, first_line
 from grape_compile.passes.assignments import FunctionalAssignments
-from grape_compile.passes.base import Outcome
+from grape_compile.passes.base import Outcome, Pass
 from grape_compile.passes.bodies import Body, bodies_of
+from grape_compile.passes.capture import capture_export, release_export
 from grape_compile.passes.drop_nothing import DropNothing
 from grape_compile.passes.graph import Program
 from grape_compile.passes.loosen_views import LoosenViews
+from grape_compile.passes.marks import marks_of
+from grape_compile.passes.move_sites import MoveSites
 from grape_compile.passes.note_given_tables import NoteGivenTables
 from grape_compile.passes.rewrite_biases import RewriteBiases
 from grape_compile.passes.rewrite_rotations import RewriteRotations
 from grape_compile.passes.site import Refusal
 
-_PASSES = (
+_PASSES: Sequence[Pass] = (
     FunctionalAssignments(),
     DropNothing(),
     RewriteRotations(),
     RewriteBiases(),
+    MoveSites(),
     NoteGivenTables(),
     LoosenViews(),
 )
 
 
 def rewrite_program(program: Program) -> Outcome:
-    """All passes that find and replace, in place. A defect of theirs becomes a refusal."""
+    """All passes that find and replace, in place. A defect of theirs becomes a refusal.
+
+    Raises UpgradeError for a layer that was upgraded and cannot have its new encoding here.
+    """
     try:
         found = _run(program)
         for body in bodies_of(program):
             inside = _rewrite_body(body)
             found.sites += inside.sites
             found.refusals += inside.refusals
+    except UpgradeError:
+        raise
     except Exception as failure:
         return Outcome(refusals=[defect(failure)])
     return found
@@ -45,15 +59,56 @@ def defect(failure: Exception) -> Refusal:
     return Refusal("defect", reason, "", "", "")
 
 
-def _run(program: Program) -> Outcome:
+def rewrite_export(
+    program: ExportedProgram, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+) -> tuple[ExportedProgram, Outcome]:
+    """An exported program with all passes done, and what they found; itself where they changed nothing.
+
+    Raises UpgradeError for layers that were upgraded and cannot have their new encoding here.
+    """
+    captured = capture_export(program, args, kwargs)
+    upgraded = bool(marks_of(captured.graph))
+    found = rewrite_program(captured)
+    if marks_of(captured.graph):
+        raise unmoved(found.refusals)
+    return (release_export(program, captured) if found.sites or upgraded else program), found
+
+
+def unmoved(refusals: Sequence[Refusal]) -> UpgradeError:
+    """The failure of a graph with upgraded layers that stays as it was: they would have their old encoding."""
+    reasons = "; ".join(dict.fromkeys(refusal.reason for refusal in refusals))
+    return UpgradeError(
+        "give upgraded layers their encoding",
+        f"a graph that cannot be rewritten ({reasons})",
+        "a model whose layers are captured whole: see the reason",
+    )
+
+
+def find_sites(program: Program) -> Outcome:
+    """The sites of a program as operators, and every attention that can be one, whatever it adds."""
+    return _run(program, (FunctionalAssignments(), DropNothing(), RewriteRotations(), RewriteBiases(True)))
+
+
+def _run(program: Program, passes: Sequence[Pass] = _PASSES) -> Outcome:
     whole = Outcome()
-    for step in _PASSES:
-        outcome = step(program)
+    for step in passes:
+        try:
+            outcome = step(program)
+        except UpgradeError as failure:
+            raise _with_reasons(failure, whole.refusals) from None
         whole.sites = [
             site for site in whole.sites if not any(site is part for part in outcome.absorbed)
         ] + outcome.sites
         whole.refusals += outcome.refusals
     return whole
+
+
+def _with_reasons(failure: UpgradeError, refusals: Sequence[Refusal]) -> UpgradeError:
+    """The failure of a layer, and why places of it were not found."""
+    reasons = "; ".join(dict.fromkeys(refusal.reason for refusal in refusals))
+    return UpgradeError(
+        failure.asked, f"{failure.found} ({reasons})" if reasons else failure.found, failure.works
+    )
 
 
 def _rewrite_body(body: Body) -> Outcome:

@@ -17,11 +17,13 @@ from torch import fx
 
 from grape_compile.operators.attention import attend_call
 from grape_compile.operators.providers import attend_lowering
+from grape_compile.passes.attention import Attention
 from grape_compile.passes.base import Outcome, Pass
 from grape_compile.passes.bias_slots import BiasSlots
 from grape_compile.passes.biases import BiasPlan, detect_biases
 from grape_compile.passes.evaluated_biases import TablePart
 from grape_compile.passes.graph import Program, Sizes, Unreadable, module_path, require_fake, source_line
+from grape_compile.passes.marks import Marked
 from grape_compile.passes.operands import Emitter
 from grape_compile.passes.plans import Miss
 from grape_compile.passes.replay import Replay
@@ -36,10 +38,16 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class RewriteBiases(Pass):
-    """Attention layers with an additive bias become `grape::attend` nodes."""
+    """Attention layers with an additive bias become `grape::attend` nodes, and those that are to get one.
+
+    `every`: whatever they add.
+    """
+
+    every: bool = False
 
     def run(self, program: Program) -> Outcome:
-        plans, misses = detect_biases(program)
+        marked = Marked(program)
+        plans, misses = detect_biases(program, lambda layer: self.every or _gets_bias(marked, layer))
         outcome = Outcome(refusals=[refusal(node, miss) for node, miss in misses])
         emitter = Emitter(program, Sizes())
         replay = Replay(program)
@@ -64,6 +72,11 @@ class RewriteBiases(Pass):
         remove_unused(program.graph, [*outputs, *reversed(list(emitter.ranks))])
         outcome.absorbed = [program.rotated[node] for node in dict.fromkeys(turned) if node._erased]
         return outcome
+
+
+def _gets_bias(marked: Marked, layer: Attention) -> bool:
+    mark = marked.mark(layer.output, layer.query, layer.key)
+    return mark is not None and bool(mark.biases)
 
 
 class _Layer:
@@ -131,6 +144,7 @@ class _Layer:
             error,
             self._lowering(call),
         )
+        self.program.attended[call] = site
         self.program.replaced[layer.output] = (result, site)
         return site
 

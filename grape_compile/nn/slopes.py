@@ -96,9 +96,16 @@ class GatedSlopes(TrainableEncoding):
                 slots[name] = self._gate(name, tokens, direction)
         return slots
 
+    def carried(self, hidden: Tensor) -> Slots:
+        found = {"gate_query": self.v, "gate_key": self.u}
+        directions = {name: self._direction(each) for name, each in found.items() if each is not None}
+        return {"slopes": self.factors(), **directions}
+
+    def _direction(self, weight: Tensor) -> Tensor:
+        return F.normalize(weight, dim=-1) if self.unit else weight
+
     def _gate(self, name: str, tokens: Tensor | None, direction: Tensor) -> Tensor:
-        if self.unit:
-            direction = F.normalize(direction, dim=-1)
+        direction = self._direction(direction)
         heads, size = direction.shape
         if tokens is None or tokens.dim() != 4 or tokens.shape[-1] != size or heads % tokens.shape[1]:
             found = "none" if tokens is None else f"shape {tuple(tokens.shape)}"

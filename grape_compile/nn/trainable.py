@@ -34,6 +34,10 @@ class TrainableEncoding(nn.Module, ABC):
     def forward(self, hidden: Tensor, query: Tensor | None = None, key: Tensor | None = None) -> Slots:
         """Return the tensor of each slot, in float32 at least."""
 
+    def carried(self, hidden: Tensor) -> Slots:
+        """Return the same for a layer whose queries and keys are not at hand: of gates the directions [heads, D]."""
+        return self(hidden)  # type: ignore[no-any-return] # what `forward` returns
+
     def extra_repr(self) -> str:
         return str(self.encoding)
 
@@ -80,6 +84,13 @@ class Sum(TrainableEncoding):
         slots: Slots = {}
         for part in self.children():
             slots |= part(hidden, query, key)
+        return slots
+
+    def carried(self, hidden: Tensor) -> Slots:
+        slots: Slots = {}
+        for part in self.children():
+            assert isinstance(part, TrainableEncoding)
+            slots |= part.carried(hidden)
         return slots
 
 

@@ -9,12 +9,14 @@ from grape_compile.operators.normed import rotate_normed
 from grape_compile.operators.reference import reference_attend, reference_bias, reference_rotate
 from grape_compile.operators.rotate_into import rotate_into
 from grape_compile.operators.rotation import decompositions, rotate, rotate_decomposition
+from grape_compile.operators.upgraded import looked_at
 
 __all__ = [
     "attend",
     "attend_decomposition",
     "decode",
     "decompositions",
+    "looked_at",
     "reference_attend",
     "reference_bias",
     "reference_rotate",

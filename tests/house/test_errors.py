@@ -7,17 +7,21 @@ import pytest
 from grape_compile.errors import (
     CaptureError,
     EncodingError,
+    EngineError,
     GrapeError,
     ModelError,
     OperandError,
     RefusalError,
+    UpgradeError,
 )
 
 KINDS = {
     EncodingError: ValueError,
     OperandError: ValueError,
     CaptureError: RuntimeError,
+    EngineError: ImportError,
     RefusalError: RuntimeError,
+    UpgradeError: RuntimeError,
     ModelError: TypeError,
 }
 

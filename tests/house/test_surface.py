@@ -14,9 +14,14 @@ FUNCTIONS = {
         "(model, *, backend='inductor', dynamic=None, fullgraph=False, on_refusal='keep', options=None)"
     ),
     "inspect": "(model, args=(), kwargs=None, *, dynamic_shapes=None)",
+    "parameter_groups": "(model, *, lr, weight_decay=0.0, encoding_lr=None)",
     "report": "(model)",
     "restore": "(model)",
     "rewrite": "(program, args=())",
+    "upgrade": (
+        "(model, to, *, where=None, share='layer', args=(), kwargs=None, backend='inductor', basis=None, "
+        "per_head=False, non_commuting=None, dim=8)"
+    ),
 }
 CLASSES = {"Report"}
 

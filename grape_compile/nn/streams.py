@@ -1,0 +1,89 @@
+"""Keep what an upgraded layer has to remember of the tokens so far in the cache that its model keeps keys in.
+
+A model's cache is any object with a list of `layers`, each of which appends tokens to those it has (`update`), as in
+transformers. What is kept is one more such layer behind the model's own: whatever reorders, crops or selects the
+cache reaches it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from grape_compile.errors import UpgradeError
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """One layer of a cache: `entry` its number, `own` that of the layer with the keys it goes with, or None."""
+
+    cache: Any
+    entry: int
+    own: int | None
+
+    @property
+    def _layer(self) -> Any:
+        layers = self.cache.layers
+        while len(layers) <= self.entry:
+            layers.append(self._like_own())
+        return layers[self.entry]
+
+    def _like_own(self) -> Any:
+        """A new layer that keeps and forgets tokens as the one with the keys does."""
+        layers = self.cache.layers
+        if self.own is None or self.own >= len(layers):
+            return self.cache.layer_class_to_replicate()
+        own = layers[self.own]
+        sizes = {
+            name: getattr(own, name) for name in ("max_cache_len", "sliding_window") if hasattr(own, name)
+        }
+        if "max_cache_len" in sizes and own.is_initialized:
+            # As many as there are: torch.compile takes this size for a number that may change, the other one not.
+            sizes["max_cache_len"] = own.keys.shape[2]
+        return type(own)(**sizes)
+
+    @property
+    def grows(self) -> bool:
+        """Whether new tokens stand behind all others: not where room was made for them beforehand."""
+        layers, own = self.cache.layers, self.own
+        # Layers that a cache adds as it needs them grow.
+        return own is None or own >= len(layers) or not hasattr(layers[own], "max_cache_len")
+
+    def length(self) -> Any:
+        """Number of tokens so far: a whole number, or a tensor of one."""
+        return self._layer.get_seq_length()
+
+    def last(self) -> Tensor | None:
+        """What was kept of the last token, [B, H, 1, C]; None before the first."""
+        layer = self._layer
+        if not layer.is_initialized or not layer.keys.numel():
+            return None
+        keys: Tensor = layer.keys
+        if self.grows:
+            return keys[:, :, -1:]
+        if layer.is_sliding:
+            raise UpgradeError(
+                "a running sum beside a cache of fixed size that slides",
+                f"a {type(layer).__name__}",
+                "transformers.DynamicCache",
+            )
+        length = layer.cumulative_length
+        last: Tensor = keys.index_select(2, (length - 1).clamp(min=0).reshape(1)) * (length > 0)
+        return last
+
+    def append(self, new: Tensor) -> Tensor:
+        """Keep [B, H, T, C] of new tokens; return what is kept of all that the keys of the layer are of."""
+        whole: Tensor = self._layer.update(new, new[..., :0])[0]
+        return whole
+
+
+def cache_among(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a layer, or None."""
+    for value in (*args, *kwargs.values()):
+        own = getattr(value, "self_attention_cache", value)
+        if isinstance(getattr(own, "layers", None), list) and callable(getattr(own, "update", None)):
+            return own
+    return None

@@ -1,0 +1,77 @@
+"""`grape::upgraded`: what an upgraded layer carries into whatever graph is made of it.
+
+The result is the hidden states, marked with the encoding that the layer's positions are to have. What is made of it
+turns `turned` tensors and attends `attended` times by the encoding the layer's code was written with; a pass gives
+these places `encoding` and its slots, and takes the mark out. Slots are those of `rotate` and `attend`, but for gates
+the directions [H, D] that queries and keys are multiplied by, and `phases` [B, T] in place of the rates of a rotation
+by an `Accumulated` clock; a spectrum for each head is [H_kv, 1, planes]. `frequencies` are those the code turns by.
+`grows`: keys come from a cache to which the new ones are appended. The mark is never computed: run, it raises
+UpgradeError, for the layer's own code has the old encoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grape_compile.errors import UpgradeError
+
+SCHEMA = (
+    "(Tensor hidden, Tensor[] slots, str[] names, str encoding, str module, float[] frequencies, int turned, "
+    "int attended, bool grows) -> Tensor"
+)
+
+
+@contextmanager
+def looked_at() -> Iterator[None]:
+    """Let marked layers run as they were written: a run that is watched, its results thrown away."""
+    token = _looked_at.set(True)
+    try:
+        yield
+    finally:
+        _looked_at.reset(token)
+
+
+_looked_at: ContextVar[bool] = ContextVar("looked_at", default=False)
+
+
+def _unfinished(
+    hidden: Tensor,
+    slots: Sequence[Tensor],
+    names: Sequence[str],
+    encoding: str,
+    module: str,
+    frequencies: Sequence[float],
+    turned: int,
+    attended: int,
+    grows: bool,
+) -> Tensor:
+    if _looked_at.get():
+        return hidden.clone()
+    raise UpgradeError(
+        f"run {module or 'a layer'} with {encoding}",
+        "the model's own code, which computes the encoding it was written with",
+        "grape_compile(model), torch.compile(model, backend='grape'), or rewrite(program) of an exported program",
+    )
+
+
+def _like_hidden(hidden: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(hidden)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    return gradient, [None] * ctx.slots, None, None, None, None, None, None, None  # type: ignore[return-value]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.slots = len(inputs[1])
+
+
+_operator = torch.library.custom_op("grape::upgraded", _unfinished, mutates_args=(), schema=SCHEMA)
+_operator.register_fake(_like_hidden)
+_operator.register_autograd(_backward, setup_context=_setup_context)

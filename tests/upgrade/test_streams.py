@@ -1,0 +1,106 @@
+"""Generation by upgraded models: a cache, of whatever kind, changes nothing."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from upgrading import ROWS, learn_anything, relative, upgraded
+
+from grape_compile.errors import UpgradeError
+
+CACHED = ("grape-m-ctx", "fox", "grape-a-qk", "grape-ap", "grape-m+fox")
+#: Rounding of float32 in a forward pass of two layers, in another order of sums.
+ROUNDING = 3e-6
+
+
+def model_of(name: str, to: str) -> nn.Module:
+    model = upgraded(ROWS[name], to)
+    learn_anything(model)
+    return model
+
+
+def generated(model: nn.Module, ids: Tensor, mask: Tensor, **settings: Any) -> Any:
+    settings = {"max_new_tokens": 5, "do_sample": False, "output_logits": True} | settings
+    generate: Any = model.generate
+    return generate(input_ids=ids, attention_mask=mask, return_dict_in_generate=True, **settings)
+
+
+def prompt(padding: int = 0) -> tuple[Tensor, Tensor]:
+    ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    ids[0, :padding] = mask[0, :padding] = 0
+    return ids, mask
+
+
+def assert_same(found: Any, right: Any) -> None:
+    assert torch.equal(found.sequences, right.sequences)
+    for one, other in zip(found.logits, right.logits, strict=True):
+        assert relative(one, other) < ROUNDING
+
+
+@pytest.mark.parametrize(
+    ("name", "to"),
+    [
+        ("llama", "grape-ap"),
+        pytest.param("llama", "grape-m-ctx", marks=pytest.mark.slow),
+        pytest.param("bloom", "fox", marks=pytest.mark.slow),
+        *(pytest.param("llama", to, marks=pytest.mark.slow) for to in (*CACHED[1:3], CACHED[4])),
+        *(pytest.param("bloom", to, marks=pytest.mark.slow) for to in ("grape-a-k", "grape-ap")),
+        *(pytest.param("gptj", to, marks=pytest.mark.slow) for to in ("grape-m", "fox", "grape-m-ctx")),
+        *(pytest.param("gemma3", to, marks=pytest.mark.slow) for to in CACHED),
+        *(pytest.param("mistral", to, marks=pytest.mark.slow) for to in CACHED),
+    ],
+)
+def test_greedy_with_a_cache(name: str, to: str) -> None:
+    """Left padding, and more tokens than a window of some of these models holds."""
+    model, ids = model_of(name, to), prompt(padding=2)
+    assert_same(generated(model, *ids), generated(model, *ids, use_cache=False))
+
+
+@pytest.mark.parametrize(
+    ("name", "to"),
+    [
+        ("llama", "fox"),
+        *(
+            pytest.param("llama", to, marks=pytest.mark.slow)
+            for to in ("grape-m", "grape-m-ctx", "grape-a-q")
+        ),
+        *(pytest.param("bloom", to, marks=pytest.mark.slow) for to in ("fox", "grape-a-q")),
+    ],
+)
+def test_greedy_with_a_cache_of_fixed_size(name: str, to: str) -> None:
+    model, ids = model_of(name, to), prompt()
+    found = generated(model, *ids, cache_implementation="static")
+    assert_same(found, generated(model, *ids, use_cache=False))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["fox", "grape-ap"])
+def test_beams(to: str) -> None:
+    model, ids = model_of("llama", to), prompt()
+    settings: dict[str, Any] = {"num_beams": 3, "output_logits": False}
+    found = generated(model, *ids, **settings)
+    right = generated(model, *ids, use_cache=False, **settings)
+    assert torch.equal(found.sequences, right.sequences)
+
+
+@pytest.mark.parametrize("to", CACHED)
+@pytest.mark.slow
+def test_a_cropped_cache_goes_on_as_if_the_rest_had_never_been(to: str) -> None:
+    model = model_of("llama", to)
+    ids, _ = prompt()
+    with torch.no_grad():
+        cache = model(input_ids=ids).past_key_values
+        cache.crop(-4)
+        found = model(input_ids=ids[:, 5:7] + 1, past_key_values=cache).logits
+        right = model(input_ids=torch.cat([ids[:, :5], ids[:, 5:7] + 1], 1), use_cache=False).logits
+    assert relative(found, right[:, 5:]) < ROUNDING
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["grape-ap", "grape-a-k"])
+def test_where_queries_have_to_be_the_last_keys_a_fixed_size_is_refused(to: str) -> None:
+    model, ids = model_of("llama", to), prompt()
+    with pytest.raises(UpgradeError, match="a cache that grows"):
+        generated(model, *ids, cache_implementation="static")
