@@ -16,7 +16,8 @@ __all__ = [
 ]
 
 try:
-    from grape_compile.compiler import grape_compile, inspect, report, restore, rewrite
+    from grape_compile.compiler import grape_compile, report, restore
+    from grape_compile.inspecting import inspect, rewrite
     from grape_compile.reporting import Report
     from grape_compile.upgrading import parameter_groups, upgrade
 except ModuleNotFoundError as missing:

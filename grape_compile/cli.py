@@ -266,7 +266,7 @@ def _dtype(name: str) -> "torch.dtype":
 
 def _inspect(name: str, *, batch: int, sequence: int) -> "Report":
     from grape_compile import named_models
-    from grape_compile.compiler import inspect
+    from grape_compile.inspecting import inspect
 
     # What a model prints while it is built and run is not part of the report.
     with contextlib.redirect_stdout(sys.stderr):

@@ -1,54 +1,32 @@
-"""The face of the library: `grape_compile`, `inspect`, `rewrite`, `report`, `restore`, and the `grape` backend.
+"""Compiling in place: `grape_compile`, `report`, `restore`, and the `grape` backend.
 
-The stages are strung together here and nowhere else: capture, detect and rewrite rotations and biases, lower, hand the
-graph to the inner backend. Whatever fails before the inner backend leaves the original graph running.
+A graph of `torch.compile` is rewritten (`inspecting.py`) and handed to the inner backend. Whatever fails before the
+inner backend leaves the original graph running.
 """
 
 from __future__ import annotations
 
 import functools
 import time
-import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast, overload
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import fx, nn
-from torch.export import ExportedProgram
 from torch.nn.parallel import DistributedDataParallel
 
-from grape_compile.errors import (
-    CaptureError,
-    EngineError,
-    GrapeError,
-    ModelError,
-    RefusalError,
-    UpgradeError,
-    first_line,
-)
+from grape_compile.errors import CaptureError, EngineError, GrapeError, ModelError, RefusalError, UpgradeError
+from grape_compile.inspecting import Rewritten, capture_refusal, require_module, rewritten_graph
 from grape_compile.nn.upgraded import is_upgraded
-from grape_compile.passes.capture import (
-    capture_dynamo,
-    capture_export,
-    export_traced,
-    has_unknown_sizes,
-    parameter_paths,
-)
-from grape_compile.passes.fuse_norms import FuseNorms
-from grape_compile.passes.graph import Program
-from grape_compile.passes.lower import ShareAngles
-from grape_compile.passes.marks import is_marked, marks_of
-from grape_compile.passes.origins import Origin, marking, origins_of
-from grape_compile.passes.pipeline import defect, rewrite_export, rewrite_program, unmoved
-from grape_compile.passes.regions import outline_regions
+from grape_compile.passes.capture import parameter_paths
+from grape_compile.passes.marks import is_marked
+from grape_compile.passes.origins import marking
+from grape_compile.passes.pipeline import defect, unmoved
 from grape_compile.passes.site import Refusal
-from grape_compile.passes.stand_ins import guarded, settle
-from grape_compile.passes.trace_run import capture_run, untouched
-from grape_compile.passes.turn_into_caches import TurnIntoCaches
+from grape_compile.passes.stand_ins import guarded
 from grape_compile.reporting import GraphReport, Report, over_graphs
 
 Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
@@ -102,7 +80,7 @@ def grape_compile(
 
     Raises ModelError for something that is no module, GrapeError for an unknown backend or `on_refusal`.
     """
-    _require_module(model)
+    require_module(model)
     if on_refusal not in ("keep", "raise"):
         raise GrapeError(
             "compile a model", f"on_refusal={on_refusal!r}", 'on_refusal="keep" or on_refusal="raise"'
@@ -121,7 +99,7 @@ def grape_compile(
 
 def restore(model: Model) -> Model:
     """Undo `grape_compile` and return the same, plain model; a model never compiled is returned as it is."""
-    _require_module(model)
+    require_module(model)
     if _compiled.pop(model, None) is not None:
         model.__dict__.pop("_compiled_call_impl", None)
     return model
@@ -132,7 +110,7 @@ def report(model: nn.Module) -> Report:
 
     Raises ModelError for a model that `grape_compile` did not compile.
     """
-    _require_module(model)
+    require_module(model)
     record = _compiled.get(model)
     if record is None:
         raise ModelError(
@@ -158,76 +136,7 @@ def grape(module: fx.GraphModule, examples: Sequence[Any], **options: Any) -> Ca
     )
 
 
-def inspect(
-    model: nn.Module | ExportedProgram,
-    args: Sequence[Any] = (),
-    kwargs: dict[str, Any] | None = None,
-    *,
-    dynamic_shapes: Any = None,
-) -> Report:
-    """Find the position encodings of a model or exported program without changing it.
-
-    A module is captured by `torch.export` on `args` and `kwargs`; where export refuses it, or leaves sizes open that
-    depend on values, by watching it run on them: the report is then about what this example does. Every site is
-    verified against an fp64 replay (`Site.error`). Raises ModelError for anything else, CaptureError when no door takes
-    the model.
-    """
-    if isinstance(model, ExportedProgram):
-        return _rewrite_program(capture_export(model, args, kwargs))
-    _require_module(model)
-    with untouched(model):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                program = torch.export.export(
-                    model, tuple(args), kwargs or {}, dynamic_shapes=dynamic_shapes, strict=False
-                )
-        except Exception as failure:
-            return _inspect_a_run(model, args, kwargs or {}, failure)
-        if has_unknown_sizes(program):
-            with suppress(CaptureError):
-                return _rewrite_program(capture_run(model, args, kwargs or {}))
-        return _rewrite_program(capture_export(program, args, kwargs))
-
-
-@overload
-def rewrite(program: ExportedProgram, args: Sequence[Any] = ()) -> tuple[ExportedProgram, Report]: ...
-
-
-@overload
-def rewrite(program: fx.GraphModule, args: Sequence[Any] = ()) -> tuple[fx.GraphModule, Report]: ...
-
-
-def rewrite(
-    program: ExportedProgram | fx.GraphModule, args: Sequence[Any] = ()
-) -> tuple[ExportedProgram | fx.GraphModule, Report]:
-    """Rewrite the position encodings of an exported program, or of an fx GraphModule traced on `args`.
-
-    The result is of the same kind: an exported program can be saved, decomposed and exported again, its `grape::`
-    nodes traced. A GraphModule shares the parameters and buffers of the given one, is in the same mode of training for
-    good, and takes other sizes where the given one does not depend on those of `args`. Raises ModelError for anything
-    else, CaptureError for a GraphModule that does not run on `args`.
-    """
-    if isinstance(program, ExportedProgram):
-        return _rewrite_export(program, args)
-    if not isinstance(program, fx.GraphModule):
-        raise ModelError(
-            "rewrite a program",
-            f"a {type(program).__name__}",
-            "an ExportedProgram, or an fx.GraphModule with example args; for a module use grape_compile or inspect",
-        )
-    exported, found = _rewrite_export(export_traced(program, tuple(args)), args)
-    module = exported.module()
-    assert isinstance(module, fx.GraphModule)
-    return module, found
-
-
 # -- stages -----------------------------------------------------------------------------------------------
-
-
-def _rewrite_program(program: Program) -> Report:
-    found = rewrite_program(program)
-    return Report(tuple(found.sites), tuple(found.refusals))
 
 
 def _compile_graph(
@@ -237,14 +146,14 @@ def _compile_graph(
     start = time.perf_counter()
     rewritten: Rewritten | None = None
     try:
-        rewritten = _rewritten(module, examples)
+        rewritten = rewritten_graph(module, examples)
         found = rewritten.report
         if record.tuned is not False and found.sites:
             found = _with_tuned(rewritten.module, found, record.tuned)
     except (EngineError, UpgradeError):
         raise
     except CaptureError as failure:
-        found = Report(refusals=(_capture_refusal(failure),))
+        found = Report(refusals=(capture_refusal(failure),))
     except Exception as failure:
         found = Report(refusals=(defect(failure),))
     record.seconds += time.perf_counter() - start
@@ -268,36 +177,6 @@ def _compile_graph(
         compiled = guarded(compiled, inner(module, examples), examples, missed)
     compiled = graph.watched(compiled)
     return marking(compiled, rewritten.tables) if rewritten.tables else compiled
-
-
-@dataclass(frozen=True)
-class Rewritten:
-    """A graph after all passes; the tables it returns, and whether it was read with tables of an earlier graph.
-
-    `is_changed`: places of it were rewritten, or layers of it upgraded.
-    """
-
-    module: fx.GraphModule
-    report: Report
-    tables: Mapping[int, Origin]
-    is_given_tables: bool
-    is_changed: bool
-
-
-def _rewritten(module: fx.GraphModule, examples: Sequence[Any]) -> Rewritten:
-    program = capture_dynamo(module, examples)
-    upgraded = bool(marks_of(program.graph))
-    found = _rewrite_program(program)
-    if program.stands:
-        settle(program)
-    tables = origins_of(program)
-    changed = bool(found.sites) or (upgraded and not marks_of(program.graph))
-    if changed:
-        FuseNorms()(program)
-        TurnIntoCaches()(program)
-        ShareAngles()(program)
-        outline_regions(program.module)
-    return Rewritten(program.module, found, tables, bool(program.stands), changed)
 
 
 def _with_tuned(module: fx.GraphModule, found: Report, records: Path | str | bool) -> Report:
@@ -324,10 +203,6 @@ def _note_other_tables(record: _Compiled, found: Report) -> None:
         record.graphs.append(GraphReport(Report(refusals=tuple(told))))
 
 
-def _capture_refusal(failure: CaptureError) -> Refusal:
-    return Refusal("capture", str(failure), "", "", "")
-
-
 def _inner_backend(backend: str | Backend, options: dict[str, Any] | None) -> Backend:
     if not isinstance(backend, str):
         return backend
@@ -342,58 +217,7 @@ def _inner_backend(backend: str | Backend, options: dict[str, Any] | None) -> Ba
     )
 
 
-def _rewrite_export(program: ExportedProgram, args: Sequence[Any]) -> tuple[ExportedProgram, Report]:
-    rewritten, found = rewrite_export(program, args)
-    return rewritten, Report(tuple(found.sites), tuple(found.refusals))
-
-
-def _inspect_a_run(
-    model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], failure: Exception
-) -> Report:
-    """The second door: one run of the model, traced."""
-    try:
-        return _rewrite_program(capture_run(model, args, kwargs))
-    except CaptureError:
-        return _inspect_by_compiling(model, args, kwargs, failure)
-
-
-def _inspect_by_compiling(
-    model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], failure: Exception
-) -> Report:
-    """The third door: run the model once under `torch.compile` and look at every graph it makes."""
-    graphs: list[GraphReport] = []
-
-    def look(module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
-        try:
-            rewritten = _rewritten(module, examples)
-        except CaptureError as reason:
-            graphs.append(GraphReport(Report(refusals=(_capture_refusal(reason),))))
-            return module.forward
-        graphs.append(GraphReport(rewritten.report, parameter_paths(module)))
-        return marking(graphs[-1].watched(module.forward), rewritten.tables)
-
-    try:
-        with torch.no_grad():
-            torch.compile(model._call_impl, backend=look)(*args, **kwargs)
-    except Exception as second:
-        raise CaptureError(
-            f"capture {type(model).__name__} with {len(args)} positional and {len(kwargs)} keyword arguments",
-            f"torch.export: {first_line(failure)}; torch.compile: {first_line(second)}",
-            "arguments the model's forward accepts",
-        ) from second
-    return over_graphs(graphs, model)
-
-
 # -- helpers of the face ----------------------------------------------------------------------------------
-
-
-def _require_module(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise ModelError(
-            "work on a model",
-            f"a {type(model).__name__}",
-            "a torch.nn.Module (its class must be instantiated first)",
-        )
 
 
 def _constant_floats(compiled: Callable[..., Any]) -> Callable[..., Any]:

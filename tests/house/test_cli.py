@@ -53,7 +53,7 @@ constant = 3
 
 @dataclass
 class Inspection:
-    """Stands in for `grape_compile.compiler`: remembers its arguments and returns one report."""
+    """Stands in for `grape_compile.inspecting`: remembers its arguments and returns one report."""
 
     calls: list[tuple[Any, ...]] = field(default_factory=list)
 
@@ -74,9 +74,9 @@ Command = Callable[..., Done]
 
 @pytest.fixture
 def inspection(monkeypatch: pytest.MonkeyPatch) -> Inspection:
-    compiler, stand_in = ModuleType("grape_compile.compiler"), Inspection()
+    compiler, stand_in = ModuleType("grape_compile.inspecting"), Inspection()
     compiler.__dict__["inspect"] = stand_in.inspect
-    monkeypatch.setitem(sys.modules, "grape_compile.compiler", compiler)
+    monkeypatch.setitem(sys.modules, "grape_compile.inspecting", compiler)
     return stand_in
 
 
