@@ -33,13 +33,15 @@ _PASSES: Sequence[Pass] = (
 )
 
 
-def rewrite_program(program: Program) -> Outcome:
+def rewrite_program(program: Program, *, every_attention: bool = False) -> Outcome:
     """All passes that find and replace, in place. A defect of theirs becomes a refusal.
 
+    `every_attention`: also attention that adds no position becomes an operator, for a target that has it.
     Raises UpgradeError for a layer that was upgraded and cannot have its new encoding here.
     """
+    every = [RewriteBiases(every_attention) if isinstance(each, RewriteBiases) else each for each in _PASSES]
     try:
-        found = _run(program)
+        found = _run(program, every)
         for body in bodies_of(program):
             inside = _rewrite_body(body)
             found.sites += inside.sites

@@ -115,7 +115,7 @@ def _check_types(captured: Captured) -> None:
 
 def _rewritten(program: ExportedProgram) -> tuple[ExportedProgram, Outcome]:
     captured = capture_export(program)
-    found = rewrite_program(captured)
+    found = rewrite_program(captured, every_attention=True)
     return (release_export(program, captured) if found.sites else program), found
 
 

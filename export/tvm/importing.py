@@ -10,12 +10,13 @@ from typing import Any, Final, Protocol
 import sympy  # type: ignore[import-untyped]  # it has no annotations
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._sympy.functions import FloorDiv, Max, Min, PythonMod
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
 from grape_compile.errors import CaptureError, GrapeError, first_line
 from grape_compile.export.tvm.flattening import Flat
-from grape_compile.kernels.tensorir.engine import IRModule, relax, tirx
+from grape_compile.kernels.tensorir.engine import IRModule, relax, tirx, tvm
 from grape_compile.passes.graph import module_path, source_line
 
 #: The function that a library holds.
@@ -75,6 +76,7 @@ class Importer(ExportedProgramImporter):  # type: ignore[misc]  # TVM is not ann
     def __init__(self, converters: Mapping[str, Converter]) -> None:
         self._own = {**_CONVERTERS, **converters}
         self._symbols: dict[str, Any] = {}
+        self._analyzer = tvm.sym.Analyzer()
         self.at: fx.Node | None = None
         super().__init__()
 
@@ -118,11 +120,21 @@ class Importer(ExportedProgramImporter):  # type: ignore[misc]  # TVM is not ann
             is_tensor = isinstance(value, Tensor) and isinstance(
                 getattr(result, "ty", None), relax.TensorType
             )
-            if is_tensor and str(result.ty.dtype) != dtype_of(node):
-                return self.emit(relax.op.astype(result, dtype_of(node)))
-            return result
+            if not is_tensor:
+                return result
+            if str(result.ty.dtype) != dtype_of(node):
+                result = self.emit(relax.op.astype(result, dtype_of(node)))
+            return self._of_sizes(result, node)
 
         return held
+
+    def _of_sizes(self, result: Any, node: fx.Node) -> Any:
+        """Say the sizes of a value where TVM has others, or none: what it cannot prove, torch has."""
+        sizes = self.sizes(node)
+        found = result.ty.shape
+        if isinstance(found, relax.ShapeExpr) and all(map(self._analyzer.can_prove_equal, found, sizes)):
+            return result
+        return self.block_builder.match_cast(result, relax.TensorType(sizes, dtype_of(node)))
 
     def _expression(self, symbol: Any) -> Any:
         if symbol.is_Integer:
@@ -230,6 +242,41 @@ def _expanded(node: fx.Node, importer: Importer) -> Any:
     )
 
 
+def _sliced(node: fx.Node, importer: Importer) -> Any:
+    """As many places behind the first one as torch counted, which lie within the axis."""
+    given, axis, first, _, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
+    assert isinstance(given, fx.Node)
+    assert isinstance(axis, int)
+    axis %= len(given.meta["val"].shape)
+    size, count = (importer.sizes(each)[axis] for each in (given, node))
+    begin = 0 if first is None else first.meta["val"] if isinstance(first, fx.Node) else first
+    if not statically_known_true(begin >= 0) and not isinstance(begin, int):
+        return importer._slice(node)
+    place = tirx.max(size + begin, 0) if isinstance(begin, int) and begin < 0 else importer.size(begin)
+    return importer.emit(
+        relax.op.strided_slice(
+            importer.env[given], [axis], [place], [place + count * step], [step], assume_inbound=True
+        )
+    )
+
+
+def _filled(node: fx.Node, importer: Importer) -> Any:
+    """One number everywhere; TVM's own constant may not be infinite."""
+    number = node.args[1]
+    if isinstance(number, fx.Node):
+        return importer._full(node)
+    value = relax.const(number, dtype_of(node))
+    return importer.emit(relax.op.broadcast_to(value, importer.sizes(node)))
+
+
+def _summed_up(node: fx.Node, importer: Importer) -> Any:
+    """Running sums in the dtype of the result: truths are counted."""
+    given, axis = node.args[:2]
+    return importer.emit(
+        relax.op.cumsum(relax.op.astype(importer.env[given], dtype_of(node)), axis, dtype_of(node))
+    )
+
+
 def _reduced(reduce: Callable[..., Any]) -> Converter:
     def converted(node: fx.Node, importer: Importer) -> Any:
         given, *rest = node.args
@@ -244,6 +291,9 @@ _CONVERTERS: Final[Mapping[str, Converter]] = {
     "clamp.default": _clamped,
     "index.Tensor": _indexed,
     "gather.default": _gathered,
+    "slice.Tensor": _sliced,
+    "full.default": _filled,
+    "cumsum.default": _summed_up,
     "view.default": _reshaped,
     "reshape.default": _reshaped,
     "_unsafe_view.default": _reshaped,

@@ -106,6 +106,20 @@ def test_decoders_keep_the_error_contract(family: str, tmp_path: Path) -> None:
     assert len(whole.about.comparisons) == 3
 
 
+@pytest.mark.parametrize("family", ["llama", "gptj", "bloom"])
+def test_a_decoder_is_built_as_it_is_called(family: str) -> None:
+    model, ids = decoder(family, 64, 1), torch.arange(3, 13)[None]
+    artifact = build(model, (), {"input_ids": ids, "use_cache": False}, target="llvm")
+    assert {place.how for place in artifact.about.places} == {"TensorIR"}
+    assert any(place.encoding == "attention" or "bias" in place.encoding for place in artifact.about.places)
+    # Sizes between which the model's own code may choose.
+    for size in (1, 2, 17):
+        x = ids[:, :1].expand(2, size).contiguous() + torch.arange(size)
+        with torch.no_grad():
+            own = model(x, use_cache=False).logits.numpy()
+        np.testing.assert_allclose(artifact.run(x.numpy())["logits"], own, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gptj", "bloom"])
 def test_decoders_in_half_precision(family: str) -> None:

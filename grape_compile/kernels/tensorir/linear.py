@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import Any, Final
 
 from grape_compile.errors import OperandError
@@ -16,7 +17,7 @@ from grape_compile.kernels.tensorir.engine import (
     vector_registers,
     writing,
 )
-from grape_compile.kernels.tensorir.loops import cast, ceildiv
+from grape_compile.kernels.tensorir.loops import cast, ceildiv, chunks
 from grape_compile.kernels.tensorir.operands import Operand, Sizes
 from grape_compile.kernels.tensorir.space import Point, Space
 
@@ -148,26 +149,37 @@ class _Body:
         )
 
     def _store(self, sums: Any, row: Any, rows: int, column: Any, columns: int, depth: int) -> None:
-        """Add up the lanes of each sum in pairs, and the bias."""
-        folded = T.alloc_buffer((rows * columns, self.lanes), "float32", scope="global")
+        """Add up the lanes of each sum, and the bias."""
+        lanes = T.ramp(0, 1, self.lanes)
+        totals = []
         for at in range(rows * columns):
-            with T.vectorized(0, self.lanes) as x:
-                total = sums[at * depth, x]
-                for d in range(1, depth):
-                    total = total + sums[at * depth + d, x]
-                T.buffer_store(folded, total, [at, x])
-        half = self.lanes // 2
-        while half >= 4:
-            for at in range(rows * columns):
-                with T.vectorized(0, half) as x:
-                    T.buffer_store(folded, folded[at, x] + folded[at, x + half], [at, x])
-            half //= 2
-        left = 2 * half
-        for at in range(rows * columns):
-            total = folded[at, 0]
-            for x in range(1, left):
-                total = total + folded[at, x]
-            r, c = divmod(at, columns)
-            if self.bias is not None:
-                total = total + cast(self.bias[column + c], self.dtype, "float32")
-            T.buffer_store(self.y, cast(total, "float32", self.dtype), [row + r, column + c])
+            parts = [sums[at * depth + d, lanes] for d in range(depth)]
+            totals.append(T.bind(reduce(add, parts)))
+        folded = T.alloc_buffer((-(-len(totals) // self.lanes), self.lanes), "float32", scope="global")
+        for group, (begin, size) in enumerate(chunks(len(totals), self.lanes)):
+            vectors = totals[begin : begin + size]
+            T.buffer_store(folded, _summed(vectors + vectors[-1:] * (self.lanes - size)), [group, lanes])
+        for r in range(rows):
+            with T.vectorized(0, columns) as c:
+                at = r * columns + c
+                total = folded[at // self.lanes, at % self.lanes]
+                if self.bias is not None:
+                    total = total + cast(self.bias[column + c], self.dtype, "float32")
+                T.buffer_store(self.y, cast(total, "float32", self.dtype), [row + r, column + c])
+
+
+def _summed(vectors: list[Any]) -> Any:
+    """Return the vector of the sums of the lanes of as many vectors as each has lanes, a power of two.
+
+    Half of them at a time: a vector that holds partial sums of a, where bit h of the lane is 0, and of b is
+    (a_i or b_(i ^ h)) + (a_(i ^ h) or b_i).
+    """
+    count = len(vectors)
+    half = count // 2
+    while half:
+        pairs = zip(vectors[:half], vectors[half : 2 * half], strict=True)
+        lower = [i + (count - half if i & half else 0) for i in range(count)]
+        upper = [i + (count if i & half else half) for i in range(count)]
+        vectors = [T.bind(T.Shuffle([a, b], lower) + T.Shuffle([a, b], upper)) for a, b in pairs]
+        half //= 2
+    return vectors[0]
