@@ -244,12 +244,11 @@ def _expanded(node: fx.Node, importer: Importer) -> Any:
 
 def _sliced(node: fx.Node, importer: Importer) -> Any:
     """As many places behind the first one as torch counted, which lie within the axis."""
-    given, axis, first, _, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
-    assert isinstance(given, fx.Node)
-    assert isinstance(axis, int)
+    args: Any = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
+    given, axis, first, _, step = args
     axis %= len(given.meta["val"].shape)
     size, count = (importer.sizes(each)[axis] for each in (given, node))
-    begin = 0 if first is None else first.meta["val"] if isinstance(first, fx.Node) else first
+    begin: Any = 0 if first is None else first.meta["val"] if isinstance(first, fx.Node) else first
     if not statically_known_true(begin >= 0) and not isinstance(begin, int):
         return importer._slice(node)
     place = tirx.max(size + begin, 0) if isinstance(begin, int) and begin < 0 else importer.size(begin)
@@ -279,8 +278,8 @@ def _summed_up(node: fx.Node, importer: Importer) -> Any:
 
 def _raised(node: fx.Node, importer: Importer) -> Any:
     """Squares and cubes are products, as torch computes them; a call into the C library takes 20 times as long."""
-    given, exponent = node.args
-    assert isinstance(given, fx.Node)
+    args: Any = node.args
+    given, exponent = args
     if exponent not in (2, 3) or not given.meta["val"].is_floating_point():
         return importer._pow(node)
     return importer.emit(reduce(relax.op.multiply, [importer.env[given]] * int(exponent)))
