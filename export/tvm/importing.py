@@ -251,7 +251,9 @@ def _sliced(node: fx.Node, importer: Importer) -> Any:
     begin: Any = 0 if first is None else first.meta["val"] if isinstance(first, fx.Node) else first
     if not statically_known_true(begin >= 0) and not isinstance(begin, int):
         return importer._slice(node)
-    place = tirx.max(size + begin, 0) if isinstance(begin, int) and begin < 0 else importer.size(begin)
+    place = importer.size(begin)
+    if isinstance(begin, int) and begin < 0:
+        place = max(size + begin, 0) if isinstance(size, int) else tirx.max(size + begin, 0)
     return importer.emit(
         relax.op.strided_slice(
             importer.env[given], [axis], [place], [place + count * step], [step], assume_inbound=True
@@ -263,7 +265,8 @@ def _filled(node: fx.Node, importer: Importer) -> Any:
     """One number everywhere; TVM's own constant may not be infinite."""
     number = node.args[1]
     if isinstance(number, fx.Node):
-        return importer._full(node)
+        is_like = node.target is torch.ops.aten.full_like.default
+        return importer._full_like(node) if is_like else importer._full(node)
     value = relax.const(number, dtype_of(node))
     return importer.emit(relax.op.broadcast_to(value, importer.sizes(node)))
 
@@ -282,7 +285,9 @@ def _raised(node: fx.Node, importer: Importer) -> Any:
     given, exponent = args
     if exponent not in (2, 3) or not given.meta["val"].is_floating_point():
         return importer._pow(node)
-    return importer.emit(reduce(relax.op.multiply, [importer.env[given]] * int(exponent)))
+    value = importer.env[given]
+    wide = relax.op.astype(value, "float32") if dtype_of(node) == "float16" else value
+    return importer.emit(reduce(relax.op.multiply, [wide] * int(exponent)))
 
 
 def _reduced(reduce: Callable[..., Any]) -> Converter:
@@ -302,6 +307,7 @@ _CONVERTERS: Final[Mapping[str, Converter]] = {
     "slice.Tensor": _sliced,
     "pow.Tensor_Scalar": _raised,
     "full.default": _filled,
+    "full_like.default": _filled,
     "cumsum.default": _summed_up,
     "view.default": _reshaped,
     "reshape.default": _reshaped,

@@ -286,6 +286,22 @@ def test_places_past_the_end_of_a_table_read_its_last_row() -> None:
     assert (gathered[0, :, 0] == [16, 12, 0]).all()
 
 
+class _Sliced(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        changed = torch.diff(x, prepend=x[:, :1] - 1, dim=-1) > 0
+        hidden = torch.where(changed, 0.0, torch.full_like(x, float("-inf")))
+        ends = (x[:, -3:], x[:, -40:-1], x[:, 1::2], x[:, 5:2], x[:1, -1])
+        return (changed.cumsum(-1), hidden, x.pow(3), *ends)
+
+
+def test_slices_end_where_torch_says() -> None:
+    artifact = build(_Sliced(), (torch.randn(2, 6),), target="llvm", verify=False)
+    for size in (4, 6, 50):
+        x = torch.randn(3, size)
+        for found, wanted in zip(artifact.run(x.numpy()).values(), _Sliced()(x), strict=True):
+            np.testing.assert_allclose(found, wanted.numpy(), rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("model", "arguments", "error", "told"),
     [
