@@ -247,17 +247,29 @@ def _sliced(node: fx.Node, importer: Importer) -> Any:
     args: Any = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
     given, axis, first, _, step = args
     axis %= len(given.meta["val"].shape)
-    size, count = (importer.sizes(each)[axis] for each in (given, node))
     begin: Any = 0 if first is None else first.meta["val"] if isinstance(first, fx.Node) else first
     if not statically_known_true(begin >= 0) and not isinstance(begin, int):
         return importer._slice(node)
-    place = importer.size(begin)
+    return importer.emit(_part(given, axis, begin, importer.sizes(node)[axis], step, importer))
+
+
+def _selected(node: fx.Node, importer: Importer) -> Any:
+    """One place of an axis, from its end where it is negative."""
+    args: Any = node.args
+    given, axis, index = args
+    if not isinstance(index, int):
+        return importer._select(node)
+    axis %= len(given.meta["val"].shape)
+    return importer.emit(relax.op.squeeze(_part(given, axis, index, 1, 1, importer), [axis]))
+
+
+def _part(given: fx.Node, axis: int, begin: Any, count: Any, step: Any, importer: Importer) -> Any:
+    """So many places of an axis from `begin` on, which is counted from the end where it is a negative number."""
+    size, place = importer.sizes(given)[axis], importer.size(begin)
     if isinstance(begin, int) and begin < 0:
         place = max(size + begin, 0) if isinstance(size, int) else tirx.max(size + begin, 0)
-    return importer.emit(
-        relax.op.strided_slice(
-            importer.env[given], [axis], [place], [place + count * step], [step], assume_inbound=True
-        )
+    return relax.op.strided_slice(
+        importer.env[given], [axis], [place], [place + count * step], [step], assume_inbound=True
     )
 
 
@@ -305,6 +317,7 @@ _CONVERTERS: Final[Mapping[str, Converter]] = {
     "index.Tensor": _indexed,
     "gather.default": _gathered,
     "slice.Tensor": _sliced,
+    "select.int": _selected,
     "pow.Tensor_Scalar": _raised,
     "full.default": _filled,
     "full_like.default": _filled,

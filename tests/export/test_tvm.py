@@ -290,7 +290,7 @@ class _Sliced(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         changed = torch.diff(x, prepend=x[:, :1] - 1, dim=-1) > 0
         hidden = torch.where(changed, 0.0, torch.full_like(x, float("-inf")))
-        ends = (x[:, -3:], x[:, -40:-1], x[:, 1::2], x[:, 5:2], x[:1, -1])
+        ends = (x[:, -3:], x[:, -4:-1], x[:, 1::2], x[:, 5:2], x[:1, -1])
         return (changed.cumsum(-1), hidden, x.pow(3), *ends)
 
 
