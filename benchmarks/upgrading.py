@@ -1,8 +1,8 @@
 """Case `upgrading`: a training step of an upgraded model beside one of the model it was, and the memory of a path.
 
 The steps take turns in one run, both models compiled alike, on one thread; their seconds are processor time, which
-neighbours on the machine do not lengthen. Peak memory is that of a fresh process each, one layer forward and backward at
-4096 tokens: `grape::attend` and the dense formulation, matrices of all queries and keys.
+neighbours on the machine do not lengthen. Peak memory is that of a fresh process each, one layer forward and backward
+at 4096 tokens: `grape::attend` and the dense formulation, matrices of all queries and keys.
 """
 
 from __future__ import annotations
