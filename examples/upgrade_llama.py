@@ -12,6 +12,7 @@ import copy
 import tempfile
 import warnings
 from pathlib import Path
+from textwrap import fill, indent
 from typing import Any
 
 import torch
@@ -28,27 +29,29 @@ STEPS, WINDOWS = 100, 8
 
 
 def main() -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of torch, about itself
+    print("A RoPE model of two layers; where build/tiny_lm has none, it is trained for a minute.", flush=True)
     original, (text, validation) = trained("plain rope"), corpus()
     tokens = batch(validation, SETTINGS, seed=7, step=0)[:, :-1]
     with torch.no_grad():
         before = original(tokens)
-    print(f"RoPE as it was trained: {told(original, validation)}")
+    print(f"  as it was trained: {told(original, validation)}")
     continued = copy.deepcopy(original)
     learn(continued, text)
-    print(f"RoPE, {STEPS} steps more: {told(continued, validation)}")
+    print(f"  after {STEPS} steps more: {told(continued, validation)}")
     for to in TARGETS:
-        print(f"\n{to}")
+        print(f"\nUpgraded to {to}", flush=True)
         with warnings.catch_warnings(record=True) as notes:
             warnings.simplefilter("always", UserWarning)
             model = upgrade(copy.deepcopy(original), to, args=(tokens,), backend="eager")
         for note in notes:
-            print(f"  note: {note.message}")
+            print(indent(fill(str(note.message), 100), "  | "))
         with torch.no_grad():
             change = float((model(tokens) - before).norm() / before.norm())
-        print(f"  step 0: logits change by {change:.1e}; {len(report(model).sites)} sites")
+        print(f"  {len(report(model).sites)} sites; logits differ by {change:.1e} from those of RoPE")
         learn(model, text)
-        print(f"  {STEPS} steps: {told(model, validation)}")
-        print(f"  {moved(model)}")
+        print(f"  after {STEPS} steps: {told(model, validation)}")
+        print(f"  {moved(model)}", flush=True)
         print(f"  {exported(model, tokens)}")
 
 
@@ -74,7 +77,7 @@ def moved(model: torch.nn.Module) -> str:
     """By how much the encodings learned."""
     thetas = [each for name, each in model.named_parameters() if name.endswith("log_theta")]
     factors = torch.cat([(each.detach() / 16).exp() for each in thetas])
-    return f"frequencies are {factors.min():.3f} to {factors.max():.3f} of what they were"
+    return f"learned frequencies: {factors.min():.3f} to {factors.max():.3f} times those of RoPE"
 
 
 def exported(model: torch.nn.Module, tokens: Tensor) -> str:
@@ -90,7 +93,7 @@ def exported(model: torch.nn.Module, tokens: Tensor) -> str:
     with torch.no_grad():
         right = model(tokens)
     change = float((torch.from_numpy(found) - right).norm() / right.norm())
-    return f"ONNX file of {size:.1f} MB, in ONNX Runtime {change:.1e} from the model"
+    return f"ONNX file of {size:.1f} MB: its logits in ONNX Runtime differ by {change:.1e} from those of the model"
 
 
 if __name__ == "__main__":

@@ -54,6 +54,9 @@ def translate(
                 custom_translation_table=_translations(),
             )
     except Exception as failure:
+        own = next((each for each in _causes(failure) if isinstance(each, GrapeError)), None)
+        if own is not None:
+            raise CaptureError(own.asked, own.found, own.works) from failure
         raise CaptureError(
             "translate a program to ONNX", _first_cause(program, failure), "a model without that operator"
         ) from failure
@@ -78,13 +81,17 @@ def silence() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def _causes(failure: BaseException) -> Iterator[BaseException]:
+    """A failure and what it was raised from, the innermost last."""
+    cause: BaseException | None = failure
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__
+
+
 def _first_cause(program: ExportedProgram, failure: Exception) -> str:
     """What failed: the operator with the module and the line of the model's code, where the exporter names one."""
-    told, cause = [str(failure)], failure.__cause__
-    while cause is not None:
-        told.append(str(cause))
-        cause = cause.__cause__
-    text = "\n".join(told)
+    text = "\n".join(str(each) for each in _causes(failure))
     missing = re.search(r"No ONNX function found for <OpOverload\(op='([\w.]+)'", text)
     for node in program.graph.nodes:
         # torch decomposes before it translates: an operator may be named by what it became.
@@ -127,8 +134,22 @@ def _attend(
     is_causal: bool = False,
     scale: float | None = None,
     window: int | None = None,
+    cap: float | None = None,
+    sinks: Any = None,
+    segments: Any = None,
 ) -> Any:
-    attributes = {"encoding": encoding, "is_causal": int(is_causal), "scale": scale, "window": window}
+    if sinks is not None or segments is not None:
+        found = "sinks" if segments is None else "segments"
+        raise GrapeError(
+            f"attention with {encoding} in ONNX", f"{found} beside the bias", "a layer without them"
+        )
+    attributes = {
+        "encoding": encoding,
+        "is_causal": int(is_causal),
+        "scale": scale,
+        "window": window,
+        "softcap": cap,
+    }
     return _record(ATTEND, (query, key, value, mask, *slots), 2, attributes)
 
 

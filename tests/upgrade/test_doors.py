@@ -12,10 +12,10 @@ import pytest
 import torch
 from architectures import Logits, output_of
 from torch import Tensor, nn
-from upgrading import ROWS, encodings, learn_anything, relative, upgraded
+from upgrading import FAMILIES, ROWS, encodings, learn_anything, relative, upgraded
 
 from grape_compile import grape_compile, inspect, parameter_groups, restore, rewrite, upgrade
-from grape_compile.errors import UpgradeError
+from grape_compile.errors import CaptureError, UpgradeError
 
 ROW = ROWS["llama"]
 INPUTS = ROW.inputs(seq=8)
@@ -148,6 +148,32 @@ def test_exported_to_onnx(to: str, target: Any, tmp_path: Path) -> None:
         Logits(learned(to)).eval(), (INPUTS["input_ids"],), path=tmp_path / "model.onnx", target=target
     )
     assert report.comparisons
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "to"),
+    [
+        (name, to)
+        for name in FAMILIES
+        for to in (("fox",) if ROWS[name].biases else ("grape-m", "grape-m+fox"))
+    ],
+)
+def test_every_family_exported_to_onnx(name: str, to: str, tmp_path: Path) -> None:
+    """The file computes what the model does after training, at sizes that were not traced."""
+    from grape_compile.export import onnx
+
+    row = ROWS[name]
+    model = upgraded(row, to)
+    learn_anything(model)
+    if name == "gpt_oss" and "fox" in to:
+        with pytest.raises(CaptureError, match="sinks beside the bias"):
+            onnx.export(model, (), row.inputs(), tmp_path / "model.onnx", target="standard")
+        return
+    report = onnx.export(model, (), row.inputs(), tmp_path / "model.onnx", target="standard")
+    assert len(report.comparisons) == 3
+    if "grape-m" in to:
+        assert report.operators.get("RotaryEmbedding", 0) == row.rotations
 
 
 @pytest.fixture
