@@ -91,6 +91,14 @@ class Additive(Leaves):
         return isinstance(self.distance, Signed)
 
     @property
+    def is_clocked(self) -> bool:
+        """Whether the only gradient of the signed bias is that of its clock.
+
+        It is the slope times the sums of the logits' gradients over the keys and over the queries: no time is in it.
+        """
+        return self.is_signed and set(self.tensors()) <= {"clock"}
+
+    @property
     def product_count(self) -> int:
         """How many of its factors need a number of the query."""
         return (self.gate_query is not None) + (self.gate_key is not None)

@@ -163,7 +163,7 @@ def _add_block(operands: Operands, block: Block, total: Tensor, sums: chunked.Su
     gathered = _Gathered(operands, block) if call.wants_bias_gradients else None
     for part in block.parts:
         heads, keys = part.heads, part.keys
-        if gathered is not None and part.whole:
+        if gathered is not None and part.whole and not gathered.is_clocked:
             _add_whole(operands, rows, part, total, sums)
             continue
         operands.place(rows, part)
@@ -217,11 +217,17 @@ def _add_whole(operands: Operands, rows: slice, part: Part, total: Tensor, sums:
 
 
 class _Gathered:
-    """The gradients of the coordinates of one block, over its parts with factors, on their way into the biases."""
+    """The gradients of the coordinates of one block, over its parts with factors, on their way into the biases.
+
+    Sums of logit gradients are all that a clock needs, so where nothing else has a gradient (`is_clocked`) the parts
+    whose biases are in their mask are among them.
+    """
 
     def __init__(self, operands: Operands, block: Block) -> None:
         self.call, self.rows = operands.call, block.rows
-        spans = [(part.keys.start, part.keys.stop) for part in block.parts if not part.whole] or [(0, 0)]
+        self.is_clocked = all(isinstance(bias, Additive) and bias.is_clocked for bias in self.call.biases)
+        parts = [part for part in block.parts if self.is_clocked or not part.whole]
+        spans = [(part.keys.start, part.keys.stop) for part in parts] or [(0, 0)]
         self.keys = slice(min(start for start, _ in spans), max(stop for _, stop in spans))
         batch, heads = self.call.query.shape[:2]
         lengths = block.rows.stop - block.rows.start, self.keys.stop - self.keys.start
