@@ -220,26 +220,17 @@ def _clamped(node: fx.Node, importer: Importer) -> Any:
     return importer.emit(found)
 
 
-def _reshaped(node: fx.Node, importer: Importer) -> Any:
-    (given, *_) = node.args
-    assert isinstance(given, fx.Node)
-    same = node.meta["val"].shape == given.meta["val"].shape
-    return (
-        importer.env[given]
-        if same
-        else importer.emit(relax.op.reshape(importer.env[given], importer.sizes(node)))
-    )
+def _of_shape(form: Callable[[Any, Any], Any]) -> Converter:
+    """Return what converts a call that gives a tensor another shape by `form`: nothing to do where it has it."""
 
+    def converted(node: fx.Node, importer: Importer) -> Any:
+        (given, *_) = node.args
+        assert isinstance(given, fx.Node)
+        if node.meta["val"].shape == given.meta["val"].shape:
+            return importer.env[given]
+        return importer.emit(form(importer.env[given], importer.sizes(node)))
 
-def _expanded(node: fx.Node, importer: Importer) -> Any:
-    (given, *_) = node.args
-    assert isinstance(given, fx.Node)
-    same = node.meta["val"].shape == given.meta["val"].shape
-    return (
-        importer.env[given]
-        if same
-        else importer.emit(relax.op.broadcast_to(importer.env[given], importer.sizes(node)))
-    )
+    return converted
 
 
 def _sliced(node: fx.Node, importer: Importer) -> Any:
@@ -322,10 +313,10 @@ _CONVERTERS: Final[Mapping[str, Converter]] = {
     "full.default": _filled,
     "full_like.default": _filled,
     "cumsum.default": _summed_up,
-    "view.default": _reshaped,
-    "reshape.default": _reshaped,
-    "_unsafe_view.default": _reshaped,
-    "expand.default": _expanded,
+    "view.default": _of_shape(relax.op.reshape),
+    "reshape.default": _of_shape(relax.op.reshape),
+    "_unsafe_view.default": _of_shape(relax.op.reshape),
+    "expand.default": _of_shape(relax.op.broadcast_to),
     "amax.default": _reduced(relax.op.max),
     "amin.default": _reduced(relax.op.min),
 }

@@ -140,11 +140,12 @@ class Operators:
         return importer.emit(_summed(dtype_of(node), *operands))
 
     def _rotate(self, node: fx.Node, importer: Importer) -> Any:
-        tensors, slots, text = node.args
-        given = [importer.env[slot] for slot in slots]  # type: ignore[union-attr]  # a list, says the schema
+        arguments: tuple[Any, ...] = node.args
+        tensors, slots, text = arguments
+        given = [importer.env[slot] for slot in slots]
         results = []
-        for tensor, value in zip(tensors, node.meta["val"], strict=True):  # type: ignore[arg-type]  # a list as well
-            function = self._turning(_value(tensor), [_value(slot) for slot in slots], str(text))  # type: ignore[union-attr]
+        for tensor, value in zip(tensors, node.meta["val"], strict=True):
+            function = self._turning(_value(tensor), [_value(slot) for slot in slots], text)
             results.append(_called(function, [importer.env[tensor], *given], value, importer))
         return results
 

@@ -19,12 +19,11 @@ from grape_compile.kernels.tensorir.gpu_cores import APART, HeadsOnCores, cores_
 from grape_compile.kernels.tensorir.gpu_heads import Heads, HeadsInRegisters, Tiles
 from grape_compile.kernels.tensorir.loops import ceildiv, registers
 from grape_compile.kernels.tensorir.machines import Gpu
-from grape_compile.kernels.tensorir.operands import Sizes, read
+from grape_compile.kernels.tensorir.operands import Sizes
 from grape_compile.kernels.tensorir.path_terms import PathTerm, turned_edges
 from grape_compile.kernels.tensorir.scans import running_sums
 from grape_compile.kernels.tensorir.space import Point
 from grape_compile.kernels.tensorir.terms import (
-    LOWEST,
     Additive,
     Place,
     capped,
@@ -32,6 +31,7 @@ from grape_compile.kernels.tensorir.terms import (
     key_range,
     masked,
     nothing,
+    start_softmax,
     sums_name,
 )
 
@@ -98,7 +98,7 @@ class AttentionOnGpu:
             heads = HeadsInRegisters(attention, self.buffers, place, machine, tiles)
         shrink = machine.make(rows)
         best, total = (T.alloc_buffer((1,), "float32", scope="local") for _ in range(2))
-        self._start(place, best, total)
+        start_softmax(self.attention, self.buffers, place, best, total)
         terms = [Additive(bias, attention, self.buffers, place, machine, rows) for bias in attention.additive]
         for term in terms:
             term.make_keys(block)
@@ -127,16 +127,6 @@ class AttentionOnGpu:
         share = T.Select(total[0] > number(0.0), number(1.0) / total[0], number(0.0))
         T.buffer_store(shrink, share, [machine.thread])
         heads.finish(self.output, shrink)
-
-    def _start(self, place: Place, best: Any, total: Any) -> None:
-        sinks = self.attention.sinks
-        if sinks is None:
-            T.buffer_store(best, number(LOWEST), [0])
-            T.buffer_store(total, number(0.0), [0])
-            return
-        sink = read(self.buffers["sinks"], sinks, [place.batch, place.head], "float32")
-        T.buffer_store(best, sink, [0])
-        T.buffer_store(total, number(1.0), [0])
 
     def _softmax(
         self,

@@ -13,10 +13,8 @@ from grape_compile.kernels.tensorir.attention_call import Attention
 from grape_compile.kernels.tensorir.engine import T
 from grape_compile.kernels.tensorir.loops import cast, ceildiv, given, strided
 from grape_compile.kernels.tensorir.machines import Gpu
-from grape_compile.kernels.tensorir.operands import read
 from grape_compile.kernels.tensorir.path_terms import PathTerm
 from grape_compile.kernels.tensorir.terms import (
-    LOWEST,
     Additive,
     Place,
     capped,
@@ -24,6 +22,7 @@ from grape_compile.kernels.tensorir.terms import (
     key_range,
     masked,
     nothing,
+    start_softmax,
 )
 
 
@@ -53,7 +52,7 @@ class DecodingOnGpu:
         best, total, less, own = (T.alloc_buffer((1,), "float32", scope="local") for _ in range(4))
         sums = T.alloc_buffer((self.columns,), "float32", scope="local")
         machine.fill(query, (width,), lambda column: self._query(place, column))
-        self._start(place, best, total)
+        start_softmax(self.attention, self.buffers, place, best, total)
         for column in range(self.columns):
             T.buffer_store(sums, number(0.0), [column])
         terms = [Additive(bias, attention, self.buffers, place, machine, 1) for bias in attention.additive]
@@ -92,16 +91,6 @@ class DecodingOnGpu:
     def _query(self, place: Place, column: Any) -> Any:
         value = self.buffers["query"][place.batch, place.head, place.first, column]
         return cast(value, self.attention.query.dtype, "float32") * number(self.attention.factor)
-
-    def _start(self, place: Place, best: Any, total: Any) -> None:
-        sinks = self.attention.sinks
-        if sinks is None:
-            T.buffer_store(best, number(LOWEST), [0])
-            T.buffer_store(total, number(0.0), [0])
-            return
-        sink = read(self.buffers["sinks"], sinks, [place.batch, place.head], "float32")
-        T.buffer_store(best, sink, [0])
-        T.buffer_store(total, number(1.0), [0])
 
     def _read_keys(self, place: Place, machine: Gpu, kv_head: Any, start: Any, keys: Any) -> None:
         width, dtype = self.attention.width, self.attention.key.dtype

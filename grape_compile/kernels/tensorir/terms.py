@@ -235,6 +235,17 @@ def masked(
     return T.Select(added < number(LOWEST), nothing(), sum_)
 
 
+def start_softmax(attention: Attention, buffers: dict[str, Any], place: Place, best: Any, total: Any) -> None:
+    """Write the largest logit and the sum of weights before the first key: those of the sink, where there is one."""
+    if attention.sinks is None:
+        T.buffer_store(best, number(LOWEST), [0])
+        T.buffer_store(total, number(0.0), [0])
+        return
+    sink = read(buffers["sinks"], attention.sinks, [place.batch, place.head], "float32")
+    T.buffer_store(best, sink, [0])
+    T.buffer_store(total, number(1.0), [0])
+
+
 def nothing() -> Any:
     """Return minus infinity."""
     return T.float32(float("-inf"))
