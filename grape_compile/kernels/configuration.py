@@ -56,20 +56,26 @@ def _count(value: object) -> int:
 #: 16 bit numbers, and each angle used for four heads.
 DEFAULTS: Final[Mapping[int, tuple[int, int, int]]] = {80: (1024, 4, 4), 90: (1024, 4, 4), 100: (1024, 4, 4)}
 
+#: The same on the way back with gradients of angles, where a thread keeps a sum beside each cosine and sine and reads two
+#: tensors: four planes a thread.
+BACK: Final[Mapping[int, tuple[int, int, int]]] = {80: (512, 1, 4), 90: (1024, 1, 8), 100: (1024, 1, 8)}
 
-def default_configuration(lanes: int, capability: int = 90) -> Configuration:
-    """Return what is launched without a record, by the newest known kind that is not newer than the GPU."""
-    known = max((each for each in DEFAULTS if each <= capability), default=min(DEFAULTS))
-    size, group, warps = DEFAULTS[known]
+
+def default_configuration(lanes: int, capability: int = 90, kind: str = "turn") -> Configuration:
+    """Return what is launched without a record, by the newest known GPU that is not newer than this one."""
+    shipped = BACK if kind == "back" else DEFAULTS
+    known = max((each for each in shipped if each <= capability), default=min(shipped))
+    size, group, warps = shipped[known]
     return Configuration(max(1, size // lanes), group, warps)
 
 
 def configuration_for(case: str, lanes: int, device: torch.device) -> Configuration:
     """Return the configuration of a case on a device."""
+    kind = case.partition(" ")[0]
     if device.type != "cuda":
-        return default_configuration(lanes)
+        return default_configuration(lanes, kind=kind)
     recorded = Configuration.of(record_of(case, device))
-    return recorded or default_configuration(lanes, capability_of(device))
+    return recorded or default_configuration(lanes, capability_of(device), kind)
 
 
 def record_of(case: str, device: torch.device) -> Mapping[str, Any]:

@@ -22,8 +22,10 @@ from grape_compile.encoding import (
     Tables,
 )
 from grape_compile.kernels import planar_launches, turning
+from grape_compile.kernels.configuration import default_configuration
 from grape_compile.kernels.gates import KernelGate
 from grape_compile.kernels.launch import Launch
+from grape_compile.kernels.layouts import width
 from grape_compile.operators.turn_call import Norm, TurnCall
 
 BATCH: Final = 4
@@ -69,13 +71,13 @@ def _normed(place: Literal["before", "after", "across"]) -> Callable[[int], Laun
     return build
 
 
-def _back(planes: Planes) -> Callable[[int], Launch]:
+def _back(planes: Planes, positions: torch.dtype | None = torch.int64) -> Callable[[int], Launch]:
     def build(capability: int) -> Launch:
-        call = call_of(planes)
+        call = call_of(planes, positions=positions)
         cotangents = [meta(*tensor.shape) for tensor in call.tensors]
-        launch, _ = planar_launches.back_launch(
-            call, (0, 1), cotangents, [meta(*each.shape) for each in cotangents]
-        )
+        results = [meta(*each.shape) for each in cotangents]
+        chosen = default_configuration(width(planes.count), capability, "back")
+        launch, _ = planar_launches.back_launch(call, (0, 1), cotangents, results, chosen)
         return launch
 
     return build
@@ -89,8 +91,8 @@ def _plane(capability: int) -> Launch:
     return turn_launch(TurnCall(tensors, rank2, slots))
 
 
-#: Registers of a rotation: 48 leave ten blocks of 128 threads to a multiprocessor, enough loads in flight. On the way
-#: back with gradients of angles a thread keeps a sum for each of its eight planes, and reads two tensors: 64.
+#: Registers of a rotation: 48 leave ten blocks of 128 threads to a multiprocessor, enough loads in flight. They hold eight
+#: planes a thread, and four on the way back with gradients of angles, which are 64 bits of halves in 16 bit numbers.
 FEW: Final = 48
 
 GATES: Final = (
@@ -103,6 +105,8 @@ GATES: Final = (
     KernelGate("turn normed after", _normed("after"), registers=FEW, wide=True),
     KernelGate("turn normed across", _normed("across"), registers=FEW, wide=True),
     KernelGate("turn in a plane", _plane, registers=FEW, wide=True),
-    KernelGate("turn back", _back(Half(HEAD_DIM)), registers=64, wide=True),
-    KernelGate("turn back interleaved", _back(Interleaved(HEAD_DIM)), registers=64, wide=True),
+    KernelGate("turn back", _back(Half(HEAD_DIM)), registers=FEW),
+    KernelGate("turn back interleaved", _back(Interleaved(HEAD_DIM)), registers=FEW, wide=True),
+    KernelGate("turn back partial", _back(Partial(Half(64), 0, HEAD_DIM)), registers=FEW),
+    KernelGate("turn back by tables", _back(Half(HEAD_DIM), None), registers=FEW),
 )

@@ -100,7 +100,7 @@ def _case(kind: str, call: TurnCall, shape: Shape, encoding: Multiplicative, lan
     # Of one token a row, the rows are what is walked.
     tokens = frame.of(call.tensors[0]).sizes[3]
     found = space(lanes, tokens, max(shape.heads, shape.key_heads), grouped=kind != "back")
-    default = partial(default_configuration, lanes)
+    default = partial(default_configuration, lanes, kind=kind)
     name = case_of(call, kind, tokens)
     return Case(
         name, [asdict(each) for each in found], lambda capability: asdict(default(capability)), launch

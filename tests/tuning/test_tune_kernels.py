@@ -220,6 +220,10 @@ def test_every_known_kind_of_gpu_has_a_default() -> None:
     assert [default_configuration(64, at) for at in (70, 80, 86, 89, 90, 100, 120)] == [
         Configuration(16, 4, 4)
     ] * 7
+    assert [default_configuration(64, at, "back") for at in (70, 89, 90, 120)] == [
+        *[Configuration(8, 1, 4)] * 2,
+        *[Configuration(16, 1, 8)] * 2,
+    ]
 
 
 def test_another_kernel_is_another_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -27,44 +27,38 @@ def heads_back(
     """
     source = x + start * x_token + rows[:, None] * x_token
     cotangent = g + start * g_token + rows[:, None] * g_token
+    target = d
+    if d is not None:
+        target += start * d_token + rows[:, None] * d_token
     for head in range(HEADS):
         far = tl.cast(head, tl.int64)
-        first, second = take_planes(
-            source + far * x_head,
-            seen,
-            planes,
-            turning,
-            in_table,
-            COUNT,
-            WIDTH,
-            IN_START,
-            IN_RUN,
-            IN_STEP,
-            IN_APART,
-        )
         at = cotangent + far * g_head
         one, two = take_planes(
             at, seen, planes, turning, out_table, COUNT, WIDTH, OUT_START, OUT_RUN, OUT_STEP, OUT_APART
         )
+        turned_one, turned_two = one * cos + two * sin, two * cos - one * sin
+        first, second = take_planes(
+            source + far * x_head, seen, planes, turning, in_table, COUNT, WIDTH, IN_START, IN_RUN, IN_STEP, IN_APART
+        )  # fmt: skip
         if TABLED_ANGLES:
             cos_sum += one * first + two * second
             sin_sum += two * first - one * second
         else:
-            sin_sum += cos * (two * first - one * second) - sin * (one * first + two * second)
+            sin_sum += turned_two * first - turned_one * second
         if d is not None:
-            target = d + start * d_token + rows[:, None] * d_token + far * d_head
+            to = target + far * d_head
             put_planes(
-                target, one * cos + two * sin, two * cos - one * sin, seen, planes, turning, in_table,
+                to, turned_one, turned_two, seen, planes, turning, in_table,
                 COUNT, WIDTH, IN_START, IN_RUN, IN_STEP, IN_APART,
             )  # fmt: skip
             if REST_0 > 0:
                 move_rest(
-                    at, target, seen, None, 1.0, 0.0, rest_out, rest_in,
+                    at, to, seen, None, 1.0, 0.0, rest_out, rest_in,
                     REST_0, REST_0_WIDTH, REST_0_OUT, REST_0_IN, TABLED, PLAIN,
                 )  # fmt: skip
             if REST_1 > 0:
                 move_rest(
-                    at, target, seen, None, 1.0, 0.0, rest_out, rest_in,
+                    at, to, seen, None, 1.0, 0.0, rest_out, rest_in,
                     REST_1, REST_1_WIDTH, REST_1_OUT, REST_1_IN, False, PLAIN,
                 )  # fmt: skip
     return cos_sum, sin_sum
