@@ -56,8 +56,8 @@ def _count(value: object) -> int:
 #: 16 bit numbers, and each angle used for four heads.
 DEFAULTS: Final[Mapping[int, tuple[int, int, int]]] = {80: (1024, 4, 4), 90: (1024, 4, 4), 100: (1024, 4, 4)}
 
-#: The same on the way back with gradients of angles, where a thread keeps a sum beside each cosine and sine and reads two
-#: tensors: four planes a thread.
+#: The same on the way back with gradients of angles, where a thread keeps a sum beside each cosine and sine and reads
+#: two tensors: four planes a thread.
 BACK: Final[Mapping[int, tuple[int, int, int]]] = {80: (512, 1, 4), 90: (1024, 1, 8), 100: (1024, 1, 8)}
 
 

@@ -91,8 +91,8 @@ def _plane(capability: int) -> Launch:
     return turn_launch(TurnCall(tensors, rank2, slots))
 
 
-#: Registers of a rotation: 48 leave ten blocks of 128 threads to a multiprocessor, enough loads in flight. They hold eight
-#: planes a thread, and four on the way back with gradients of angles, which are 64 bits of halves in 16 bit numbers.
+#: Registers of a rotation: 48 leave ten blocks of 128 threads to a multiprocessor, enough loads in flight. They hold
+#: eight planes a thread, and four on the way back with gradients of angles: 64 bits of a half in 16 bit numbers.
 FEW: Final = 48
 
 GATES: Final = (
