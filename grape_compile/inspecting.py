@@ -30,6 +30,7 @@ from grape_compile.passes.regions import outline_regions
 from grape_compile.passes.site import Refusal
 from grape_compile.passes.stand_ins import settle
 from grape_compile.passes.trace_run import capture_run, untouched
+from grape_compile.passes.turn_in_place import TurnInPlace
 from grape_compile.passes.turn_into_caches import TurnIntoCaches
 from grape_compile.reporting import GraphReport, Report, over_graphs
 
@@ -127,6 +128,7 @@ def rewritten_graph(module: fx.GraphModule, examples: Sequence[Any]) -> Rewritte
     if changed:
         FuseNorms()(program)
         TurnIntoCaches()(program)
+        TurnInPlace()(program)
         ShareAngles()(program)
         outline_regions(program.module)
     return Rewritten(program.module, found, tables, bool(program.stands), changed)

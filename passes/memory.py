@@ -98,6 +98,26 @@ def viewed(node: fx.Node) -> fx.Node | None:
     return None
 
 
+#: Composite operators, whose schemas do not tell whether they may return their operand, that never do.
+_COMPOSITES_THAT_MAKE = {
+    f"aten::{name}" for name in ("linear", "matmul", "layer_norm", "rms_norm", "cat", "stack")
+}
+
+
+def is_fresh(node: fx.Node) -> bool:
+    """True when all that a pure operator returns stands in new memory, or is no tensor."""
+    if node.op != "call_function" or not is_pure(node) or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if isinstance(node.meta.get("val"), int | float | torch.SymInt | torch.SymFloat | torch.SymBool):
+        return True
+    if node.target.namespace not in ("aten", "grape"):
+        return False
+    if any(result.alias_info is not None for result in node.target._schema.returns):
+        return False
+    composite = torch._C.DispatchKey.CompositeImplicitAutograd
+    return op_name(node) in _COMPOSITES_THAT_MAKE or not node.target.has_kernel_for_dispatch_key(composite)
+
+
 def owner(node: fx.Node) -> fx.Node:
     """The value whose memory a value is a view of."""
     while (source := viewed(node)) is not None:

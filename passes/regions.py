@@ -66,6 +66,24 @@ def is_mark(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in (enter_region, leave_region, *_SWITCHES)
 
 
+def may_differentiate(graph: fx.Graph) -> bool:
+    """Whether gradients are on around a flat graph that is being compiled, or anywhere in it."""
+    return torch.is_grad_enabled() or any(map(_switches_gradients_on, graph.nodes))
+
+
+def _switches_gradients_on(node: fx.Node) -> bool:
+    if not is_mark(node):
+        return False
+    if node.target is torch._C._set_grad_enabled:
+        return bool(node.args[0])
+    region = node.meta.get("region")
+    return (
+        isinstance(region, Region)
+        and region.target is _HIGHER.wrap_with_set_grad_enabled
+        and bool(region.before[0])
+    )
+
+
 def body_of(node: fx.Node, module: torch.nn.Module) -> fx.GraphModule | None:
     """The graph a node runs exactly once, or None for any other node."""
     if node.op != "call_function" or node.target not in _BODY_AT:

@@ -4,7 +4,8 @@ What: a `grape::rotate` one of whose results is only copied into memory that is 
     along the tokens, `copy_` into a slice) becomes `grape::rotate_into`, at the place of the copy.
 Leaves alone: devices without such a kernel, graphs that may be differentiated, results that something else reads or
     that are wanted before the copy, and memory that is written to in between.
-Ensures: the same numbers in the same memory, written at the same place of the graph.
+Ensures: the same numbers in the same memory, written at the same place of the graph; other results stand where their
+    tensors stood if nothing reads those any more, else in new memory.
 Cost: one pass over the rotations.
 """
 
@@ -15,17 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from grape_compile.encoding import Multiplicative, parse
-from grape_compile.errors import GrapeError
-from grape_compile.operators.providers import choose_turn
-from grape_compile.operators.turn_call import TurnCall
 from grape_compile.passes.base import Outcome, Pass
-from grape_compile.passes.graph import Program, Unreadable, op_name, require_fake
+from grape_compile.passes.graph import Program, op_name, require_fake
 from grape_compile.passes.memory import owner, written
-from grape_compile.passes.operands import fake_value
+from grape_compile.passes.regions import may_differentiate
 from grape_compile.passes.rewrite_rotations import mutation_between
-
-aten = torch.ops.aten
+from grape_compile.passes.turn_in_place import dying
+from grape_compile.passes.turn_into import operands_of, results_of, takes, turn_into
 
 
 @dataclass(frozen=True)
@@ -33,12 +30,11 @@ class TurnIntoCaches(Pass):
     """Rotations that end in a cache write there themselves."""
 
     def run(self, program: Program) -> Outcome:
-        if torch.is_grad_enabled():
+        if may_differentiate(program.graph):
             return Outcome()
         for node in program.graph.find_nodes(op="call_function", target=torch.ops.grape.rotate.default):
             copy = _copy(program, node)
-            if copy is not None and _takes(node, copy):
-                _replace(program.graph, node, copy)
+            if copy is not None and _replace(program, node, copy):
                 program.forget()
         return Outcome()
 
@@ -51,28 +47,25 @@ class _Copy:
     number: int
     memory: fx.Node
     place: fx.Node | None
-    others: dict[int, fx.Node]
 
 
 def _copy(program: Program, node: fx.Node) -> _Copy | None:
     """Return the copy that a rotation can make itself, or None where there is none, or where it is not the same."""
-    results = {int(user.args[1]): user for user in node.users if op_name(user) == "getitem"}  # type: ignore[arg-type]
+    results = results_of(node)
     found = [copy for number, result in results.items() if (copy := _copied(number, result)) is not None]
-    tensors, slots = node.args[:2]
-    assert isinstance(tensors, list | tuple)
-    assert isinstance(slots, list | tuple)
+    tensors, slots = operands_of(node)
     if len(found) != 1 or len(node.users) != len(results):
         return None
     number, write, memory, place = found[0]
-    others = {at: result for at, result in results.items() if at != number}
     order = program.order
-    late = all(order[user] > order[write] for result in others.values() for user in result.users)
+    others = [result for at, result in results.items() if at != number]
+    late = all(order[user] > order[write] for result in others for user in result.users)
     read = {owner(each) for each in (*tensors, *slots, *(() if place is None else (place,)))}
     if not late or program.marks[write] is not program.marks[node] or owner(memory) in read:
         return None
     if mutation_between(program, [node], write) is not None or len(written(write)) != 1:
         return None
-    return _Copy(write, number, memory, place, others)
+    return _Copy(write, number, memory, place)
 
 
 def _copied(number: int, result: fx.Node) -> tuple[int, fx.Node, fx.Node, fx.Node | None] | None:
@@ -117,51 +110,16 @@ def _sizes(tensor: Tensor) -> list[object]:
     return [size.node.expr if isinstance(size, torch.SymInt) else size for size in sizes]
 
 
-def _takes(node: fx.Node, copy: _Copy) -> bool:
-    """Whether a kernel of the device writes where the copy does."""
-    tensors, slots, text = node.args
-    assert isinstance(tensors, list | tuple)
-    assert isinstance(slots, list | tuple)
-    encoding = parse(str(text))
-    assert isinstance(encoding, Multiplicative)
-    given = [require_fake(each) for each in tensors if isinstance(each, fx.Node)]
-    outputs = [torch.empty_like(each, memory_format=torch.contiguous_format) for each in given]
-    outputs[copy.number] = require_fake(copy.memory)
-    places: list[Tensor | None] = [None] * len(given)
-    places[copy.number] = None if copy.place is None else require_fake(copy.place)
-    named = dict(zip(encoding.slots, map(require_fake, slots), strict=True))
-    call = TurnCall(tuple(given), encoding, named, places=tuple(places))
-    try:
-        return call.device.type in choose_turn(call, outputs).devices
-    except (GrapeError, Unreadable):
-        return False
-
-
-def _replace(graph: fx.Graph, node: fx.Node, copy: _Copy) -> None:
-    """Rotate at the place of the copy: into the memory, and into new memory for the other results."""
-    tensors, slots, text = node.args
-    assert isinstance(tensors, list | tuple)
+def _replace(program: Program, node: fx.Node, copy: _Copy) -> bool:
+    """Rotate at the place of the copy, if a kernel does: into the memory, and over tensors that nothing reads later."""
     write = copy.node
-    outputs, places = [], []
-    with graph.inserting_before(write):
-        for number, tensor in enumerate(tensors):
-            if number == copy.number:
-                outputs.append(copy.memory)
-            else:
-                form: dict[str, fx.node.Argument] = {"memory_format": torch.contiguous_format}
-                fresh = graph.call_function(aten.empty_like.default, (tensor,), form)
-                fresh.meta = {**copy.others.get(number, node).meta, "val": fake_value(fresh)}
-                outputs.append(fresh)
-            places.append(copy.place if number == copy.number else None)
-        call = graph.call_function(
-            torch.ops.grape.rotate_into.default, (tensors, slots, text, outputs, places)
-        )
-        call.meta = {**node.meta, "val": None}
-    for number, result in copy.others.items():
-        result.replace_all_uses_with(outputs[number])
-        graph.erase_node(result)
-    write.replace_all_uses_with(copy.memory)
-    graph.erase_node(write)
-    for result in list(node.users):
-        graph.erase_node(result)
-    graph.erase_node(node)
+    outputs = {copy.number: copy.memory}
+    places = {} if copy.place is None else {copy.number: copy.place}
+    over = {at: tensor for at, tensor in dying(program, node, write).items() if at != copy.number}
+    for wanted in (outputs | over, outputs):
+        if takes(node, wanted, places):
+            turn_into(program.graph, node, write, wanted, places)
+            write.replace_all_uses_with(copy.memory)
+            program.graph.erase_node(write)
+            return True
+    return False
