@@ -6,9 +6,9 @@ back, so that a step can be kept in a CUDA graph. Keys that one mask hides from 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from types import ModuleType
 from typing import Any, Final, Literal
 
 import torch
@@ -23,6 +23,7 @@ from grape_compile.kernels.pointers import NONE, broadcast, in_line, mask_argume
 from grape_compile.operators import chunked
 from grape_compile.operators.call import AttendCall, Gradients
 from grape_compile.operators.path import Path
+from grape_compile.operators.providers import AttendKernel
 
 #: Queries of a sequence that are few, and rows of a tile: queries times heads that share a key.
 MOST_QUERIES: Final = 16
@@ -31,6 +32,8 @@ MOST_ROWS: Final = 64
 LEAST_ROWS: Final = 16
 #: Coordinates of the keys of a path, of all heads that share a key together.
 MOST_EDGES: Final = 128
+#: Numbers of float32 that a thread reads at once.
+VECTOR: Final = 4
 #: Parts that the second kernel reads at once.
 PARTS_BLOCK: Final = 16
 
@@ -53,7 +56,7 @@ NO_PATH: Final[Mapping[str, Any]] = {
     **dict.fromkeys(("EDGE_QUERY", "EDGE_KEY", "PATH_SLOPES")),
     **{f"edge_{part}_{axis}": 0 for part in ("query", "key") for axis in ("batch", "head", "token")},
     **{"path_slopes_batch": 0, "path_slopes_head": 0, "LINK": 0, "EDGE": 0, "MEMBERS": 0, "EDGE_BLOCK": 0},
-    **{"LANES": 0, "EDGE_PRECISION": "ieee"},
+    **{"LANES": 0, "EDGE_WIDTH": 1, "EDGE_PRECISION": "ieee"},
 }
 
 
@@ -71,7 +74,10 @@ def supports(call: AttendCall) -> Literal[True] | str:
     if queries * call.groups > MOST_ROWS:
         return f"{queries} queries of {call.groups} heads for each key, more than {MOST_ROWS} rows"
     path_of_call = _path_of(call)
-    if path_of_call is not None and (edges := _members(call, path_of_call) * path_of_call.key.shape[3]) > MOST_EDGES:
+    if (
+        path_of_call is not None
+        and (edges := _members(call, path_of_call) * path_of_call.key.shape[3]) > MOST_EDGES
+    ):
         return f"a path of {edges} coordinates for each key, more than {MOST_EDGES}"
     return True
 
@@ -96,9 +102,11 @@ def backward(call: AttendCall, gradient: Tensor, output: Tensor, logsumexp: Tens
     return _kernels(call).backward(call, gradient, output, logsumexp)
 
 
-def _kernels(call: AttendCall) -> ModuleType:
+def _kernels(call: AttendCall) -> AttendKernel:
     """Return the kernels for many queries that take calls of this kind."""
-    return attention if _path_of(call) is None else path
+    if _path_of(call) is None:
+        return attention
+    return path
 
 
 def _path_of(call: AttendCall) -> Path | None:
@@ -246,6 +254,7 @@ def _path(call: AttendCall, chosen: Configuration) -> Mapping[str, Any]:
         **{"LINK": link_of(bias), "EDGE": dim, "MEMBERS": members, "EDGE_BLOCK": padded(members * dim)},
         # In TF32 a product is cut in three, as `path_edges` cuts it: 22 bits are right.
         "EDGE_PRECISION": "ieee" if exact else "tf32x3",
+        "EDGE_WIDTH": math.gcd(VECTOR, dim, *key.stride()[:3]),
         "LANES": min(4 * chosen.warps, chosen.key_block // 2),
     }
 

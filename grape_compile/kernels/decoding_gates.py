@@ -52,7 +52,10 @@ GATES: Final = (
         KernelGate(
             f"decode_{name}_{head_dim}", _launch(name, head_dim), registers=168, wide=True, matrix=True
         )
-        for name, head_dim in (*((name, 128) for name in ("none", "alibi", "fox", "gated", "path")), ("alibi", 64))
+        for name, head_dim in (
+            *((name, 128) for name in ("none", "alibi", "fox", "gated", "path")),
+            ("alibi", 64),
+        )
     ),
     KernelGate("decode_merge_128", _launch("none", 128, merges=True), registers=64),
 )

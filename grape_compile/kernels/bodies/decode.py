@@ -140,7 +140,7 @@ def decode_split(
     LEVEL: tl.constexpr, TERM: tl.constexpr, ABSOLUTE: tl.constexpr, GATE_QUERY: tl.constexpr, GATE_KEY: tl.constexpr,
     MASKED: tl.constexpr, ONE_MASK: tl.constexpr, SOURCE: tl.constexpr, PRECISION: tl.constexpr,
     LINK: tl.constexpr, EDGE: tl.constexpr, EDGE_BLOCK: tl.constexpr, MEMBERS: tl.constexpr, LANES: tl.constexpr,
-    EDGE_PRECISION: tl.constexpr,
+    EDGE_WIDTH: tl.constexpr, EDGE_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sums of one part of the keys: of values by their weights, of the weights, and the logit that weighs one.
 
@@ -237,9 +237,9 @@ def decode_split(
     carry = tl.zeros([ROWS], tl.float32)
     if CARRIES is not None:
         path = path_of(
-            EDGE_QUERY + batch * edge_query_batch, EDGE_KEY + batch * edge_key_batch,
-            PATH_SLOPES + batch * path_slopes_batch, key_number * GROUPS, member, token, there_row, edge_query_head,
-            edge_query_token, edge_key_head, edge_key_token, path_slopes_head, EDGE, EDGE_BLOCK, MEMBERS,
+            EDGE_QUERY + batch * edge_query_batch, EDGE_KEY, PATH_SLOPES + batch * path_slopes_batch,
+            key_number * GROUPS, member, token, there_row, edge_query_head, edge_query_token, batch * edge_key_batch,
+            edge_key_head, edge_key_token, path_slopes_head, EDGE, EDGE_BLOCK, MEMBERS,
         )  # fmt: skip
         # The order in which threads that share a row add up what they own.
         column = keys_of_columns(KEY_BLOCK, LANES, 1)
@@ -280,7 +280,7 @@ def decode_split(
             )  # fmt: skip
             if CARRIES is not None:
                 behind, carry = edges_behind(
-                    path, carry, key_at, there & (key_at < keys), at, LINK, ROWS, 16, 1, EDGE_PRECISION
+                    path, carry, key_at, there & (key_at < keys), at, LINK, ROWS, 16, 1, EDGE_WIDTH, EDGE_PRECISION
                 )  # fmt: skip
                 logits += path.slope * behind
             best, total, sums = folded(best, total, sums, logits, seen, value, PRECISION)
@@ -301,7 +301,9 @@ def decode_split(
             gates_key_token, window, CAUSAL, WINDOW, LEVEL, TERM, ABSOLUTE, GATE_QUERY, GATE_KEY,
         )  # fmt: skip
         if CARRIES is not None:
-            behind, carry = edges_behind(path, carry, key_at, there, at, LINK, ROWS, KEY_BLOCK, LANES, EDGE_PRECISION)
+            behind, carry = edges_behind(
+                path, carry, key_at, there, at, LINK, ROWS, KEY_BLOCK, LANES, EDGE_WIDTH, EDGE_PRECISION
+            )  # fmt: skip
             logits += path.slope * behind
         if MASKED != NONE:
             told = tl.load(mask_start + far[None, :] * mask_key, mask=there[None, :], other=0)

@@ -14,19 +14,20 @@ from grape_compile.kernels.bodies.path_tiles import BOUNDED_LOG_SIGMOID, linked,
 
 
 class Path(NamedTuple):
-    """Queries [ROWS, EDGE_BLOCK] of a path, slopes [ROWS, 1], and where the numbers of its first key are."""
+    """Queries [ROWS, EDGE_BLOCK] of a path, slopes [ROWS, 1]; keys: a pointer, where the numbers of the first are."""
 
     query: Any
     slope: Any
-    key: Any
+    keys: Any
+    first: Any
     token: Any
     known: Any
 
 
 @triton.jit
 def path_of(
-    EDGE_QUERY, EDGE_KEY, SLOPES, first_head, member, token, there, query_head, query_token, key_head, key_token,
-    slopes_head, EDGE: tl.constexpr, EDGE_BLOCK: tl.constexpr, MEMBERS: tl.constexpr,
+    EDGE_QUERY, EDGE_KEY, SLOPES, first_head, member, token, there, query_head, query_token, key_start, key_head,
+    key_token, slopes_head, EDGE: tl.constexpr, EDGE_BLOCK: tl.constexpr, MEMBERS: tl.constexpr,
 ):  # fmt: skip
     """Return the path of the rows of a tile, each of head `first_head + member`.
 
@@ -41,22 +42,23 @@ def path_of(
         own = own & (place // EDGE == member[:, None])
     query = tl.load(pointers, mask=own, other=0.0)
     slope = tl.load(SLOPES + head * slopes_head, mask=there, other=0.0)
-    key = EDGE_KEY + (first_head + place // EDGE) * key_head + place % EDGE
-    return Path(query, slope[:, None], key[None, :], key_token, known[None, :])
+    first = key_start + (first_head + place // EDGE) * key_head + place % EDGE
+    return Path(query, slope[:, None], EDGE_KEY, first[None, :], key_token, known[None, :])
 
 
 @triton.jit
 def edges_behind(
     path, carry, key_at, there, at, LINK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return for all rows the sums of the edges behind each key of a tile, and of all of them, as powers of two.
 
     `carry` [ROWS] is the sum of the tiles behind; the keys stand in the order of `path_tiles.keys_of_columns`. A key
-    behind which a row stands no more has no edge to it.
+    behind which a row stands no more has no edge to it. WIDTH numbers of a key are neighbours, and read at once.
     """
-    pointers = path.key + key_at[:, None].to(tl.int64) * path.token
-    key = tl.load(pointers, mask=there[:, None] & path.known, other=0.0)
+    places = path.first + key_at[:, None].to(tl.int64) * path.token
+    places = tl.max_contiguous(tl.multiple_of(places, [1, WIDTH]), [1, WIDTH])
+    key = tl.load(path.keys + places, mask=there[:, None] & path.known, other=0.0)
     product = tl.dot(path.query, tl.trans(key), input_precision=PRECISION)
     if LINK != BOUNDED_LOG_SIGMOID:
         product = product * LOG2E
