@@ -6,6 +6,7 @@ back, so that a step can be kept in a CUDA graph. Keys that one mask hides from 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Final, Literal
@@ -13,19 +14,26 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
-from grape_compile.kernels import attention
+from grape_compile.kernels import attention, path
 from grape_compile.kernels.attention_terms import Term, Terms
 from grape_compile.kernels.decoding_configurations import Configuration, configuration
 from grape_compile.kernels.launch import Launch
+from grape_compile.kernels.path_edges import link_of
 from grape_compile.kernels.pointers import NONE, broadcast, in_line, mask_arguments, padded, strides
 from grape_compile.operators import chunked
-from grape_compile.operators.call import AttendCall
+from grape_compile.operators.call import AttendCall, Gradients
+from grape_compile.operators.path import Path
+from grape_compile.operators.providers import AttendKernel
 
 #: Queries of a sequence that are few, and rows of a tile: queries times heads that share a key.
 MOST_QUERIES: Final = 16
 MOST_ROWS: Final = 64
 #: The least rows of a matrix product.
 LEAST_ROWS: Final = 16
+#: Coordinates of the keys of a path, of all heads that share a key together.
+MOST_EDGES: Final = 128
+#: Numbers of float32 that a thread reads at once.
+VECTOR: Final = 4
 #: Parts that the second kernel reads at once.
 PARTS_BLOCK: Final = 16
 
@@ -43,6 +51,13 @@ NO_STEP: Final[Mapping[str, Any]] = {
     **{f"{part}_{axis}": 0 for part in ("a", "b") for axis in ("batch", "token", "plane")},
     **{"cos_factor": 1.0, "sin_factor": 1.0, "SOURCE": 0},
 }
+#: The arguments of a call without a path.
+NO_PATH: Final[Mapping[str, Any]] = {
+    **dict.fromkeys(("EDGE_QUERY", "EDGE_KEY", "PATH_SLOPES")),
+    **{f"edge_{part}_{axis}": 0 for part in ("query", "key") for axis in ("batch", "head", "token")},
+    **{"path_slopes_batch": 0, "path_slopes_head": 0, "LINK": 0, "EDGE": 0, "MEMBERS": 0, "EDGE_BLOCK": 0},
+    **{"LANES": 0, "EDGE_WIDTH": 1, "EDGE_PRECISION": "ieee"},
+}
 
 
 def supports(call: AttendCall) -> Literal[True] | str:
@@ -52,12 +67,18 @@ def supports(call: AttendCall) -> Literal[True] | str:
         return "a number of queries that is a symbol"
     if queries > MOST_QUERIES:
         return f"{queries} queries, more than {MOST_QUERIES}"
-    if (taken := attention.supports(call)) is not True:
+    if (taken := _kernels(call).supports(call)) is not True:
         return taken
     if name := _unknown(call):
         return f"{name}, which decoding does not know"
     if queries * call.groups > MOST_ROWS:
         return f"{queries} queries of {call.groups} heads for each key, more than {MOST_ROWS} rows"
+    path_of_call = _path_of(call)
+    if (
+        path_of_call is not None
+        and (edges := _members(call, path_of_call) * path_of_call.key.shape[3]) > MOST_EDGES
+    ):
+        return f"a path of {edges} coordinates for each key, more than {MOST_EDGES}"
     return True
 
 
@@ -76,8 +97,20 @@ def _unknown(call: AttendCall) -> str:
     return next((name for name in asked if getattr(call, name) is not None), "")
 
 
-#: Few queries have few gradients: the kernels for many compute them.
-backward = attention.backward
+def backward(call: AttendCall, gradient: Tensor, output: Tensor, logsumexp: Tensor) -> Gradients:
+    """Return the gradients of a call: few queries have few, and the kernels for many compute them."""
+    return _kernels(call).backward(call, gradient, output, logsumexp)
+
+
+def _kernels(call: AttendCall) -> AttendKernel:
+    """Return the kernels for many queries that take calls of this kind."""
+    if _path_of(call) is None:
+        return attention
+    return path
+
+
+def _path_of(call: AttendCall) -> Path | None:
+    return next((bias for bias in call.biases if isinstance(bias, Path)), None)
 
 
 @dataclass(frozen=True)
@@ -95,8 +128,9 @@ class Parts:
     def of(cls, call: AttendCall, splits: int) -> Parts:
         """Return memory for the parts of a call."""
         rows, like = call.query.shape[:3], call.query
-        sums = like.new_empty((*rows, splits, call.value.shape[3]), dtype=torch.float32)
-        return cls(sums, like.new_empty((*rows, 2, splits), dtype=torch.float32))
+        shapes = ((splits, call.value.shape[3]), (2, splits), (splits,))
+        sums, levels, carries = (like.new_empty((*rows, *shape), dtype=torch.float32) for shape in shapes)
+        return cls(sums, levels, None if _path_of(call) is None else carries)
 
 
 class Decoding:
@@ -130,6 +164,8 @@ class Decoding:
             **strides("key", key),
             **strides("value", value),
             **_mask(call, query),
+            **_path(call, chosen),
+            "CARRIES": self.parts.carries,
             **_term("LEVEL", terms.level, query),
             **_term("TERM", other, query),
             **_gate("QUERY", None if other is None else other.gate_query, query),
@@ -175,7 +211,8 @@ def merge_launch(parts: Parts, output: Tensor, logsumexp: Tensor) -> Launch:
 
 def _mask(call: AttendCall, nothing: Tensor) -> dict[str, Any]:
     mask = call.mask
-    one = mask is not None and mask.shape[1] == mask.shape[2] == 1
+    # Edges of keys that nobody sees count for those before them.
+    one = mask is not None and mask.shape[1] == mask.shape[2] == 1 and _path_of(call) is None
     return {**mask_arguments(mask, nothing), "ONE_MASK": one}
 
 
@@ -199,3 +236,29 @@ def _gate(side: str, gate: Tensor | None, nothing: Tensor) -> dict[str, Any]:
         f"GATE_{side}": gate is not None,
         **broadcast(f"gates_{side.lower()}", gate, ("batch", "head", "token")),
     }
+
+
+def _path(call: AttendCall, chosen: Configuration) -> Mapping[str, Any]:
+    """Return the operands of a path [1 or B, 1 or H, T, dim] with their strides, and who shares a row of a tile."""
+    bias = _path_of(call)
+    if bias is None:
+        return NO_PATH
+    query, key, slopes = in_line(bias.query), in_line(bias.key), bias.slopes
+    members, dim = _members(call, bias), key.shape[3]
+    exact = call.query.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return {
+        **{"EDGE_QUERY": query, "EDGE_KEY": key, "PATH_SLOPES": slopes},
+        **strides("edge_query", query),
+        **strides("edge_key", key),
+        **broadcast("path_slopes", slopes, ("batch", "head")),
+        **{"LINK": link_of(bias), "EDGE": dim, "MEMBERS": members, "EDGE_BLOCK": padded(members * dim)},
+        # In TF32 a product is cut in three, as `path_edges` cuts it: 22 bits are right.
+        "EDGE_PRECISION": "ieee" if exact else "tf32x3",
+        "EDGE_WIDTH": math.gcd(VECTOR, dim, *key.stride()[:3]),
+        "LANES": min(4 * chosen.warps, chosen.key_block // 2),
+    }
+
+
+def _members(call: AttendCall, bias: Path) -> int:
+    """Return how many heads that share a key have keys of the path of their own."""
+    return call.groups if bias.key.shape[1] > 1 else 1

@@ -9,9 +9,10 @@ from typing import Any, Final
 
 import torch
 
-from grape_compile.kernels import attention_configurations
+from grape_compile.kernels import attention_configurations, path_configurations
 from grape_compile.kernels.configuration import capability_of, record_of
 from grape_compile.operators.call import AttendCall
+from grape_compile.operators.path import Path
 
 #: Parts that one merge reads at most.
 MOST_SPLITS: Final = 128
@@ -61,7 +62,9 @@ def case_of(call: AttendCall) -> str:
     What hides the future of few queries, a mask or their place, is the same to them.
     """
     batch, key_heads = call.key.shape[:2]
-    words = attention_configurations.case_of("forward", call).split()[2:]
+    has_path = any(isinstance(bias, Path) for bias in call.biases)
+    of_many = path_configurations if has_path else attention_configurations
+    words = of_many.case_of("forward", call).split()[2:]
     told = " ".join(word for word in words if word != "causal")
     return f"decode {call.query.shape[2]} x {batch * key_heads} {told}"
 

@@ -8,7 +8,7 @@ from typing import Final
 
 import torch
 
-from grape_compile.encoding import Compose, rope
+from grape_compile.encoding import Compose, Encoding, grape_ap, rope
 from grape_compile.kernels.attention_gates import ENCODINGS
 from grape_compile.kernels.decoding import Decoding
 from grape_compile.kernels.decoding_configurations import configuration
@@ -21,11 +21,12 @@ from grape_compile.operators import chunked
 from grape_compile.operators.decode_call import DecodeCall
 
 _SHAPE: Final = Shape(4, 32768, 32, 8, 128)
+_ENCODINGS: Final[dict[str, Encoding]] = {**ENCODINGS, "path": grape_ap(_SHAPE.heads)}
 
 
 def _launch(name: str, head_dim: int, *, merges: bool = False) -> Callable[[int], Launch]:
     def build(capability: int) -> Launch:
-        call = call_of(replace(_SHAPE, head_dim=head_dim), ENCODINGS[name])
+        call = call_of(replace(_SHAPE, head_dim=head_dim), _ENCODINGS[name])
         decoding = Decoding(call, configuration(call, capability))
         return decoding.merge_launch(*chunked.empty_result(call)) if merges else decoding.split_launch()
 
@@ -51,7 +52,10 @@ GATES: Final = (
         KernelGate(
             f"decode_{name}_{head_dim}", _launch(name, head_dim), registers=168, wide=True, matrix=True
         )
-        for name, head_dim in (*((name, 128) for name in ("none", "alibi", "fox", "gated")), ("alibi", 64))
+        for name, head_dim in (
+            *((name, 128) for name in ("none", "alibi", "fox", "gated", "path")),
+            ("alibi", 64),
+        )
     ),
     KernelGate("decode_merge_128", _launch("none", 128, merges=True), registers=64),
 )

@@ -27,6 +27,12 @@ LINKS: Final[Mapping[type[Link], int]] = {LogSigmoid: 0, NegativeExp: 2, Identit
 SMALLEST: Final = 2.0**-100
 
 
+def link_of(path: Path) -> int:
+    """Return what the kernels call the link of a path."""
+    is_small = isinstance(path.link, LogSigmoid) and path.is_bounded
+    return BOUNDED if is_small else LINKS[type(path.link)]
+
+
 class Edges:
     """Query and key of a path bias, cut for 16 bits, and the slopes."""
 
@@ -37,8 +43,7 @@ class Edges:
     @property
     def link(self) -> int:
         """What the kernels make of a product."""
-        is_small = isinstance(self.path.link, LogSigmoid) and self.path.is_bounded
-        return BOUNDED if is_small else LINKS[type(self.path.link)]
+        return link_of(self.path)
 
     @property
     def block(self) -> int:

@@ -40,8 +40,9 @@ def decode(
     lengths[b], lengths[b] + 1, ... of the caches [B, H_kv, C, ...]; `lengths` is int32 or int64, is read on the device
     and is not changed. The rotations of `encoding` turn queries and keys on their way, by slots of the new tokens
     ([B, 1, T], tables [B, 1, T, planes]) or by steps, which are those numbers. Slots of its biases belong to the places
-    of the caches: clocks [.., C], gates of keys [.., C]; gates of queries [.., T]. A sum over tokens is given as the
-    sums so far, as positions. Where a kernel takes the call it is two launches, the same for all lengths. Nothing is
+    of the caches: clocks [.., C], gates of keys [.., C], keys of a path [.., C, dim], of the new tokens as well; gates
+    of queries [.., T], queries of a path [.., T, dim]. A sum over tokens is given as the sums so far, as positions.
+    Where a kernel takes the call it is two launches, the same for all lengths. Nothing is
     differentiated. Raises OperandError for operands that do not fit.
     """
     heads = (query, key, value, key_cache, value_cache)

@@ -64,10 +64,15 @@ def check_decode(call: DecodeCall) -> None:
             f"int32 or int64 of shape {(call.query.shape[0],)}",
         )
     for part in parts(call.encoding):
-        summed = isinstance(part, Multiplicative) and isinstance(part.clock, Accumulated)
-        if summed or isinstance(part, PathBias):
+        if isinstance(part, PathBias) and part.turn is not None and part.turn.slots:
             raise OperandError(
                 f"{part} over a cache of fixed capacity",
-                "a sum over all tokens so far",
+                f"keys of the path that turn by {', '.join(part.turn.slots)}",
+                "keys that have turned before they joined the cache: turn=None",
+            )
+        if isinstance(part, Multiplicative) and isinstance(part.clock, Accumulated):
+            raise OperandError(
+                f"{part} over a cache of fixed capacity",
+                "positions that are a sum over all tokens so far",
                 "the sums themselves as positions, or grape_compile.nn.StreamingCache",
             )

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from grape_compile.encoding import Bias, Compose, Multiplicative, Nope, Positions, Steps
+from grape_compile.encoding import Bias, Compose, Multiplicative, Nope, PathBias, Positions, Steps
 from grape_compile.operators.decode_call import DecodeCall
 from grape_compile.operators.prepare import parts
 
@@ -63,9 +63,13 @@ def _slots_of(call: DecodeCall, number: int, stop: int) -> dict[str, Tensor]:
     """Return the slots of the biases for one sequence: those of the cache end where its tokens do."""
     found: dict[str, Tensor] = {}
     for part in parts(call.encoding):
-        if not isinstance(part, Bias):
+        if not isinstance(part, Bias | PathBias):
             continue
         found |= {name: _row(call.slots[name], 2, number) for name in part.slopes.slots}
+        if isinstance(part, PathBias):
+            found |= {part.query: _row(call.slots[part.query], 4, number)}
+            found |= {part.key: _row(call.slots[part.key], 4, number)[..., :stop, :]}
+            continue
         found |= {name: _row(call.slots[name], 2, number)[..., :stop] for name in part.clock.slots}
         if part.gate is not None:
             for name, kept in ((part.gate.query, call.count), (part.gate.key, stop)):

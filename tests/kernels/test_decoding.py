@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import path_cases
 import pytest
 import torch
 from attention_cases import CASES, HEAD, HEADS, SLOPES, Case, mask_of, slots_of
@@ -16,13 +17,14 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from grape_compile.encoding import Encoding, alibi, grape_ap, nope
+from grape_compile.encoding import Compose, Encoding, PathBias, alibi, grape_ap, nope
 from grape_compile.kernels import decoding
 from grape_compile.kernels.decoding import Decoding, Parts, merge_launch
 from grape_compile.kernels.decoding_configurations import Configuration, configuration, splits_of
 from grape_compile.operators import attend, providers, reference_attend
 from grape_compile.operators.attention import attend_call
 from grape_compile.operators.call import AttendCall
+from grape_compile.operators.prepare import parts
 from grape_compile.operators.providers import Provider
 from grape_compile.operators.samples import tensor, unit_roundoff
 
@@ -65,27 +67,73 @@ def test_decoding(name: str, queries: int) -> None:
     assert error <= 8 * (KEYS + HEAD) * unit_roundoff(torch.float32) + 8 * unit_roundoff(case.dtype)
 
 
+PATHS = {**path_cases.CASES, **path_cases.SLOW}
+LEAN = [("ap", 1), ("bounded", 3), ("groups", 3), ("identity_window", 1)]
+REST = [(name, queries) for name in PATHS for queries in (1, 3) if (name, queries) not in LEAN]
+
+
+@pytest.mark.usefixtures("decoding_only")
+@pytest.mark.parametrize(
+    ("name", "queries"), [*LEAN, *(pytest.param(*each, marks=pytest.mark.slow) for each in REST)]
+)
+def test_decoding_along_a_path(name: str, queries: int) -> None:
+    """Each part sums its own edges, and what it carries falls on those before it."""
+    case = replace(PATHS[name], queries=queries, keys=KEYS)
+    heads, slots, mask = path_cases.heads_of(case), path_cases.slots_of(case), path_cases.mask_of(case)
+    wide = {each: slot.double() for each, slot in slots.items()}
+    query, key, value = (part.double() for part in heads)
+    with torch.no_grad():
+        found = attend(heads[0], heads[1], heads[2], case.encoding, slots, mask=mask, **case.options)
+        wanted = reference_attend(query, key, value, case.encoding, wide, mask=mask, **case.options)
+    error = float((found.double() - wanted).norm() / wanted.norm())
+    assert error <= 8 * (KEYS + case.head) * unit_roundoff(torch.float32) + 8 * unit_roundoff(case.dtype)
+
+
 @pytest.mark.usefixtures("decoding_only")
 @pytest.mark.parametrize("splits", [1, 5, 6, 64])
 def test_any_number_of_parts(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of several tiles, the last one ragged, and parts without a key."""
     monkeypatch.setattr(decoding, "configuration", lambda call: Configuration(16, splits, 4, 1))
     case = replace(CASES["gated"], queries=2, keys=KEYS)
-    heads, slots = heads_of(case), slots_of(case)
+    parts_agree(case.encoding, heads_of(case), slots_of(case))
+
+
+@pytest.mark.usefixtures("decoding_only")
+@pytest.mark.parametrize("splits", [5, *(pytest.param(each, marks=pytest.mark.slow) for each in (1, 6, 64))])
+def test_any_number_of_parts_of_a_path(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "configuration", lambda call: Configuration(16, splits, 4, 1))
+    case = replace(path_cases.CASES["ap"], queries=2, keys=KEYS)
+    query, key, value = path_cases.heads_of(case)
+    parts_agree(case.encoding, (query, key, value), path_cases.slots_of(case))
+
+
+def parts_agree(encoding: Encoding, heads: tuple[Tensor, Tensor, Tensor], slots: dict[str, Tensor]) -> None:
     with torch.no_grad():
-        found = attend(*heads, case.encoding, slots, is_causal=True)
-        wanted = reference_attend(*heads, case.encoding, slots, is_causal=True)
+        found = attend(*heads, encoding, slots, is_causal=True)
+        wanted = reference_attend(*heads, encoding, slots, is_causal=True)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("decoding_only")
 def test_gradients_of_few_queries() -> None:
     case = replace(CASES["slopes_window"], queries=2, keys=21)
+    along = replace(path_cases.CASES["ap"], queries=2, keys=21)
+    query, key, value = path_cases.heads_of(along)
+    gradients_agree(case.encoding, heads_of(case), slots_of(case), case.options)
+    gradients_agree(along.encoding, (query, key, value), path_cases.slots_of(along), along.options)
+
+
+def gradients_agree(
+    encoding: Encoding,
+    heads: tuple[Tensor, Tensor, Tensor],
+    given: dict[str, Tensor],
+    options: dict[str, Any],
+) -> None:
     results = []
     for way in (attend, reference_attend):
-        query, key, value = leaves(*heads_of(case))
-        slots = dict(zip(case.encoding.slots, leaves(*slots_of(case).values()), strict=True))
-        output = way(query, key, value, case.encoding, slots, **case.options)
+        query, key, value = leaves(*heads)
+        slots = dict(zip(encoding.slots, leaves(*given.values()), strict=True))
+        output = way(query, key, value, encoding, slots, **options)
         results.append(torch.autograd.grad(output.square().sum(), [query, key, value, *slots.values()]))
     for ours, wanted in zip(*results, strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
@@ -156,14 +204,16 @@ def test_parts_whose_keys_lie_behind_others_are_carried() -> None:
 REFUSED: dict[str, tuple[Encoding, int, int, dict[str, Any], str]] = {
     "many queries": (nope(), 17, 1, {}, "17 queries, more than 16"),
     "many rows": (nope(), 16, 8, {}, "16 queries of 8 heads for each key, more than 64 rows"),
-    "path": (grape_ap(8, 4), 1, 1, {"is_causal": True}, "path bias"),
+    "wide path": (grape_ap(8, 32), 1, 8, {"is_causal": True}, "a path of 256 coordinates for each key"),
+    "path and bias": (Compose((alibi(8), grape_ap(8, 4))), 1, 1, {"is_causal": True}, "and no other"),
     "scale": (SLOPES, 1, 1, {"scale": -1.0}, "not positive"),
 }
 
 
 def call_of(encoding: Encoding, queries: int, groups: int, options: dict[str, Any]) -> AttendCall:
     query, key = torch.empty(1, 8, queries, HEAD), torch.empty(1, 8 // groups, 32, HEAD)
-    shapes = {"path_query": (1, 8, queries, 4), "path_key": (1, 8, 32, 4)}
+    dim = max((part.dim for part in parts(encoding) if isinstance(part, PathBias)), default=1)
+    shapes = {"path_query": (1, 8, queries, dim), "path_key": (1, 8, 32, dim)}
     slots = [torch.ones(shapes.get(name, (8,))) for name in encoding.slots]
     return attend_call(
         query,

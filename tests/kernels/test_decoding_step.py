@@ -15,6 +15,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from grape_compile.encoding import (
+    Accumulated,
     Bias,
     Compose,
     Encoding,
@@ -23,8 +24,10 @@ from grape_compile.encoding import (
     Half,
     Interleaved,
     Learned,
+    LogSigmoid,
     Pairs,
     Partial,
+    PathBias,
     Positions,
     Rank2,
     Rotation,
@@ -40,6 +43,7 @@ from grape_compile.kernels import decoding_step
 from grape_compile.kernels.launch import Launch
 from grape_compile.operators import attend, decode, providers
 from grape_compile.operators.decode_call import DecodeCall
+from grape_compile.operators.prepare import parts
 from grape_compile.operators.providers import Provider
 from grape_compile.operators.samples import tensor
 
@@ -57,6 +61,8 @@ ENCODINGS: dict[str, Encoding] = {
     "tables": Rotation(Partial(Half(8), 4, 16), None, Tables()),
     "pairs": Rotation(Pairs(((0, 3), (5, 1), (2, 7)), 16), Geometric(10.0), Positions("n")),
     "gates and times": Compose((STEPPED, TIMED)),
+    "path": grape_ap(HEADS, 4),
+    "rope and kept path": Compose((rope(16), PathBias(LogSigmoid(), Learned("slopes"), 6))),
 }
 
 
@@ -103,6 +109,11 @@ def finite(heads: Heads) -> Heads:
     return (*heads[:3], heads[3].nan_to_num(), heads[4].nan_to_num())
 
 
+def _dim(encoding: Encoding) -> int:
+    """Coordinates of a path."""
+    return next((part.dim for part in parts(encoding) if isinstance(part, PathBias)), 1)
+
+
 def slots_of(encoding: Encoding, count: int) -> dict[str, Tensor]:
     shapes: dict[str, tuple[int, ...]] = {
         "slopes": (HEADS,),
@@ -114,12 +125,17 @@ def slots_of(encoding: Encoding, count: int) -> dict[str, Tensor]:
         "exact": (count,),
         "cos": (BATCH, 1, count, 4),
         "sin": (1, 1, count, 4),
+        "path_query": (BATCH, HEADS, count, _dim(encoding)),
+        "path_key": (BATCH, HEADS, CAPACITY, _dim(encoding)),
     }
     found = {name: tensor(*shapes[name], seed=3, dtype=torch.float32).abs() for name in encoding.slots}
     if "n" in found:
         found["n"] = torch.arange(BATCH * count).reshape(BATCH, 1, count)
     if "exact" in found:
         found["exact"] = torch.arange(count, dtype=torch.float64) + 1e6
+    if "path_key" in found:
+        for row, length in enumerate(LENGTHS):
+            found["path_key"][row, :, length + count :] = torch.nan
     return {name: slot.to(DEVICE) for name, slot in found.items()}
 
 
@@ -139,10 +155,23 @@ def test_a_step_is_its_parts(name: str, count: int) -> None:
     torch.testing.assert_close(own[3:], heads[3:], rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
-@pytest.mark.parametrize("way", ["kernel", "torch"])
-def test_steps_one_after_the_other_are_attention_over_all(way: str) -> None:
+@pytest.mark.parametrize(
+    ("way", "bias"),
+    [
+        ("kernel", alibi(HEADS)),
+        ("torch", grape_ap(HEADS, 4)),
+        pytest.param("torch", alibi(HEADS), marks=pytest.mark.slow),
+        pytest.param("kernel", grape_ap(HEADS, 4), marks=pytest.mark.slow),
+    ],
+    ids=lambda each: each if isinstance(each, str) else type(each).__name__,
+)
+def test_steps_one_after_the_other_are_attention_over_all(way: str, bias: Encoding) -> None:
     """From an empty cache on, by pieces of several sizes."""
-    encoding = Compose((rope(16), alibi(HEADS)))
+    encoding = Compose((rope(16), bias))
+    slots = {
+        name: tensor(BATCH, HEADS, CAPACITY, 4, seed=at, dtype=torch.float32).to(DEVICE)
+        for at, name in enumerate(encoding.slots)
+    }
     shapes = ((HEADS, 11), (KEY_HEADS, 11), (KEY_HEADS, 11))
     query, key, value = (
         tensor(BATCH, heads, tokens, SIZE, seed=seed, dtype=torch.float32).to(DEVICE)
@@ -154,12 +183,14 @@ def test_steps_one_after_the_other_are_attention_over_all(way: str) -> None:
         part = slice(length, length + count)
         lengths = torch.full((BATCH,), length, dtype=torch.int32, device=DEVICE)
         given = query[:, :, part], key[:, :, part], value[:, :, part], caches[0], caches[1]
+        now = {**slots, "path_query": slots["path_query"][:, :, part]} if slots else {}
         with kernel_only() if way == "kernel" else nullcontext():
-            results.append(decode(*given, lengths, encoding))
+            results.append(decode(*given, lengths, encoding, now))
         length += count
-    torch.testing.assert_close(
-        torch.cat(results, 2), attend(query, key, value, encoding, is_causal=True), rtol=1e-5, atol=1e-5
+    whole = attend(
+        query, key, value, encoding, {name: slot[:, :, :11] for name, slot in slots.items()}, is_causal=True
     )
+    torch.testing.assert_close(torch.cat(results, 2), whole, rtol=1e-5, atol=1e-5)
 
 
 def call_of(encoding: Encoding, **changed: Any) -> DecodeCall:
@@ -190,8 +221,12 @@ def test_operands_that_do_not_fit() -> None:
     with pytest.raises(OperandError, match="tokens of each sequence"):
         decode(*heads, lengths.float(), nope())
     path = {"path_query": torch.ones(1, HEADS, 2, 4), "path_key": torch.ones(1, HEADS, CAPACITY, 4)}
+    turned = replace(grape_ap(HEADS, 4), turn=Rotation(Half(4), Geometric(1.0), Positions("n")))
+    with pytest.raises(OperandError, match="turned before they joined"):
+        decode(*heads, lengths, turned, {**path, "n": torch.arange(CAPACITY)})
+    summed = Rotation(Half(16), Geometric(1.0), Accumulated("phase", inclusive=True))
     with pytest.raises(OperandError, match="sum over all tokens"):
-        decode(*heads, lengths, grape_ap(HEADS, 4), path)
+        decode(*heads, lengths, summed, {"phase": torch.ones(2)})
     with pytest.raises(OperandError, match="gradient"):
         decode(heads[0].requires_grad_(), *heads[1:], lengths, nope())
 

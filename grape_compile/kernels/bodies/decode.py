@@ -10,6 +10,8 @@ import triton.language as tl
 from grape_compile.kernels.bodies.angles import cos_sin, cos_sin_exact
 from grape_compile.kernels.bodies.attention_operands import BYTES, CLOCK, LN2, LOG2E, NONE
 from grape_compile.kernels.bodies.attention_tiles import ABSORBING, LOWEST, spread
+from grape_compile.kernels.bodies.decode_path import edges_behind, path_of
+from grape_compile.kernels.bodies.path_tiles import keys_of_columns
 from grape_compile.kernels.bodies.turn import EXACT, STEPS, TABLES
 
 #: Keys whose mask is looked at in one load before any of them is read.
@@ -130,18 +132,23 @@ def decode_split(
     gates_query_batch, gates_query_head, gates_query_token, gates_key_batch, gates_key_head, gates_key_token,
     LENGTHS, NEW_KEY, NEW_VALUE, new_key_batch, new_key_head, new_key_token, new_value_batch, new_value_head,
     new_value_token, COORDINATES, A, a_batch, a_token, a_plane, B, b_batch, b_token, b_plane, cos_factor, sin_factor,
+    CARRIES, EDGE_QUERY, EDGE_KEY, PATH_SLOPES, edge_query_batch, edge_query_head, edge_query_token,
+    edge_key_batch, edge_key_head, edge_key_token, path_slopes_batch, path_slopes_head,
     key_heads, queries, keys, window, splits, scale,
     GROUPS: tl.constexpr, ROWS: tl.constexpr, HEAD: tl.constexpr, HEAD_BLOCK: tl.constexpr, VALUES: tl.constexpr,
     VALUE_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     LEVEL: tl.constexpr, TERM: tl.constexpr, ABSOLUTE: tl.constexpr, GATE_QUERY: tl.constexpr, GATE_KEY: tl.constexpr,
     MASKED: tl.constexpr, ONE_MASK: tl.constexpr, SOURCE: tl.constexpr, PRECISION: tl.constexpr,
+    LINK: tl.constexpr, EDGE: tl.constexpr, EDGE_BLOCK: tl.constexpr, MEMBERS: tl.constexpr, LANES: tl.constexpr,
+    EDGE_WIDTH: tl.constexpr, EDGE_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sums of one part of the keys: of values by their weights, of the weights, and the logit that weighs one.
 
     `PARTS` [B, H, T_q, splits, D_v] takes the first, `LEVELS` [B, H, T_q, 2, splits] the largest logit, in powers of
     two, and the sum of weights; grid (splits * B * key heads,). With `LENGTHS` [B], tokens in a cache, there are new
     keys and values behind them: the last part sees them from where they come and puts them into the cache, and no part
-    reads there. With COORDINATES queries and new keys turn on their way.
+    reads there. With COORDINATES queries and new keys turn on their way. A part is walked over from its last key
+    backwards: with `CARRIES` [B, H, T_q, splits] there is a path, and what its keys add to all before them goes there.
     """
     split = tl.program_id(0) % splits
     number = tl.program_id(0) // splits
@@ -227,34 +234,15 @@ def decode_split(
     best = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, VALUE_BLOCK], tl.float32)
-    for first in tl.range(start, stop, KEY_BLOCK):
-        key_at = first + column
-        there = key_at < stop
-        far = key_at.to(tl.int64)
-        key = tl.load(
-            key_start + far[:, None] * key_token + inner[None, :],
-            mask=there[:, None] & inner_known,
-            other=0.0,
-        )
-        logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2E)
-        logits, seen = biased(
-            logits, key_at[None, :], there[None, :], at, level_slope, LEVEL_TIMES, level_row, level_time,
-            level_times_token, term_slope, TERM_TIMES, term_row, term_time, term_times_token, gate_query, gates_key,
-            gates_key_token, window, CAUSAL, WINDOW, LEVEL, TERM, ABSOLUTE, GATE_QUERY, GATE_KEY,
+    carry = tl.zeros([ROWS], tl.float32)
+    if CARRIES is not None:
+        path = path_of(
+            EDGE_QUERY + batch * edge_query_batch, EDGE_KEY, PATH_SLOPES + batch * path_slopes_batch,
+            key_number * GROUPS, member, token, there_row, edge_query_head, edge_query_token, batch * edge_key_batch,
+            edge_key_head, edge_key_token, path_slopes_head, EDGE, EDGE_BLOCK, MEMBERS,
         )  # fmt: skip
-        if MASKED != NONE:
-            told = tl.load(mask_start + far[None, :] * mask_key, mask=there[None, :], other=0)
-            if MASKED == BYTES:
-                seen = seen & (told != 0)
-            else:
-                added = told.to(tl.float32)
-                logits += tl.where(added < ABSORBING, added, added * LOG2E)
-        value = tl.load(
-            value_start + far[:, None] * value_token + outer[None, :],
-            mask=there[:, None] & outer_known,
-            other=0.0,
-        )
-        best, total, sums = folded(best, total, sums, logits, seen, value, PRECISION)
+        # The order in which threads that share a row add up what they own.
+        column = keys_of_columns(KEY_BLOCK, LANES, 1)
     if LENGTHS is not None:
         if split == splits - 1:
             new = tl.arange(0, 16)
@@ -290,10 +278,52 @@ def decode_split(
                 level_times_token, term_slope, TERM_TIMES, term_row, term_time, term_times_token, gate_query,
                 gates_key, gates_key_token, window, CAUSAL, WINDOW, LEVEL, TERM, ABSOLUTE, GATE_QUERY, GATE_KEY,
             )  # fmt: skip
+            if CARRIES is not None:
+                behind, carry = edges_behind(
+                    path, carry, key_at, there & (key_at < keys), at, LINK, ROWS, 16, 1, EDGE_WIDTH, EDGE_PRECISION
+                )  # fmt: skip
+                logits += path.slope * behind
             best, total, sums = folded(best, total, sums, logits, seen, value, PRECISION)
+    count = tl.cdiv(tl.maximum(stop - start, 0), KEY_BLOCK)
+    for index in tl.range(0, count):
+        key_at = start + (count - 1 - index) * KEY_BLOCK + column
+        there = key_at < stop
+        far = key_at.to(tl.int64)
+        key = tl.load(
+            key_start + far[:, None] * key_token + inner[None, :],
+            mask=there[:, None] & inner_known,
+            other=0.0,
+        )
+        logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2E)
+        logits, seen = biased(
+            logits, key_at[None, :], there[None, :], at, level_slope, LEVEL_TIMES, level_row, level_time,
+            level_times_token, term_slope, TERM_TIMES, term_row, term_time, term_times_token, gate_query, gates_key,
+            gates_key_token, window, CAUSAL, WINDOW, LEVEL, TERM, ABSOLUTE, GATE_QUERY, GATE_KEY,
+        )  # fmt: skip
+        if CARRIES is not None:
+            behind, carry = edges_behind(
+                path, carry, key_at, there, at, LINK, ROWS, KEY_BLOCK, LANES, EDGE_WIDTH, EDGE_PRECISION
+            )  # fmt: skip
+            logits += path.slope * behind
+        if MASKED != NONE:
+            told = tl.load(mask_start + far[None, :] * mask_key, mask=there[None, :], other=0)
+            if MASKED == BYTES:
+                seen = seen & (told != 0)
+            else:
+                added = told.to(tl.float32)
+                logits += tl.where(added < ABSORBING, added, added * LOG2E)
+        value = tl.load(
+            value_start + far[:, None] * value_token + outer[None, :],
+            mask=there[:, None] & outer_known,
+            other=0.0,
+        )
+        best, total, sums = folded(best, total, sums, logits, seen, value, PRECISION)
     places = (batch * key_heads * GROUPS + head) * queries + token
     tl.store(LEVELS + 2 * places * splits + split, best, mask=there_row)
     tl.store(LEVELS + (2 * places + 1) * splits + split, total, mask=there_row)
+    if CARRIES is not None:
+        steep = tl.reshape(path.slope, [ROWS])
+        tl.store(CARRIES + places * splits + split, carry * steep, mask=there_row)
     tl.store(
         PARTS + (places * splits + split)[:, None] * VALUES + outer[None, :],
         sums,
