@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 from grape_compile.encoding import Rotation, nope, parse
 from grape_compile.errors import GrapeError
 from grape_compile.export.tvm.about import Place
+from grape_compile.export.tvm.activations import activations
 from grape_compile.export.tvm.flattening import Flat
 from grape_compile.export.tvm.importing import Converter, Importer, dtype_of
 from grape_compile.kernels.tensorir.attention import attention_space
@@ -54,6 +55,7 @@ class Operators:
     def converters(self) -> dict[str, Converter]:
         """Return what imports the calls that were kept."""
         return {
+            **activations(self.target),
             "rotate.default": self._rotate,
             "attend.default": self._attend,
             "mm.default": self._product,

@@ -58,6 +58,30 @@ class Found:
     left_out: tuple[str, ...]
 
 
+def found_in(
+    model_or_encoding: nn.Module | ExportedProgram | Encoding,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    target: engine.Target,
+) -> Found:
+    """Find what there is to tune of a model on its arguments, or of an encoding in layers of the shapes `args`.
+
+    Raises GrapeError where there is nothing.
+    """
+    found = (
+        of_encoding(model_or_encoding, args, target)
+        if isinstance(model_or_encoding, Encoding)
+        else of_model(model_or_encoding, args, kwargs, target)
+    )
+    if not found.workloads:
+        raise GrapeError(
+            "tune",
+            "; ".join(found.left_out) or "no position encoding that was rewritten",
+            "a model in which grape_compile.inspect finds a rotation or a bias",
+        )
+    return found
+
+
 def of_model(
     model: nn.Module | ExportedProgram, args: Sequence[Any], kwargs: Mapping[str, Any], target: engine.Target
 ) -> Found:
