@@ -13,7 +13,7 @@ from torch import fx
 
 from grape_compile.export.tvm.importing import Converter, Importer, dtype_of
 from grape_compile.kernels.tensorir import arithmetic
-from grape_compile.kernels.tensorir.engine import T, Target, is_gpu, relax, tvm
+from grape_compile.kernels.tensorir.engine import T, Target, is_gpu, relax, tirx, tvm
 
 Function = Callable[[Any], Any]
 
@@ -38,7 +38,7 @@ def _each(name: str, function: Function) -> Converter:
             def one(*at: Any) -> Any:
                 value = x[at].astype("float32")
                 # Limits would make a number of what is none.
-                return T.Select(value == value, function(value), value).astype(dtype)
+                return T.Select(tirx.isnan(value), value, function(value)).astype(dtype)
 
             return tvm.te.compute(x.shape, one, name=name)
 

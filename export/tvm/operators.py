@@ -20,12 +20,12 @@ from grape_compile.export.tvm.importing import Converter, Importer, dtype_of
 from grape_compile.kernels.tensorir.attention import attention_space
 from grape_compile.kernels.tensorir.attention_call import Attention
 from grape_compile.kernels.tensorir.engine import PrimFunc, Target, relax
-from grape_compile.kernels.tensorir.linear import linear
+from grape_compile.kernels.tensorir.linear import linear_space
 from grape_compile.kernels.tensorir.operands import Operand
 from grape_compile.kernels.tensorir.replay import At, Recorded
 from grape_compile.kernels.tensorir.rotation import rotation_space
 from grape_compile.kernels.tensorir.space import Space
-from grape_compile.kernels.tensorir.tasks import attention_task, rotation_task, sized
+from grape_compile.kernels.tensorir.tasks import attention_task, linear_task, rotation_task, sized
 from grape_compile.operators.operands import slot_names
 from grape_compile.records import Task
 
@@ -119,10 +119,11 @@ class Operators:
         return self._once((text, *heads, *more.items(), given, *numbers.values()), at)
 
     def _layer(self, x: Operand, weight: Operand, bias: Operand | None = None) -> PrimFunc | str:
-        key = ("linear", x, weight, bias)
-        if key not in self.functions:
-            self.functions[key] = _tried(lambda: linear(x, weight, bias, self.target))
-        return self.functions[key]
+        def at(sizes: Mapping[str, int]) -> tuple[Task, Space]:
+            rows = sized(x, sizes)
+            return linear_task(rows, weight, bias), linear_space(rows, weight, bias, self.target)
+
+        return self._once(("linear", x, weight, bias), at)
 
     def _once(self, key: Any, at: At) -> PrimFunc | str:
         if key not in self.functions:

@@ -28,7 +28,7 @@ def drawn(space: DesignSpace, number: int) -> list[Any]:
     # TVM's own intrinsics take half a minute to be read, and no design is one of them.
     with patch.dict(sys.modules, {"tvm.s_tir.tensor_intrin": ModuleType("tensor_intrin")}):
         context = ms.TuneContext(
-            mod=space.module,
+            mod=space.module[space.space.name],
             target=space.target,
             space_generator=space.generator,
             search_strategy="replay-trace",
