@@ -47,9 +47,10 @@ models: $(READY)
 bench-gpu: $(READY)
 	$(BIN)/python -m benchmarks.gpu rotation attention decoding --out benchmarks/results/
 
-# Tunes programs of TVM for this CPU and times them; about five minutes.
+# Tunes programs of TVM for this CPU and times them, then whole models, whose table it writes.
 bench-tvm: $(READY)
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.tvm --out benchmarks/results/
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.tvm_models --out benchmarks/results/
 
 # Writes the winners that come with the package, for CPUs such as this one; about ten minutes.
 tvm-defaults: $(READY)

@@ -14,17 +14,18 @@ from torch.export import ExportedProgram
 from grape_compile.encoding import Rotation, nope, parse
 from grape_compile.errors import GrapeError
 from grape_compile.export.tvm.about import Place
+from grape_compile.export.tvm.activations import activations
 from grape_compile.export.tvm.flattening import Flat
 from grape_compile.export.tvm.importing import Converter, Importer, dtype_of
 from grape_compile.kernels.tensorir.attention import attention_space
 from grape_compile.kernels.tensorir.attention_call import Attention
 from grape_compile.kernels.tensorir.engine import PrimFunc, Target, relax
-from grape_compile.kernels.tensorir.linear import linear
+from grape_compile.kernels.tensorir.linear import linear_space
 from grape_compile.kernels.tensorir.operands import Operand
 from grape_compile.kernels.tensorir.replay import At, Recorded
 from grape_compile.kernels.tensorir.rotation import rotation_space
 from grape_compile.kernels.tensorir.space import Space
-from grape_compile.kernels.tensorir.tasks import attention_task, rotation_task, sized
+from grape_compile.kernels.tensorir.tasks import attention_task, linear_task, rotation_task, sized
 from grape_compile.operators.operands import slot_names
 from grape_compile.records import Task
 
@@ -54,6 +55,7 @@ class Operators:
     def converters(self) -> dict[str, Converter]:
         """Return what imports the calls that were kept."""
         return {
+            **activations(self.target),
             "rotate.default": self._rotate,
             "attend.default": self._attend,
             "mm.default": self._product,
@@ -117,10 +119,11 @@ class Operators:
         return self._once((text, *heads, *more.items(), given, *numbers.values()), at)
 
     def _layer(self, x: Operand, weight: Operand, bias: Operand | None = None) -> PrimFunc | str:
-        key = ("linear", x, weight, bias)
-        if key not in self.functions:
-            self.functions[key] = _tried(lambda: linear(x, weight, bias, self.target))
-        return self.functions[key]
+        def at(sizes: Mapping[str, int]) -> tuple[Task, Space]:
+            rows = sized(x, sizes)
+            return linear_task(rows, weight, bias), linear_space(rows, weight, bias, self.target)
+
+        return self._once(("linear", x, weight, bias), at)
 
     def _once(self, key: Any, at: At) -> PrimFunc | str:
         if key not in self.functions:

@@ -6,15 +6,26 @@ from grape_compile.kernels.tunable import Shape
 from grape_compile.tuning.kernels import KernelReport, Tuned, tune_kernels
 
 if TYPE_CHECKING:
+    from grape_compile.tuning.designs import DesignSpace, design_spaces
     from grape_compile.tuning.programs import Progress, TuningReport, tune
 
-__all__ = ["KernelReport", "Progress", "Shape", "Tuned", "TuningReport", "tune", "tune_kernels"]
+__all__ = [
+    "DesignSpace",
+    "KernelReport",
+    "Progress",
+    "Shape",
+    "Tuned",
+    "TuningReport",
+    "design_spaces",
+    "tune",
+    "tune_kernels",
+]
 
 
 def __getattr__(name: str) -> Any:
     """Import what needs TVM when it is asked for."""
-    if name not in ("Progress", "TuningReport", "tune"):
+    if name not in ("DesignSpace", "Progress", "TuningReport", "design_spaces", "tune"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from grape_compile.tuning import programs
+    from grape_compile.tuning import designs, programs
 
-    return getattr(programs, name)
+    return getattr(designs if name in ("DesignSpace", "design_spaces") else programs, name)

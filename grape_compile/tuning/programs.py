@@ -19,7 +19,7 @@ from grape_compile.kernels.tensorir.replay import version_text
 from grape_compile.records import Log, Place, Task, Trial, Winner
 from grape_compile.tuning.fleet import Fleet
 from grape_compile.tuning.running import Runner
-from grape_compile.tuning.tasks import of_encoding, of_model
+from grape_compile.tuning.tasks import found_in
 from grape_compile.tuning.trying import Search
 from grape_compile.tuning.workloads import Workload
 
@@ -177,17 +177,7 @@ def tune(
     place = engine.to_target(target)
     if trials < 1:
         raise GrapeError("tune", f"trials={trials}", "at least one trial for each operator")
-    found = (
-        of_encoding(model_or_encoding, args, place)
-        if isinstance(model_or_encoding, Encoding)
-        else of_model(model_or_encoding, args, kwargs or {}, place)
-    )
-    if not found.workloads:
-        raise GrapeError(
-            "tune",
-            "; ".join(found.left_out) or "no position encoding that was rewritten",
-            "a model in which grape_compile.inspect finds a rotation or a bias",
-        )
+    found = found_in(model_or_encoding, args, kwargs or {}, place)
     fleet = None if tracker is None else Fleet(tracker, key)
     if fleet is None:
         _require_device(place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ from grape_compile.tuning.workloads import (
     Workload,
     attention_workload,
     distinct,
+    linear_workload,
     rotation_workload,
 )
 
@@ -56,6 +58,31 @@ class Found:
 
     workloads: tuple[Workload, ...]
     left_out: tuple[str, ...]
+
+
+def found_in(
+    model_or_encoding: nn.Module | ExportedProgram | Encoding,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    target: engine.Target,
+) -> Found:
+    """Find what there is to tune of a model on its arguments, or of an encoding in layers of the shapes `args`.
+
+    Raises GrapeError where there is nothing.
+    """
+    found = (
+        of_encoding(model_or_encoding, args, target)
+        if isinstance(model_or_encoding, Encoding)
+        else of_model(model_or_encoding, args, kwargs, target)
+    )
+    if not found.workloads:
+        raise GrapeError(
+            "tune",
+            "; ".join(found.left_out)
+            or "no position encoding that was rewritten, and no product with weights",
+            "a model in which grape_compile.inspect finds a rotation or a bias",
+        )
+    return found
 
 
 def of_model(
@@ -129,6 +156,19 @@ def _of_node(node: fx.Node, target: engine.Target) -> Iterator[Workload]:
         # Its causal mask is about the first keys, that of `grape::attend` about the last.
         if len(query.shape) == 4 and not (given.get("is_causal") and query.shape[2] != key.shape[2]):
             yield from _attended(Nope(), given, {}, target)
+    elif name == "aten::linear":
+        yield from _multiplied(node, target)
+
+
+def _multiplied(node: fx.Node, target: engine.Target) -> Iterator[Workload]:
+    """Yield the product of a layer where it is a function of TensorIR: on a CPU, in at most float32."""
+    given = dict(zip(("x", "weight", "bias"), node.args, strict=False)) | dict(node.kwargs)
+    x, weight = (_operand(given[name]) for name in ("x", "weight"))
+    bias = None if given.get("bias") is None else _operand(given["bias"])
+    if engine.is_gpu(target) or x.dtype not in ("float16", "float32") or len(weight.shape) != 2:
+        return
+    rows = math.prod(int(size) for size in x.shape[:-1])
+    yield linear_workload(Operand((rows, x.shape[-1]), x.dtype), weight, bias, target)
 
 
 def _attended(

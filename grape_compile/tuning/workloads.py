@@ -17,16 +17,18 @@ from grape_compile.encoding import (
     Learned,
     Rotation,
     Table,
+    nope,
 )
 from grape_compile.kernels.tensorir import engine
 from grape_compile.kernels.tensorir.attention import attention_space
 from grape_compile.kernels.tensorir.attention_call import Attention
 from grape_compile.kernels.tensorir.bench import Array
+from grape_compile.kernels.tensorir.linear import linear_space
 from grape_compile.kernels.tensorir.operands import Operand, Slots
 from grape_compile.kernels.tensorir.replay import hash_of
 from grape_compile.kernels.tensorir.rotation import rotation_space
 from grape_compile.kernels.tensorir.space import Point, Space
-from grape_compile.kernels.tensorir.tasks import attention_task, rotation_task
+from grape_compile.kernels.tensorir.tasks import attention_task, linear_task, rotation_task
 from grape_compile.operators import reference_rotate
 from grape_compile.operators.reference import reference_attend
 from grape_compile.records import Task
@@ -126,6 +128,18 @@ def attention_workload(attention: Attention, target: engine.Target) -> Workload:
 
     space, inputs = attention_space(attention, target), dict(attention.arguments)
     return Workload(attention_task(attention), space, inputs, attention.output, attention.encoding, define)
+
+
+def linear_workload(x: Operand, weight: Operand, bias: Operand | None, target: engine.Target) -> Workload:
+    """Return the product with the weights of a layer, [M, K] times [N, K] transposed."""
+    space = linear_space(x, weight, bias, target)
+    inputs = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
+    result = Operand((x.shape[0], weight.shape[0]), x.dtype)
+
+    def define(given: Mapping[str, Tensor]) -> Tensor:
+        return torch.nn.functional.linear(given["x"], given["weight"], given.get("bias"))
+
+    return Workload(linear_task(x, weight, bias), space, inputs, result, nope(), define)
 
 
 def distinct(workloads: Sequence[Workload]) -> list[Workload]:

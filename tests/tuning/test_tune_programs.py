@@ -25,15 +25,18 @@ from tvm_stand_ins import small
 
 from grape_compile.encoding import alibi, grape_m, rope
 from grape_compile.errors import EngineError, GrapeError
-from grape_compile.kernels.tensorir.bench import Library, library_ending
+from grape_compile.export.tvm.operators import Operators
+from grape_compile.kernels.tensorir.bench import Library, device_here, library_ending
 from grape_compile.kernels.tensorir.engine import to_target
-from grape_compile.kernels.tensorir.replay import Recorded
-from grape_compile.records import Log, read_log
+from grape_compile.kernels.tensorir.linear import linear
+from grape_compile.kernels.tensorir.operands import Operand
+from grape_compile.kernels.tensorir.replay import Recorded, version_text
+from grape_compile.records import Log, Place, Winner, read_log
 from grape_compile.records.trials import candidate_key
 from grape_compile.tuning import Progress, Shape, TuningReport, tune
 from grape_compile.tuning.fleet import Fleet
 from grape_compile.tuning.running import Processes, Runner
-from grape_compile.tuning.tasks import of_encoding, of_model
+from grape_compile.tuning.tasks import found_in, of_encoding, of_model
 from grape_compile.tuning.workloads import Program
 
 LAYER = Shape(1, 128, 2, 2, 64, torch.float32)
@@ -152,6 +155,35 @@ def test_an_encoding_is_tuned_in_a_layer() -> None:
     assert "basis" in nothing.left_out[0]
 
 
+def test_products_with_weights_are_tuned_on_a_cpu(tmp_path: Path) -> None:
+    """Layers of the same sizes are one task, whose programs keep the contract, and whose winner is built."""
+    model, x = (
+        nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24), nn.Linear(24, 7, bias=False)),
+        torch.randn(2, 3, 24),
+    )
+    works = of_model(model, (x,), {}, TARGET).workloads
+    assert [(str(each.task), each.count) for each in works] == [
+        ("linear nope x[6,24]:float32 weight[24,24]:float32 bias[24]:float32 float32", 2),
+        ("linear nope x[6,24]:float32 weight[7,24]:float32 float32", 1),
+    ]
+    inputs = works[0].draw(1)
+    result = works[0].define(inputs)
+    error, allowed = works[0].error(result, inputs)
+    assert error <= allowed
+    chosen = works[0].candidates[1]
+    with Log(tmp_path) as log:
+        place = Place(device_here(str(TARGET)), str(TARGET), version_text())
+        program = works[0].program(chosen).hash
+        log.append(Winner(works[0].task, place, chosen, program, 1e-6, 2e-6, error, allowed, 2))
+    recorded = Recorded(TARGET, tmp_path)
+    operators = Operators(TARGET, recorded)
+    operands = [Operand(("rows", 24)), Operand((24, 24)), Operand((24,))]
+    assert str(operators._layer(*operands)) == str(linear(*operands, TARGET, chosen))
+    assert [each.operator for each in recorded.used] == ["linear"]
+    with pytest.raises(GrapeError, match="no product with weights"):
+        found_in(model, (x,), {}, to_target("nvidia/nvidia-a100"))
+
+
 @pytest.mark.parametrize("encoding", [rope(64), alibi(2)], ids=str)
 def test_the_definition_is_what_untuned_programs_compute(encoding: Any, tmp_path: Path) -> None:
     """The judge of winners passes the program by hand, and fails it when one value is off."""
@@ -173,7 +205,7 @@ def test_the_definition_is_what_untuned_programs_compute(encoding: Any, tmp_path
         ({"trials": 0}, "at least one trial"),
         ({"tracker": "somewhere"}, "address and port"),
         ({"tracker": "127.0.0.1:1"}, "python -m tvm.exec.rpc_tracker"),
-        ({"model_or_encoding": nn.Linear(2, 2), "args": (torch.ones(1, 2),)}, "no position encoding"),
+        ({"model_or_encoding": nn.ReLU(), "args": (torch.ones(1, 2),)}, "no position encoding"),
         ({"model_or_encoding": 3}, "torch.nn.Module"),
         ({"model_or_encoding": grape_m(64, basis="basis")}, "basis"),
     ],

@@ -1,6 +1,7 @@
 """Functions of numbers that a CPU computes many at a time: calls into a C library would be one at a time.
 
-They write the names of what they use twice, so they are called inside of the loop that wants their value.
+What they use twice gets a name by `named`: by default a statement, so that they are called inside of the loop that
+wants their value. In an expression of its own, `plain` leaves it to the compiler to see what is the same.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import Any, Final
 
 from grape_compile.kernels.tensorir.engine import T
 
+#: Gives a value a name, and returns it.
+Named = Callable[[Any], Any]
 #: Below this, exp(x) is no normal number of float32 and counts as nothing; above, it is infinite.
 _LEAST: Final = -87.33654
 _MOST: Final = 88.72284
@@ -38,22 +41,32 @@ def number(value: float, dtype: str = "float32") -> Any:
     return T.cast(T.float64(value), dtype) if dtype != "float32" else T.float32(value)
 
 
-def polynomial(x: Any, coefficients: tuple[float, ...]) -> Any:
+def plain(value: Any) -> Any:
+    """Return a value without a name."""
+    return value
+
+
+def polynomial(x: Any, coefficients: tuple[float, ...], named: Named = T.bind) -> Any:
     """Return sum_i coefficients[i] x^i in float32 by Horner's rule."""
     total = number(coefficients[-1])
     for coefficient in reversed(coefficients[:-1]):
         total = total * x + number(coefficient)
-    return T.bind(total)
+    return named(total)
 
 
-def exp(x: Any) -> Any:
+def exp(x: Any, named: Named = T.bind) -> Any:
     """Return e^x = 2^n e^f of float32 numbers, zero where that is no normal number; relative error below 2^-22."""
-    given = T.bind(x)
-    bounded = T.bind(T.min(T.max(given, number(_LEAST)), number(_MOST)))
-    whole = T.bind(T.floor(bounded * number(math.log2(math.e)) + number(0.5)))
-    part = T.bind(bounded - whole * number(_LN2[0]) - whole * number(_LN2[1]))
+    given = named(x)
+    bounded = named(T.min(T.max(given, number(_LEAST)), number(_MOST)))
+    whole = named(T.floor(bounded * number(math.log2(math.e)) + number(0.5)))
+    part = named(bounded - whole * number(_LN2[0]) - whole * number(_LN2[1]))
     power = T.reinterpret("float32", T.shift_left(T.cast(whole, "int32") + 127, 23))
-    return T.Select(given < number(_LEAST), number(0.0), polynomial(part, _EXP) * power)
+    return T.Select(given < number(_LEAST), number(0.0), polynomial(part, _EXP, named) * power)
+
+
+def sigmoid(x: Any, named: Named = T.bind) -> Any:
+    """Return 1 / (1 + e^-x) of float32 numbers."""
+    return number(1.0) / (number(1.0) + exp(-x, named))
 
 
 def quarter_turns(angle: Any) -> tuple[Any, Any]:
@@ -77,13 +90,13 @@ def cos_sin(turns: Any, rest: Any) -> tuple[Any, Any]:
     return T.Select(left, -cos, cos), T.Select(lower, -sin, sin)
 
 
-def tanh(x: Any, exp: Callable[[Any], Any]) -> Any:
+def tanh(x: Any, exp: Callable[[Any], Any], named: Named = T.bind) -> Any:
     """Return the hyperbolic tangent of float32 numbers."""
-    given = T.bind(x)
-    square = T.bind(given * given)
-    near = T.bind(given + given * square * polynomial(square, _TANH))
-    size = T.bind(T.max(given, -given))
-    far = T.bind(number(1.0) - number(2.0) / (exp(size * number(2.0)) + number(1.0)))
+    given = named(x)
+    square = named(given * given)
+    near = named(given + given * square * polynomial(square, _TANH, named))
+    size = named(T.max(given, -given))
+    far = named(number(1.0) - number(2.0) / (exp(size * number(2.0)) + number(1.0)))
     return T.Select(size < number(0.625), near, T.Select(given < number(0.0), -far, far))
 
 

@@ -7,7 +7,7 @@ from functools import partial
 
 from grape_compile.kernels.tensorir.attention_call import Attention
 from grape_compile.kernels.tensorir.attention_cpu import AttentionOnCpu, cpu_fits
-from grape_compile.kernels.tensorir.attention_gpu import AttentionOnGpu, gpu_fits
+from grape_compile.kernels.tensorir.attention_gpu import SPLITS, AttentionOnGpu, gpu_fits, splits_of
 from grape_compile.kernels.tensorir.engine import (
     PrimFunc,
     Target,
@@ -41,7 +41,13 @@ def attention_space(call: Attention, target: Target, *, name: str = "attend") ->
     """Return the schedules of `attention` for one target."""
     write = partial(attention, call, target, name=name)
     if is_gpu(target):
-        choices = {"rows": (32, 64, 128, 256), "block": (16, 32, 64), "tile": (4, 8), "cores": (0, 1)}
+        choices = {
+            "rows": (32, 64, 128, 256),
+            "block": (16, 32, 64),
+            "tile": (4, 8),
+            "cores": (0, 1),
+            "splits": SPLITS,
+        }
         return Space(name, choices, hand(call, target), write, _gpu_fits(call, target))
     choices = {
         "lanes": (vector_lanes(target),),
@@ -59,11 +65,11 @@ def hand(call: Attention, target: Target) -> Point:
         fits = _gpu_fits(call, target)
         shapes = ((128, 8), (128, 4), (64, 8), (64, 4), (32, 4))
         tried = [
-            {"rows": rows, "block": 32, "tile": tile, "cores": cores}
+            {"rows": rows, "block": 32, "tile": tile, "cores": cores, "splits": splits_of(call, rows)}
             for cores in (1, 0)
             for rows, tile in shapes
         ]
-        last = {"rows": 32, "block": 16, "tile": 4, "cores": 0}
+        last = {"rows": 32, "block": 16, "tile": 4, "cores": 0, "splits": splits_of(call, 32)}
         return next((point for point in tried if fits(point)), last)
     vectors = 4 if vector_registers(target) >= 32 else 2
     return {"lanes": vector_lanes(target), "vectors": vectors, "keys": 6, "columns": 6, "tiles": 16}

@@ -37,19 +37,22 @@ from grape_compile.kernels.tensorir.terms import (
 
 #: So many queries are taken one by one: they would leave most threads of a block without work.
 FEW: Final = 4
+#: Parts that the keys of a query may be taken in, and blocks that fill a large GPU.
+SPLITS: Final = (1, 2, 4, 8, 16, 32)
+FULL: Final = 256
 
 
 class AttentionOnGpu:
     """The statements of one function, while it is being written.
 
     A block has `rows` queries and as many threads, and sees `block` keys at a time. `tile` is one edge of a tile of
-    registers; with `cores` tensor cores take the products of the heads.
+    registers; with `cores` tensor cores take the products of the heads. The keys of few queries are split in `splits`.
     """
 
     def __init__(self, attention: Attention, point: Point) -> None:
         self.attention = attention
         self.rows, self.block, self.tile = point["rows"], point["block"], point["tile"]
-        self.cores = bool(point["cores"])
+        self.cores, self.splits = bool(point["cores"]), point["splits"]
         sizes = Sizes()
         self.buffers = {name: sizes.argument(name, operand) for name, operand in attention.arguments}
         self.output = sizes.argument("output", attention.output)
@@ -66,7 +69,7 @@ class AttentionOnGpu:
                     self.buffers[name] = running_sums(rates, bias.clock.inclusive, before)
         edges = [turned_edges(path, attention, self.buffers, before) for path in attention.paths]
         if are_few(attention):
-            few = DecodingOnGpu(attention, self.buffers, self.output, self.rows)
+            few = DecodingOnGpu(attention, self.buffers, self.output, self.rows, self.splits)
             few.write(self.batches, self.queries, self.length, edges)
         else:
             self._write_many(edges)
@@ -190,6 +193,21 @@ def are_few(attention: Attention) -> bool:
     return isinstance(queries, int) and queries <= FEW
 
 
+def splits_of(attention: Attention, threads: int) -> int:
+    """Return in how many parts the keys of a query are taken where nothing has been measured: 1 for many queries.
+
+    So many that blocks of `threads` fill a large GPU twice over, and none is without a key of its own.
+    """
+    if not are_few(attention):
+        return 1
+    batches, heads, queries, _ = (size if isinstance(size, int) else 1 for size in attention.query.shape)
+    keys = attention.key.shape[2]
+    most = min(max(FULL // (batches * heads * queries), 1), SPLITS[-1])
+    if isinstance(keys, int):
+        most = min(most, max(keys // threads, 1))
+    return max(each for each in SPLITS if each <= most)
+
+
 def gpu_fits(attention: Attention, architecture: str, limit: int, point: Mapping[str, int]) -> bool:
     """Whether a block's threads share its groups evenly, and its numbers fit into shared memory of `limit` bytes."""
     rows, block, tile = point["rows"], point["block"], point["tile"]
@@ -198,6 +216,8 @@ def gpu_fits(attention: Attention, architecture: str, limit: int, point: Mapping
     if are_few(attention):
         smallest = (block, tile, point["cores"]) == (32, 4, 0)
         return smallest and 4 * decoding_numbers(attention, rows) <= limit
+    if point["splits"] > 1:
+        return False
     width, value_width = attention.width, attention.value_width
     numbers = block * rows + rows
     if point["cores"]:

@@ -1,20 +1,25 @@
 """One query at a time on a GPU: a thread for each key of a piece, then for each coordinate of the value.
 
 Keys pass through shared memory, so that they are read in the order in which they lie; maxima and sums over a piece are
-made by every thread for itself, from numbers that all read at once. Pieces come from the last key backwards.
+made by every thread for itself, from numbers that all read at once. Pieces come from the last key backwards. Where
+queries are too few to fill a GPU their keys are split among blocks, and a second kernel merges what each has seen.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from grape_compile.kernels.tensorir.arithmetic import number
 from grape_compile.kernels.tensorir.attention_call import Attention
 from grape_compile.kernels.tensorir.engine import T
+from grape_compile.kernels.tensorir.gpu_parts import Parts
 from grape_compile.kernels.tensorir.loops import cast, ceildiv, given, strided
 from grape_compile.kernels.tensorir.machines import Gpu
 from grape_compile.kernels.tensorir.path_terms import PathTerm
 from grape_compile.kernels.tensorir.terms import (
+    LOWEST,
     Additive,
     Place,
     capped,
@@ -27,24 +32,40 @@ from grape_compile.kernels.tensorir.terms import (
 
 
 class DecodingOnGpu:
-    """The statements for a few queries, into a function whose buffers are there; `threads` keys are one piece."""
+    """The statements for a few queries, into a function whose buffers are there; `threads` keys are one piece.
 
-    def __init__(self, attention: Attention, buffers: dict[str, Any], output: Any, threads: int) -> None:
+    The pieces of a query are dealt out to `splits` blocks.
+    """
+
+    def __init__(
+        self, attention: Attention, buffers: dict[str, Any], output: Any, threads: int, splits: int
+    ) -> None:
         self.attention, self.buffers, self.output = attention, buffers, output
-        self.threads = threads
+        self.threads, self.splits = threads, splits
         self.columns = ceildiv(attention.value_width, threads)
 
     def write(self, batches: Any, queries: Any, keys: Any, edges: list[Any]) -> None:
+        parts = Parts(self.attention, batches, queries, self.splits) if self.splits > 1 else None
+        with self._blocks(batches, queries, keys, self.splits) as (place, part, machine):
+            self._attend(place, machine, edges, part, parts)
+        if parts is not None:
+            with self._blocks(batches, queries, keys, 1) as (place, _, machine):
+                parts.merge(self.buffers, self.output, place, machine)
+
+    @contextmanager
+    def _blocks(self, batches: Any, queries: Any, keys: Any, parts: int) -> Iterator[tuple[Place, Any, Gpu]]:
+        """Launch a block for each query of each head and part of its keys."""
         heads = self.attention.heads
         with (
-            T.thread_binding(0, batches * (heads * queries), thread="blockIdx.x") as block,
+            T.thread_binding(0, batches * (heads * queries * parts), thread="blockIdx.x") as block,
             T.thread_binding(0, self.threads, thread="threadIdx.x") as thread,
         ):
-            batch, head = T.bind(block // (heads * queries)), T.bind(block // queries % heads)
-            place = Place(batch, head, T.bind(block % queries), queries, keys)
-            self._attend(place, Gpu(self.threads, thread), edges)
+            query = T.bind(block // parts)
+            batch, head = T.bind(query // (heads * queries)), T.bind(query // queries % heads)
+            place = Place(batch, head, T.bind(query % queries), queries, keys)
+            yield place, block % parts, Gpu(self.threads, thread)
 
-    def _attend(self, place: Place, machine: Gpu, edges: list[Any]) -> None:
+    def _attend(self, place: Place, machine: Gpu, edges: list[Any], part: Any, parts: Parts | None) -> None:
         attention, threads, thread, width = self.attention, self.threads, machine.thread, self.attention.width
         kv_head = T.bind(place.head // (attention.heads // attention.kv_heads))
         query, keys = machine.make(width), machine.make(threads * (width + 1))
@@ -52,7 +73,11 @@ class DecodingOnGpu:
         best, total, less, own = (T.alloc_buffer((1,), "float32", scope="local") for _ in range(4))
         sums = T.alloc_buffer((self.columns,), "float32", scope="local")
         machine.fill(query, (width,), lambda column: self._query(place, column))
-        start_softmax(self.attention, self.buffers, place, best, total)
+        if parts is None:
+            start_softmax(attention, self.buffers, place, best, total)
+        else:
+            T.buffer_store(best, number(LOWEST), [0])
+            T.buffer_store(total, number(0.0), [0])
         for column in range(self.columns):
             T.buffer_store(sums, number(0.0), [column])
         terms = [Additive(bias, attention, self.buffers, place, machine, 1) for bias in attention.additive]
@@ -66,8 +91,10 @@ class DecodingOnGpu:
         for carried in later:
             T.buffer_store(carried, number(0.0), [0])
         first, stop = key_range(attention, place, 1)
-        with T.serial(0, T.max(ceildiv(stop, threads) - first // threads, 0)) as back:
-            start = T.bind((ceildiv(stop, threads) - 1 - back) * threads)
+        pieces = T.bind(T.max(ceildiv(stop, threads) - first // threads, 0))
+        each = T.bind(ceildiv(pieces, self.splits))
+        with T.serial(0, T.max(T.min(each, pieces - part * each), 0)) as back:
+            start = T.bind((ceildiv(stop, threads) - 1 - part * each - back) * threads)
             self._read_keys(place, machine, kv_head, start, keys)
             for term in terms:
                 term.read_keys(start, threads)
@@ -81,9 +108,14 @@ class DecodingOnGpu:
             self._merge(machine, logits, weights, best, total, less, own)
             for column in range(self.columns):
                 self._sum_values(place, kv_head, start, weights, less, sums, thread, column)
+        if parts is not None:
+            parts.keep(place, part, thread, best[0], total[0], [carried[0] for carried in later])
         for column in range(self.columns):
             at = thread + column * threads
             with given(at < attention.value_width):
+                if parts is not None:
+                    parts.keep_sum(place, part, at, sums[column])
+                    continue
                 share = T.Select(total[0] > number(0.0), number(1.0) / total[0], number(0.0))
                 value = cast(sums[column] * share, "float32", attention.output.dtype)
                 T.buffer_store(self.output, value, [place.batch, place.head, place.first, at])

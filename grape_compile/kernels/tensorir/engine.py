@@ -50,7 +50,8 @@ def check_installation() -> None:
 check_installation()
 
 import tvm  # noqa: E402 - only after the check
-from tvm import IRModule, relax, rpc, tirx  # noqa: E402
+import tvm_ffi  # noqa: E402
+from tvm import IRModule, relax, rpc, s_tir, tirx  # noqa: E402
 from tvm.runtime import Module as Library  # noqa: E402
 from tvm.runtime import load_module  # noqa: E402
 from tvm.runtime import tensor as device_tensor  # noqa: E402
@@ -75,6 +76,7 @@ __all__ = [
     "PrimFunc",
     "T",
     "Target",
+    "as_intrinsic",
     "check_installation",
     "compile_module",
     "cpu",
@@ -86,6 +88,7 @@ __all__ = [
     "ndk",
     "relax",
     "rpc",
+    "s_tir",
     "shared_memory",
     "tar",
     "targets",
@@ -95,6 +98,7 @@ __all__ = [
     "vector_lanes",
     "vector_registers",
     "versions",
+    "without_program",
     "workspace",
     "writing",
 ]
@@ -208,6 +212,45 @@ def workspace(name: str, shape: Sequence[Any], dtype: str) -> Any:
 def module_of(functions: Mapping[str, PrimFunc]) -> IRModule:
     """Return a module of functions by name."""
     return IRModule(dict(functions))
+
+
+def without_program(function: PrimFunc, name: str) -> PrimFunc:
+    """Return a function of the same arguments, whose one block, called `name`, has no program yet.
+
+    The block says what it reads and writes, and calls what is nowhere, so that it cannot be run by mistake.
+    """
+    root = s_tir.SBlockRealize([], True, s_tir.SBlock([], [], [], "root", _call_of_nothing(function, name)))
+    attributes = {"global_symbol": name, "s_tir": True, "tirx.noalias": True}
+    return PrimFunc(function.params, root, attrs=tvm.ir.make_node("ir.DictAttrs", **attributes))
+
+
+def as_intrinsic(function: PrimFunc, name: str) -> str:
+    """Make a function of known sizes an intrinsic that a schedule may put in the place of a block `without_program`.
+
+    Returns the name of the intrinsic, which is the same for the same text.
+    """
+    known = f"grape.{name}.{tvm_ffi.structural_hash(function) % 2**64:016x}"
+    others = tvm.ir.load_json(tvm.ir.save_json(function))
+    attributes = tvm.ir.make_node("ir.DictAttrs", s_tir=True)
+    asked = PrimFunc(others.params, _call_of_nothing(others, name), attrs=attributes)
+    made = PrimFunc(function.params, _whole_block(function.params, name, function.body), attrs=attributes)
+    s_tir.TensorIntrin.register(known, asked, made, override=True)
+    return known
+
+
+def _call_of_nothing(function: PrimFunc, name: str) -> Any:
+    *given, result = function.params
+    called = tirx.call_extern(result.dtype, f"{name}: no design was chosen", *(each.data for each in given))
+    stored = tirx.BufferStore(result, called, [0] * len(result.shape))
+    return _whole_block(function.params, name, stored)
+
+
+def _whole_block(arguments: Sequence[Any], name: str, body: Any) -> Any:
+    """Return a block that reads all of its arguments but the last, which it writes."""
+    *given, result = (
+        tirx.BufferRegion(each, [tvm.ir.Range(0, size) for size in each.shape]) for each in arguments
+    )
+    return s_tir.SBlockRealize([], True, s_tir.SBlock([], given, [result], name, body))
 
 
 def compile_module(module: IRModule, target: Target) -> Library:

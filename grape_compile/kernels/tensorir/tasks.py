@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from grape_compile.encoding import Rotation
+from grape_compile.encoding import Rotation, nope
 from grape_compile.kernels.tensorir.attention_call import Attention
 from grape_compile.kernels.tensorir.operands import Operand, Slots
 from grape_compile.records import Task
@@ -27,6 +27,12 @@ def attention_task(attention: Attention) -> Task:
     ]
     sizes = f"{_sizes(attention.arguments)} {' '.join(filter(None, options))}"
     return Task("attend", str(attention.encoding), sizes, attention.query.dtype)
+
+
+def linear_task(x: Operand, weight: Operand, bias: Operand | None) -> Task:
+    """Return the task of one product with weights, which has no encoding."""
+    inputs = [("x", x), ("weight", weight), *([] if bias is None else [("bias", bias)])]
+    return Task("linear", str(nope()), _sizes(inputs), x.dtype)
 
 
 def sized(operand: Operand, sizes: Mapping[str, int]) -> Operand:

@@ -18,8 +18,9 @@ from tensorir_cases import Case, double, heads, operand
 
 from grape_compile.encoding import Encoding, Rotation, alibi, fox, gated_alibi, grape_ap, nope, rope
 from grape_compile.kernels.tensorir import engine
-from grape_compile.kernels.tensorir.attention import attention, attention_space
+from grape_compile.kernels.tensorir.attention import attention, attention_space, hand
 from grape_compile.kernels.tensorir.attention_call import Attention, supports
+from grape_compile.kernels.tensorir.attention_gpu import SPLITS
 from grape_compile.kernels.tensorir.operands import Operand
 from grape_compile.kernels.tensorir.rotation import rotation
 from grape_compile.kernels.tensorir.rotation import supports as supports_rotation
@@ -31,7 +32,7 @@ from grape_compile.operators.samples import BIASES, COMPOSITIONS, PATHS
 NVCC = shutil.which("nvcc")
 GPUS = {"sm_80": "nvidia/nvidia-a100", "sm_90": "nvidia/nvidia-h100"}
 SAMPLES = [sample for sample in (*BIASES, *PATHS, *COMPOSITIONS) if supports(sample.encoding) is True]
-SMALL = {"rows": 32, "block": 16, "tile": 4, "cores": 0}
+SMALL = {"rows": 32, "block": 16, "tile": 4, "cores": 0, "splits": 1}
 
 needs_cpu = pytest.mark.skipif(COMPILER is None, reason="no g++ to compile the CUDA source for a CPU with")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc to compile the CUDA source with")
@@ -75,16 +76,36 @@ def test_what_a_query_sees(encoding: Encoding, options: dict[str, Any], tmp_path
 
 
 @needs_cpu
-@pytest.mark.parametrize("encoding", [fox(), grape_ap(HEADS)], ids=["fox", "grape_ap"])
-def test_few_queries_are_taken_one_by_one(encoding: Encoding, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("encoding", "splits", "options"),
+    [
+        (fox(), 1, {"window": 70}),
+        (grape_ap(HEADS), 2, {"window": 70}),
+        (alibi(HEADS), 4, {"sinks": torch.tensor([[0.5, -1.0, 2.0, 0.0]]), "cap": 2.0}),
+    ],
+    ids=["fox", "grape_ap", "alibi"],
+)
+def test_few_queries_are_taken_one_by_one(
+    encoding: Encoding, splits: int, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """Three pieces of keys in one, two and four parts, the last of which has none."""
     slots = {
         "log_forget": torch.rand(BATCH, HEADS, 81).log(),
         "path_query": torch.randn(BATCH, HEADS, 2, 8),
         "path_key": torch.randn(BATCH, HEADS, 81, 8),
     }
     used = {name: slots[name] for name in encoding.slots}
-    case = Case(encoding, heads(2, 81, width=33, kv_heads=2), used, {"is_causal": True, "window": 70})
-    check(tmp_path, case)
+    case = Case(encoding, heads(2, 81, width=33, kv_heads=2), used, {"is_causal": True} | options)
+    check(tmp_path, case, {**SMALL, "splits": splits})
+
+
+@needs_cpu
+@pytest.mark.slow
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.name)
+def test_keys_split_among_blocks_give_the_same_bias(sample: Sample, tmp_path: Path) -> None:
+    slots = sample.slots(torch.float32, queries=4)
+    case = Case(sample.encoding, heads(4, LENGTH), slots, {"is_causal": True})
+    check(tmp_path, case, {**SMALL, "rows": 4, "splits": 2})
 
 
 @needs_cpu
@@ -95,7 +116,7 @@ def test_tensor_cores_take_half_precision(encoding: Encoding, tmp_path: Path) ->
     key, value = (torch.randn(1, 2, 70, size).half() for size in (32, 16))
     slots = {name: torch.randn(1, HEADS, 70, 8) for name in encoding.slots}
     case = Case(encoding, (query, key, value), slots, {"is_causal": True})
-    check(tmp_path, case, {"rows": 64, "block": 32, "tile": 8, "cores": 1})
+    check(tmp_path, case, {"rows": 64, "block": 32, "tile": 8, "cores": 1, "splits": 1})
 
 
 @needs_cpu
@@ -153,7 +174,8 @@ def functions(gpu: str) -> dict[str, Any]:
             query,
             shared,
             shared,
-            slots={slot: slots[slot] for slot in encoding.slots},
+            slots={slot: slots[slot] for slot in encoding.slots}
+            | ({"path_query": Operand(("batch", 8, 1, 8))} if name == "decode_path" else {}),
             is_causal=True,
         )
         for name, encoding, query in (
@@ -163,6 +185,7 @@ def functions(gpu: str) -> dict[str, Any]:
             ("gated", gated_alibi(8), shape),
             ("grape_ap", grape_ap(8), shape),
             ("decode", alibi(8), one),
+            ("decode_path", grape_ap(8), one),
         )
     }
     found = {name: attention(call, target, name=name) for name, call in attending.items()}
@@ -181,6 +204,7 @@ def test_every_operator_compiles_for_a_gpu(architecture: str, tmp_path: Path) ->
     text = compiled.read_text()
     assert f".target {architecture}" in text
     assert all(f".entry {name}_kernel" in text for name in written)
+    assert ".entry decode_kernel_1" in text  # what merges the parts of the keys
     assert "wmma.mma.sync" in text
 
 
@@ -189,3 +213,15 @@ def test_points_of_the_space_fit_the_gpu() -> None:
     points = attention_space(case.described(), engine.to_target(GPUS["sm_80"])).candidates()
     assert len(points) > 8
     assert all(point["rows"] % point["tile"] ** 2 == 0 for point in points)
+
+
+def test_keys_are_split_until_blocks_fill_a_gpu() -> None:
+    target = engine.to_target(GPUS["sm_80"])
+
+    def splits(queries: int | str, keys: int | str) -> int:
+        query, key = (Operand((1, 8, size, 64), "float16") for size in (queries, keys))
+        return hand(Attention(alibi(8), query, key, key, is_causal=True), target)["splits"]
+
+    assert [splits(1, "keys"), splits(1, 512), splits(4, 4096), splits("queries", 4096)] == [32, 4, 8, 1]
+    case = Case(alibi(HEADS), heads(1, 64), {}, {"is_causal": True})
+    assert {each["splits"] for each in attention_space(case.described(), target).candidates()} == set(SPLITS)
