@@ -1,9 +1,9 @@
 """Turn writes into a fresh tensor into values: `out[..., ::2] = x` becomes a scatter that returns `out`.
 
 What: `copy_` into slices and selections of a tensor made in this graph: who reads it later, by whatever view, reads
-    the scatter; and arithmetic in place (`omega /= 8`) on one that nothing has read before. Who reads the result of a
-    `copy_` into a whole buffer (frequencies chosen by the length, LongRoPE) reads what was copied; the buffer is
-    written all the same.
+    the scatter, or what the scatter was given where that is all it reads; and arithmetic in place (`omega /= 8`) on
+    one that nothing has read before. Who reads what a `copy_` has put into a buffer (frequencies chosen by the length,
+    LongRoPE; a cache of angles) reads what was copied; the buffer is written all the same.
 Leaves alone: every other write into an input, a buffer or a cache, and every tensor that is read later by a name that
     may be a view of it or a copy. What is read after such a write is stale (`Program.stale`): no pass looks through it.
 Ensures: the same values at every later use.
@@ -20,8 +20,9 @@ from torch import fx
 
 from grape_compile.passes.base import Outcome, Pass
 from grape_compile.passes.graph import Program, require_fake
-from grape_compile.passes.memory import aliases, is_pure, op_name, owner, viewed, written
+from grape_compile.passes.memory import CERTAIN_VIEWS, aliases, is_pure, op_name, owner, viewed, written
 from grape_compile.passes.operands import fake_value
+from grape_compile.passes.regions import without_gradient
 
 aten = torch.ops.aten
 _FRESH = {
@@ -44,13 +45,6 @@ _IN_PLACE = {
     f"aten::{name}_": getattr(aten, name) for name in ("add", "sub", "mul", "div", "neg", "exp", "reciprocal")
 }
 _RESULTS = {getattr(packet, name) for packet in _IN_PLACE.values() for name in packet.overloads()}
-_CERTAIN_VIEWS = {
-    f"aten::{name}"
-    for name in (
-        *("slice", "select", "view", "unsqueeze", "squeeze", "transpose", "permute", "t", "mT", "narrow"),
-        *("expand", "unflatten", "view_as", "detach", "alias", "movedim", "swapaxes"),
-    )
-}
 _SCATTERS = {"aten::slice": aten.slice_scatter.default, "aten::select": aten.select_scatter.default}
 
 
@@ -65,6 +59,14 @@ class FunctionalAssignments(Pass):
         for node in program.graph.find_nodes(op="call_function", target=aten.copy_.default):
             _functionalise(program.graph, node)
             _read_what_was_copied(program, node)
+        silent = set(without_gradient(program.graph))
+        for node in program.graph.nodes:
+            while (
+                op_name(node) in _SCATTERS
+                and node.args[0] not in silent
+                and _read_past_a_scatter(program, node)
+            ):
+                pass
         return Outcome()
 
 
@@ -115,7 +117,7 @@ def _is_rebuilt(alias: fx.Node, known: set[fx.Node]) -> bool:
     """Whether a view can be cut anew out of the base: it certainly shares memory, by this base and no other way."""
     while alias not in known:
         source = viewed(alias)
-        if source is None or op_name(alias) not in _CERTAIN_VIEWS:
+        if source is None or op_name(alias) not in CERTAIN_VIEWS:
             return False
         alias = source
     return True
@@ -131,20 +133,81 @@ def _rebuilt(graph: fx.Graph, alias: fx.Node, now: dict[fx.Node, fx.Node]) -> fx
 
 
 def _read_what_was_copied(program: Program, write: fx.Node) -> None:
-    """Of a copy into a whole input that nothing else writes to, as nothing writes to what is copied."""
-    if write._erased or not write.users or len(write.args) > 2:
+    """Of a copy into an input, or into a cut of it, that nothing else writes to, as nothing writes to what is copied.
+
+    Who reads the result reads what was copied, and so does who makes the same cut anew.
+    """
+    if write._erased or len(write.args) > 2:
         return
-    base, value = write.args
-    if not isinstance(base, fx.Node) or not isinstance(value, fx.Node) or base.op != "placeholder":
+    into, value = write.args
+    if not isinstance(into, fx.Node) or not isinstance(value, fx.Node):
         return
+    base = owner(into)
     others = {owner(each) for node in program.mutations if node is not write for each in written(node)}
-    if base in others or owner(value) in others or owner(value) is base:
+    if base.op != "placeholder" or base in others or owner(value) in others or owner(value) is base:
         return
-    readers = list(write.users)
+    if write in program.no_grad and value not in program.no_grad and owner(value).op != "placeholder":
+        return
+    late = {user for user in base.users if program.order.get(user, -1) > program.order[write]}
+    anew = [user for user in late if into is not base and _is_same_cut(user, into)]
+    readers = [(reader, read) for read in (write, *anew) for reader in read.users]
+    if not readers:
+        return
     with program.graph.inserting_before(write):
-        copied = _matching(program.graph, value, base)
-    for reader in readers:
-        reader.replace_input_with(write, copied)
+        copied = _matching(program.graph, value, into)
+    for reader, read in readers:
+        reader.replace_input_with(read, copied)
+
+
+def _is_same_cut(one: fx.Node, other: fx.Node) -> bool:
+    cut = op_name(one) in _SCATTERS and one.target is other.target
+    return cut and one.args == other.args and one.kwargs == other.kwargs
+
+
+def _read_past_a_scatter(program: Program, node: fx.Node) -> bool:
+    """Whether a cut of what a scatter gives was wholly there before, and is now a cut of that; or is what was written.
+
+    Only where nobody writes into any of the three, so that it does not matter whose memory is read.
+    """
+    scatter = node.args[0]
+    if not isinstance(scatter, fx.Node) or scatter.target is not _SCATTERS[op_name(node)]:
+        return False
+    if node.kwargs or scatter.kwargs:
+        return False
+    base, value = scatter.args[:2]
+    assert isinstance(base, fx.Node)
+    assert isinstance(value, fx.Node)
+    touched = {owner(each) for write in program.mutations for each in written(write)}
+    if touched & {owner(each) for each in (scatter, base, value)}:
+        return False
+    places = scatter.args[2:]
+    if node.args[1:] == places:
+        node.replace_all_uses_with(value)
+    elif _are_apart(op_name(node), node.args[1:], places, require_fake(base)):
+        node.replace_input_with(scatter, base)
+        return True
+    return False
+
+
+def _are_apart(name: str, one: tuple[Any, ...], other: tuple[Any, ...], base: torch.Tensor) -> bool:
+    """Whether two cuts of one tensor have no element in common, whatever its open sizes."""
+    first, second = (_taken(name, cut, base) for cut in (one, other))
+    if first is None or second is None or first[0] != second[0]:
+        return False
+    return not set(first[1]) & set(second[1])
+
+
+def _taken(name: str, cut: tuple[Any, ...], base: torch.Tensor) -> tuple[int, range] | None:
+    """The axis of a cut and the entries it takes; None where one of them is open."""
+    axis, *bounds = cut or (0,)
+    size = base.shape[axis]
+    if not isinstance(size, int) or not all(bound is None or isinstance(bound, int) for bound in bounds):
+        return None
+    if name == "aten::select":
+        place = bounds[0] % size
+        return axis % base.dim(), range(place, place + 1)
+    start, stop, step = (*bounds, None, None, None)[:3]
+    return axis % base.dim(), range(size)[start:stop:step]
 
 
 def _views(write: fx.Node) -> list[fx.Node] | None:

@@ -144,11 +144,14 @@ def _dynamo_role(node: fx.Node, example: Any) -> Role:
         return Role.PARAMETER
     if _is_sharded(source) and "._buffers[" not in path:
         return Role.PARAMETER
-    return (
-        Role.BUFFER
-        if path.startswith("L['self']") or "._modules[" in path or "._buffers[" in path
-        else Role.INPUT
-    )
+    kept = path.startswith(("L['self']", "G[")) or "._modules[" in path or "._buffers[" in path
+    return Role.BUFFER if kept or _is_of_a_module(source) else Role.INPUT
+
+
+def _is_of_a_module(source: Any) -> bool:
+    """Whether a value is an attribute of a module, whatever its code calls itself."""
+    owner = getattr(source, "guard_source", None)
+    return owner is not None and bool(owner.is_specialized_nn_module() or owner.is_unspecialized_nn_module())
 
 
 def _is_sharded(source: Any) -> bool:

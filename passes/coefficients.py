@@ -155,6 +155,13 @@ class Coefficients:
             return None
         return self.reading.replay.tensor(node)[..., int(channel[0])]
 
+    def _holds_the_same(self, one: Factor, other: Factor) -> bool:
+        """Whether a stored table holds the same for two channels, at every position it has."""
+        left, right = self._column(one), self._column(other)
+        if left is None or right is None or left.shape != right.shape:
+            return False
+        return _same_or_opposite(left, right) == 1
+
     def same_element(self, one: Factor | None, other: Factor | None) -> bool:
         if one is None or other is None:
             return False
@@ -178,7 +185,8 @@ class Coefficients:
             return False
         if first[0] != second[0] and not (even and first[0] == -second[0]):
             return False
-        return all(self.same_element(a, b) for a, b in zip(first[1], second[1], strict=True))
+        pairs = zip(first[1], second[1], strict=True)
+        return all(self.same_element(a, b) or self._holds_the_same(a, b) for a, b in pairs)
 
     def angle(
         self, factor: Factor | None, read: Read | None = None

@@ -2,7 +2,8 @@
 
 What: movement that ends where it began (an axis added and dropped, axes exchanged twice, a flip or a roll undone, one
     of several equal parts joined), products with one, sums with zero, a sign turned twice, casts to the own type, a
-    dropout that is off, what is copied over another value. Those who read the result read the operand instead.
+    dropout that is off, what is copied over another value. Those who read the result read the operand instead. Of
+    two equal views of one value the first stands for both.
 Why: detection reads layers by their form around the softmax; a detour would hide it.
 Leaves alone: results of the graph; what stands for an input, and its operands outside of the graph; copies where the
     graph writes into values; what stands under `no_grad` and reads from outside of it, since it stops the gradient.
@@ -17,12 +18,14 @@ import torch
 from torch import fx
 
 from grape_compile.passes.base import Outcome, Pass
-from grape_compile.passes.graph import Program, Unreadable, fake, is_pure, op_name
+from grape_compile.passes.graph import Program, Unreadable, fake, frozen, is_pure, op_name
+from grape_compile.passes.memory import CERTAIN_VIEWS
 from grape_compile.passes.movement import (
     EXPANDS,
     JOINS,
     PERMUTES,
     RESHAPES,
+    SPLITS,
     ints,
     is_symbolic,
     join_dim,
@@ -51,16 +54,43 @@ class DropNothing(Pass):
 
     def run(self, program: Program) -> Outcome:
         copies = not program.mutations
+        views: dict[object, fx.Node] = {}
         for node in list(program.graph.nodes):
-            source = _origin(node, copies)
+            source = _origin(node, copies) or _equal_view(program, node, views)
             if source is None or (node in program.no_grad and source not in program.no_grad):
                 continue
             if node in program.stands or (source in program.outside and node not in program.outside):
                 continue
             node.replace_all_uses_with(source, delete_user_cb=lambda user: user.op != "output")
-            if not node.users:
-                program.graph.erase_node(node)
+            _erase_unused(program.graph, node)
         return Outcome()
+
+
+def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:
+    """Erase a pure value that nothing reads any more, and then what it alone has read."""
+    stack = [node]
+    while stack:
+        unused = stack.pop()
+        if not unused.users and unused.op == "call_function" and is_pure(unused):
+            stack += unused.all_input_nodes
+            graph.erase_node(unused)
+
+
+def _equal_view(program: Program, node: fx.Node, views: dict[object, fx.Node]) -> fx.Node | None:
+    """The earlier view of the same memory, taken in the same way in the same region; `views` are those met so far."""
+    name = op_name(node)
+    if name not in CERTAIN_VIEWS | SPLITS | {"getitem"} or node in program.stale:
+        return None
+    try:
+        key = (node.target, frozen((node.args, node.kwargs), _itself), program.marks[node])
+        earlier = views.setdefault(key, node)
+    except TypeError:
+        return None
+    return earlier if earlier is not node else None
+
+
+def _itself(item: object) -> object:
+    return item
 
 
 def _origin(node: fx.Node, copies: bool) -> fx.Node | None:

@@ -62,6 +62,15 @@ _MAY_SHARE = {
     for name in ("type_as", "dropout", "einsum", "meshgrid", "broadcast_tensors", "lift_fresh", "positive")
 }
 
+#: Certainly views of their operand, be it of any strides.
+CERTAIN_VIEWS = {
+    f"aten::{name}"
+    for name in (
+        *("slice", "select", "view", "unsqueeze", "squeeze", "transpose", "permute", "t", "mT", "narrow"),
+        *("expand", "unflatten", "view_as", "detach", "alias", "movedim", "swapaxes"),
+    )
+}
+
 
 def written(write: fx.Node) -> list[fx.Node]:
     """The operands a node writes into."""

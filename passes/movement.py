@@ -35,6 +35,8 @@ UNCUT = GRIDS | {"aten::unbind"}
 JOINS = {"aten::cat", "aten::concat", "aten::concatenate", "aten::stack"}
 CUTS = {"aten::slice", "aten::select", "aten::narrow"}
 REPEATS = {"aten::repeat", "aten::tile", "aten::repeat_interleave"}
+# Take the type or the shape of a second operand, and none of its numbers.
+LIKE = {"aten::type_as", "aten::expand_as", "aten::view_as", "aten::reshape_as"}
 SINGLE = (
     RESHAPES
     | IDENTITIES
@@ -73,9 +75,7 @@ def keeps_numbers(node: fx.Node) -> bool:
 def is_frozen(node: fx.Node, name: str) -> bool:
     """True when the indices of a movement depend on a symbolic offset, or on the values of a tensor."""
     if name in CUTS:
-        return any(is_symbolic(argument) for argument in node.args[2:3]) or any(
-            map(is_symbolic, node.args[4:5])
-        )
+        return (is_symbolic(_start(node)) and not _is_whole(node)) or any(map(is_symbolic, node.args[4:5]))
     if name == "aten::repeat_interleave":
         return _repeat(node) is None
     if name in ("aten::flip", "aten::roll", "aten::tile"):
@@ -98,6 +98,21 @@ def is_frozen(node: fx.Node, name: str) -> bool:
         dim = join_dim(node)
         return any(is_symbolic(part.meta["val"].shape[dim]) for part in join_parts(node)[:-1])
     return False
+
+
+def _start(node: fx.Node) -> Any:
+    return node.args[2] if len(node.args) > 2 else None
+
+
+def _is_whole(node: fx.Node) -> bool:
+    """A cut that starts at minus the size, which is zero at any: `x[-n:]` of n entries."""
+    start, dim = _start(node), node.args[1]
+    assert isinstance(dim, int)
+    start, size = (
+        start.meta["val"] if isinstance(start, fx.Node) else start,
+        require_fake(operand_of(node, 0)).shape[dim],
+    )
+    return isinstance(size, torch.SymInt) and bool(start.node.expr == -size.node.expr)
 
 
 def is_symbolic(value: Any) -> bool:

@@ -20,7 +20,7 @@ from torch import fx
 from grape_compile.passes.contractions import CONTRACTIONS
 from grape_compile.passes.elements import COMPLEX, PICKS, PRODUCTS, SCATTERS, SUMS, Reader
 from grape_compile.passes.graph import Program, Taint, Unreadable, fake, is_pure, op_name
-from grape_compile.passes.movement import JOINS, MOVEMENTS
+from grape_compile.passes.movement import JOINS, LIKE, MOVEMENTS, operand_of
 from grape_compile.passes.planes import name_rotation
 from grape_compile.passes.plans import Entry, Miss, Reading, RotationPlan
 from grape_compile.passes.replay import Replay
@@ -62,7 +62,7 @@ class _Finder:
             name != "getitem" and not isinstance(node.meta.get("val"), torch.Tensor | tuple | list)
         ):
             return None
-        operands = node.all_input_nodes
+        operands = _read_by(node)
         taints = [self.program.taints[operand] for operand in operands]
         if any(taint is Taint.PARAMETER for taint in taints):
             return None
@@ -101,7 +101,7 @@ class _Finder:
             node = stack.pop()
             if node is root:
                 continue
-            for operand in node.all_input_nodes:
+            for operand in _read_by(node):
                 if self.program.taints[operand] is Taint.DATA and operand not in seen:
                     seen.add(operand)
                     stack.append(operand)
@@ -116,7 +116,7 @@ class _Finder:
         trunk: list[fx.Node] = []
         for node in region:
             trunk = [node] if self._is_scaling(node) else [*trunk, node]
-            users = [user for user in node.users if user in members]
+            users = [user for user in node.users if user in members and node in _read_by(user)]
             if len(users) != 1:
                 break
         return trunk
@@ -214,6 +214,11 @@ class _Finder:
             if nearest is None or result.depth >= nearest.depth:
                 nearest = result
         return nearest
+
+
+def _read_by(node: fx.Node) -> list[fx.Node]:
+    """The operands whose numbers a node reads: not those it is given for their type or shape."""
+    return [operand_of(node, 0)] if op_name(node) in LIKE else node.all_input_nodes
 
 
 _LINEAR = MOVEMENTS | SUMS | PRODUCTS | CONTRACTIONS | COMPLEX | PICKS | SCATTERS
