@@ -245,12 +245,6 @@ def _require_fit(model: nn.Module, layer: Layer, target: Target, refusals: Seque
         raise UpgradeError(
             asked, f"an attention that cannot be read: {reasons}", "grape-m, which leaves it as it is"
         )
-    if target.adds and not layer.is_causal:
-        raise UpgradeError(
-            asked,
-            "an attention that is not causal in this example",
-            "grape-m; biases of additive encodings are sums over the tokens between key and query",
-        )
     module = model.get_submodule(layer.module)
     if hasattr(module, NAME):
         raise UpgradeError(asked, f"{name} has something called {NAME!r} already", "a module without it")
@@ -289,6 +283,7 @@ def _trained(model: nn.Module, layer: Layer, target: Target, sizes: dict[str, in
         layer.alike,
         layer.frequencies,
         layer.slopes,
+        layer.is_causal,
     )
     module = model.get_submodule(name)
     weight = next((each for each in module.parameters() if each.is_floating_point()), None)
@@ -330,7 +325,8 @@ def _install(
         carried = Carried.of(made.encoding)
         theta = () if layer.frequencies is None else tuple(map(float, layer.frequencies))
         counts = layer.turned, attended, entry + number
-        hook = Upgraded(layer.module, theta, *counts, carried, None if is_first else made)
+        unbiased = layer.heads is not None and layer.slopes is None
+        hook = Upgraded(layer.module, theta, *counts, carried, unbiased, None if is_first else made)
         module.register_forward_pre_hook(hook, with_kwargs=True)
 
 

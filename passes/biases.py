@@ -11,7 +11,7 @@ Cost: one reading per layer; one evaluation per distinct term that holds no acti
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -22,7 +22,8 @@ from grape_compile.passes.attention import Attention, find_attention
 from grape_compile.passes.bias_parts import BiasPart, Namer
 from grape_compile.passes.causal import CausalMasks
 from grape_compile.passes.evaluated_biases import TablePart, evaluated
-from grape_compile.passes.graph import Program, Taint, Unreadable, require_fake
+from grape_compile.passes.graph import Program, Role, Taint, Unreadable, require_fake
+from grape_compile.passes.memory import owner
 from grape_compile.passes.paths import PathPart
 from grape_compile.passes.plans import Miss
 from grape_compile.passes.replay import Replay
@@ -46,11 +47,14 @@ class BiasPlan:
 
 
 def detect_biases(
-    program: Program, plain: Callable[[Attention], bool] = lambda _: False
+    program: Program,
+    plain: Callable[[Attention], bool] = lambda _: False,
+    unbiased: Callable[[Attention], bool] = lambda _: False,
 ) -> tuple[list[BiasPlan], list[tuple[fx.Node, Miss]]]:
     """All additive biases of a program, and the layers with a position-dependent bias of another form.
 
     Of the layers that are wanted as operators although nothing is added, `plain` ones, there are plans without parts.
+    Of `unbiased` ones it is known that they add no position: what the graph is given to add to them stays as it is.
     """
     plans: list[BiasPlan] = []
     misses: list[tuple[fx.Node, Miss]] = []
@@ -58,7 +62,7 @@ def detect_biases(
     for layer in find_attention(program, plain):
         try:
             result = (
-                _plan(Scores(program, replay, layer))
+                _plan(Scores(program, replay, layer), unbiased(layer))
                 if require_fake(layer.softmax).dim() <= 4
                 else _wide(program, replay, layer)
             )
@@ -71,11 +75,14 @@ def detect_biases(
     return plans, misses
 
 
-def _plan(scores: Scores) -> BiasPlan | Miss | None:
+def _plan(scores: Scores, unbiased: bool) -> BiasPlan | Miss | None:
     layer = scores.layer
     if 0 in scores.shape:
         return None
     masks, biases = scores.split()
+    if unbiased:
+        masks += [term for term in biases if _is_given(scores.program, term)]
+        biases = [term for term in biases if term not in masks]
     if not biases:
         return _plain(scores, masks) if layer.plain else None
     contextual = any(scores.program.taints[term.node] is Taint.DATA for term in biases)
@@ -88,7 +95,8 @@ def _plan(scores: Scores) -> BiasPlan | Miss | None:
         values = evaluated(scores, biases, alive)
         parts = values if isinstance(values, Miss) else [*values]
     if isinstance(parts, Miss):
-        return parts
+        # Of a layer that is wanted as an operator it is told however far this is from a bias.
+        return replace(parts, depth=max(parts.depth, 1)) if layer.plain else parts
     if layer.sinks is not None and not scores.is_static:
         return Miss(
             "attention",
@@ -101,6 +109,11 @@ def _plan(scores: Scores) -> BiasPlan | Miss | None:
     if layer.obstacle:
         return _obstacle(layer)
     return _with_masks(scores, masks, parts, alive)
+
+
+def _is_given(program: Program, term: ScoreTerm) -> bool:
+    """Whether a term is an input of the graph, or a part of one."""
+    return program.roles.get(owner(term.node)) is Role.INPUT
 
 
 def _plain(scores: Scores, masks: list[ScoreTerm]) -> BiasPlan | Miss:

@@ -101,7 +101,7 @@ class _Finder:
             if call is not None:
                 facts |= self._attention(call, turned)
             if site is not None and call is not None and not isinstance(site.encoding, Nope):
-                facts["slopes"] = self._slopes(call, site.encoding)
+                facts["slopes"] = self._slopes(call, site.encoding, facts["is_causal"])
         except Unreadable as reason:
             facts["obstacle"] = str(reason)
         try:
@@ -186,16 +186,17 @@ class _Finder:
             raise Unreadable(f"its frequencies differ along more than its planes: {tuple(theta.shape)}")
         return rotation, theta.flatten()
 
-    def _slopes(self, call: fx.Node, encoding: Encoding) -> Tensor:
-        """The slopes of ALiBi; Unreadable for another bias."""
-        alibi = (
-            isinstance(encoding, Bias)
-            and encoding.gate is None
-            and isinstance(encoding.clock, Steps)
-            and isinstance(encoding.distance, Signed | Absolute)
-        )
-        if not alibi:
+    def _slopes(self, call: fx.Node, encoding: Encoding, is_causal: bool) -> Tensor:
+        """The slopes of ALiBi, which falls with the distance of every key; Unreadable for another bias."""
+        if (
+            not isinstance(encoding, Bias)
+            or encoding.gate is not None
+            or not isinstance(encoding.clock, Steps)
+            or not isinstance(encoding.distance, Signed | Absolute)
+        ):
             raise Unreadable(f"it has {encoding} already")
+        if isinstance(encoding.distance, Signed) and not is_causal:
+            raise Unreadable("its attention is not causal in this example, and its bias rises for later keys")
         operator = parse_encoding(str(call.args[4]))
         assert isinstance(operator, Bias)
         heads = int(require_fake(call.args[0]).shape[1])  # type: ignore[arg-type] # a node

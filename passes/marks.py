@@ -37,6 +37,7 @@ class Mark:
     turned: int
     attended: int
     grows: bool
+    unbiased: bool
 
     @cached_property
     def rotations(self) -> tuple[Multiplicative, ...]:

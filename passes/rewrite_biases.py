@@ -47,7 +47,11 @@ class RewriteBiases(Pass):
 
     def run(self, program: Program) -> Outcome:
         marked = Marked(program)
-        plans, misses = detect_biases(program, lambda layer: self.every or _gets_bias(marked, layer))
+        plans, misses = detect_biases(
+            program,
+            lambda layer: self.every or _gets_bias(marked, layer),
+            lambda layer: _had_none(marked, layer),
+        )
         outcome = Outcome(refusals=[refusal(node, miss) for node, miss in misses])
         emitter = Emitter(program, Sizes())
         replay = Replay(program)
@@ -77,6 +81,11 @@ class RewriteBiases(Pass):
 def _gets_bias(marked: Marked, layer: Attention) -> bool:
     mark = marked.mark(layer.output, layer.query, layer.key)
     return mark is not None and bool(mark.biases)
+
+
+def _had_none(marked: Marked, layer: Attention) -> bool:
+    mark = marked.mark(layer.output, layer.query, layer.key)
+    return mark is not None and mark.unbiased
 
 
 class _Layer:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from grape_compile.encoding import fox
+from grape_compile.encoding import Absolute, Accumulated, Bias, Uniform, fox
 from grape_compile.errors import OperandError
 from grape_compile.nn.trainable import Projection, Slots, TrainableEncoding
 
@@ -18,12 +18,20 @@ class ForgetGate(TrainableEncoding):
 
     Without `slopes` W is normal with deviation 0.02 and b zero, as in the authors' models (Lin et al. 2025). With the
     positive slopes of ALiBi, W = 0 and b_h = -log(exp(slope_h) - 1), so that log f_h = -slope_h: exactly ALiBi at
-    the start. From hidden states [B, T, C] to `log_forget` [B, H, T].
+    the start. `symmetric`: a later key is forgotten like an earlier one, by the gates between, l = t+1 ... j.
+    From hidden states [B, T, C] to `log_forget` [B, H, T].
     """
 
     reads_hidden = True
 
-    def __init__(self, hidden_size: int, heads: int, slopes: Sequence[float] | Tensor | None = None) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        heads: int,
+        slopes: Sequence[float] | Tensor | None = None,
+        *,
+        symmetric: bool = False,
+    ) -> None:
         super().__init__()
         self.proj = Projection(hidden_size, heads)
         with torch.no_grad():
@@ -34,6 +42,8 @@ class ForgetGate(TrainableEncoding):
                 self.proj.weight.zero_()
                 self.proj.bias.copy_(_constant(heads, torch.as_tensor(slopes, dtype=torch.float64)))
         self.encoding = fox()
+        if symmetric:
+            self.encoding = Bias(Uniform(1.0), Accumulated("log_forget", True), distance=Absolute())
 
     def forward(self, hidden: Tensor, query: Tensor | None = None, key: Tensor | None = None) -> Slots:
         return {"log_forget": F.logsigmoid(self.proj(hidden)).mT}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from grape_compile.encoding import AlibiSlopes, Bias, Gate, Learned, Steps
+from grape_compile.encoding import Absolute, AlibiSlopes, Bias, Gate, Learned, Signed, Steps
 from grape_compile.errors import OperandError
 from grape_compile.nn.trainable import Slots, TrainableEncoding, WideBuffers, wide
 
@@ -61,6 +61,7 @@ class GatedSlopes(TrainableEncoding):
     by `SlopeFactors`. Whether q and k are taken before a norm or after it is the caller's choice; several heads
     may share a key. `unit` (the authors' models): v and u are divided by their length, w_h is the slope at the start.
     Without it v = u = 0 and w_h = slope_h / (gates * log 2): exactly the bias slope_h (j - t) at the start.
+    `symmetric`: -|j - t| in place of j - t, the same for earlier keys and its mirror image for later ones.
     """
 
     reads_heads = True
@@ -74,6 +75,7 @@ class GatedSlopes(TrainableEncoding):
         query: bool = True,
         key: bool = True,
         unit: bool = True,
+        symmetric: bool = False,
     ) -> None:
         super().__init__()
         if not (query or key):
@@ -86,7 +88,8 @@ class GatedSlopes(TrainableEncoding):
         self.v = nn.Parameter(std * torch.randn(heads, head_dim)) if query else None
         self.u = nn.Parameter(std * torch.randn(heads, head_dim)) if key else None
         gate = Gate("gate_query" if query else None, "gate_key" if key else None)
-        self.encoding = Bias(Learned("slopes"), Steps(), gate=gate)
+        distance = Absolute() if symmetric else Signed()
+        self.encoding = Bias(Learned("slopes"), Steps(), gate=gate, distance=distance)
 
     def forward(self, hidden: Tensor, query: Tensor | None = None, key: Tensor | None = None) -> Slots:
         """Return slopes [H], gates [B, H, T_q] and [B, H, T_k]; OperandError where queries or keys are missing."""

@@ -43,6 +43,8 @@ class Stream:
         if "max_cache_len" in sizes and own.is_initialized:
             # As many as there are: torch.compile takes this size for a number that may change, the other one not.
             sizes["max_cache_len"] = own.keys.shape[2]
+        if "max_cache_len" in sizes and own.is_sliding:
+            sizes["sliding_window"] = sizes["max_cache_len"]
         return type(own)(**sizes)
 
     @property

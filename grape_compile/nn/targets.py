@@ -28,7 +28,7 @@ BESIDE: Final = 1e-3
 class Origin:
     """What a layer has: `heads` of `head_dim`, hidden states of `hidden_size`, a rotation by `frequencies` or `slopes`.
 
-    `alike`: all that turns has the planes of `rotation`.
+    `alike`: all that turns has the planes of `rotation`. Where attention is not causal distances are symmetric.
     """
 
     hidden_size: int
@@ -39,6 +39,7 @@ class Origin:
     alike: bool = True
     frequencies: Tensor | None = None
     slopes: Tensor | None = None
+    is_causal: bool = True
 
 
 @dataclass(frozen=True)
@@ -127,12 +128,24 @@ class Target:
         if name != self.parts[0]:
             slopes = BESIDE * torch.tensor(AlibiSlopes(heads).values())
         if name == "grape-ap":
+            if not origin.is_causal:
+                raise UpgradeError(
+                    f"edges of {self}",
+                    "an attention that is not causal in this example",
+                    "fox or grape-a-qk, whose distances can be symmetric; a path leads from a key to a later query",
+                )
             return PathEdges(size, heads, self.dim, slopes=slopes, factor=1.0)
         if name == "fox":
-            return ForgetGate(size, heads, slopes=slopes)
+            return ForgetGate(size, heads, slopes=slopes, symmetric=not origin.is_causal)
         gates = name.removeprefix("grape-a-")
         return GatedSlopes(
-            heads, origin.head_dim, slopes, query="q" in gates, key="k" in gates, unit=slopes is None
+            heads,
+            origin.head_dim,
+            slopes,
+            query="q" in gates,
+            key="k" in gates,
+            unit=slopes is None,
+            symmetric=not origin.is_causal,
         )
 
     def _turning(self, name: str, origin: Origin) -> TrainableEncoding:

@@ -31,8 +31,9 @@ NAME = "grape"
 class Upgraded:
     """The forward pre-hook of an attention module whose encoding is its child `grape`, or that of another, `shared`.
 
-    It marks the hidden states with the encoding and its slots (`grape::upgraded`). `frequencies`, `turned` and
-    `attended` tell what the module's own code does; `entry` is the number of the layer it adds to caches.
+    It marks the hidden states with the encoding and its slots (`grape::upgraded`). `frequencies`, `turned`,
+    `attended` and `unbiased` tell what the module's own code does; `entry` is the number of the layer it adds to
+    caches.
     """
 
     module: str
@@ -41,6 +42,7 @@ class Upgraded:
     attended: int
     entry: int
     carried: Carried
+    unbiased: bool
     shared: nn.Module | None = None
 
     def __call__(
@@ -64,6 +66,7 @@ class Upgraded:
             self.turned,
             self.attended,
             stream is not None and stream.grows,
+            self.unbiased,
         )
         if isinstance(place, str):
             return args, {**kwargs, place: marked}

@@ -5,7 +5,8 @@ turns `turned` tensors and attends `attended` times by the encoding the layer's 
 these places `encoding` and its slots, and takes the mark out. Slots are those of `rotate` and `attend`, but for gates
 the directions [H, D] that queries and keys are multiplied by, and `phases` [B, T] in place of the rates of a rotation
 by an `Accumulated` clock; a spectrum for each head is [H_kv, 1, planes]. `frequencies` are those the code turns by.
-`grows`: keys come from a cache to which the new ones are appended. The mark is never computed: run, it raises
+`grows`: keys come from a cache to which the new ones are appended; `unbiased`: what the code adds to its logits are
+masks, no positions. The mark is never computed: run, it raises
 UpgradeError, for the layer's own code has the old encoding.
 """
 
@@ -23,7 +24,7 @@ from grape_compile.errors import UpgradeError
 
 SCHEMA = (
     "(Tensor hidden, Tensor[] slots, str[] names, str encoding, str module, float[] frequencies, int turned, "
-    "int attended, bool grows) -> Tensor"
+    "int attended, bool grows, bool unbiased) -> Tensor"
 )
 
 
@@ -50,6 +51,7 @@ def _unfinished(
     turned: int,
     attended: int,
     grows: bool,
+    unbiased: bool,
 ) -> Tensor:
     if _looked_at.get():
         return hidden.clone()
@@ -65,7 +67,8 @@ def _like_hidden(hidden: Tensor, *_: Any) -> Tensor:
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    return gradient, [None] * ctx.slots, None, None, None, None, None, None, None  # type: ignore[return-value]
+    none = None, None, None, None, None, None, None, None
+    return gradient, [None] * ctx.slots, *none  # type: ignore[return-value]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

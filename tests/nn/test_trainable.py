@@ -63,7 +63,9 @@ MADE: dict[str, tuple[Callable[[], TrainableEncoding], Encoding | None]] = {
     "gates_from_alibi": (lambda: GatedSlopes(HEADS, SIZE, unit=False), alibi(HEADS)),
     "query_gate": (lambda: GatedSlopes(HEADS, SIZE, key=False, unit=False), alibi(HEADS)),
     "key_gate": (lambda: GatedSlopes(HEADS, SIZE, query=False, unit=False), alibi(HEADS)),
+    "gates_both_ways": (lambda: GatedSlopes(HEADS, SIZE, unit=False, symmetric=True), alibi(HEADS)),
     "forget": (lambda: ForgetGate(HIDDEN, HEADS), None),
+    "forget_both_ways": (lambda: ForgetGate(HIDDEN, HEADS, SLOPES, symmetric=True), alibi(HEADS)),
     "forget_from_alibi": (lambda: ForgetGate(HIDDEN, HEADS, SLOPES), alibi(HEADS)),
     "path": (lambda: PathEdges(HIDDEN, HEADS), None),
     "path_with_slopes": (lambda: PathEdges(HIDDEN, HEADS, normalised="both", factor=1e-7), nope()),
@@ -255,6 +257,23 @@ def test_shared_keys_have_gates_of_their_own_heads() -> None:
     grouped = encoding(hidden, query, key[:, :2])["gate_key"]
     whole = encoding(hidden, query, key[:, :2].repeat_interleave(2, 1))["gate_key"]
     torch.testing.assert_close(grouped, whole)
+
+
+@pytest.mark.parametrize("name", ["gates_both_ways", "forget_both_ways"])
+def test_later_keys_are_as_far_as_earlier_ones(name: str) -> None:
+    encoding = moved(build(name)).double()
+    hidden, query, key, value = operands(torch.float64)
+    slots = encoding(hidden, query, key)
+    if name == "gates_both_ways":
+        steps, gates = torch.arange(LENGTH), (slots["gate_query"], slots["gate_key"])
+        apart = (steps - steps[:, None]).abs() * (gates[0][..., None] + gates[1][..., None, :])
+        apart = apart * slots["slopes"][:, None, None]
+    else:
+        sums = slots["log_forget"].cumsum(-1)
+        apart = (sums[..., None, :] - sums[..., None]).abs()
+    expected = (query @ key.mT / SIZE**0.5 - apart).softmax(-1) @ value
+    found = attend(query, key, value, encoding.encoding, slots)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 def test_names_of_the_field() -> None:

@@ -57,7 +57,7 @@ def taken() -> nn.Module:
         (ROWS["gptj"].build, "grape-m", {"non_commuting": 10}, "4 planes"),
         (ROWS["bloom"].build, "grape-m", {}, "turns neither queries nor keys"),
         (ROWS["gpt2"].build, "grape-m", {}, "no position encoding"),
-        (ROWS["esm"].build, "fox", {}, "not causal"),
+        (ROWS["esm"].build, "grape-ap", {}, "not causal"),
         (ROWS["deepseek_v3"].build, "grape-m", {"basis": "cayley"}, "different planes"),
         (ROWS["gemma3"].build, "grape-m", {"share": "model"}, "encodes position otherwise"),
         (lambda: upgraded(ROWS["llama"], "fox"), "grape-m", {}, "upgraded already"),

@@ -154,6 +154,33 @@ def test_exported_to_onnx(to: str, target: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "to"),
     [
+        ("gptj", "grape-m"),
+        ("deepseek_v3", "grape-m"),
+        ("bloom", "fox"),
+        ("gemma2", "fox"),
+        ("bloom", "grape-a-qk"),
+        ("gpt_neox", "grape-a-qk"),
+        ("mpt", "grape-ap"),
+        ("cohere", "grape-ap"),
+        ("qwen3", "grape-m-ctx"),
+        ("phi3", "grape-m-ctx"),
+    ],
+)
+@pytest.mark.parametrize("target", ["ort", "portable"])
+def test_families_exported_for_other_runtimes(name: str, to: str, target: Any, tmp_path: Path) -> None:
+    from grape_compile.export import onnx
+
+    row = ROWS[name]
+    model = upgraded(row, to)
+    learn_anything(model)
+    report = onnx.export(model, (), row.inputs(), tmp_path / "model.onnx", target=target)
+    assert len(report.comparisons) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "to"),
+    [
         (name, to)
         for name in FAMILIES
         for to in (("fox",) if ROWS[name].biases else ("grape-m", "grape-m+fox"))
