@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
@@ -10,6 +10,7 @@ from onnxscript import optimizer
 from onnxscript.rewriter.rules.fusion import _rms_normalization as norms
 
 from grape_compile.export.onnx.builder import FLOAT, Builder, Size, sizes
+from grape_compile.export.onnx.reading.examples import axes_of, inputs_of
 from grape_compile.export.onnx.targets import Target
 from grape_compile.export.onnx.translate import ATTEND, FUSED, PRIVATE
 
@@ -22,6 +23,26 @@ def simplify(model: ir.Model) -> None:
 def drop_unread(model: ir.Model) -> None:
     """Drop what nothing reads."""
     common.RemoveUnusedNodesPass()(model)
+
+
+def read_sizes(graph: ir.Graph, nodes: Iterable[ir.Node | None]) -> None:
+    """Let nodes that ask a value for one size ask the input of the graph that has it: what is made of it is made once."""
+    given = {
+        size: (value, axis)
+        for value in reversed(inputs_of(graph))
+        for axis, size in enumerate(axes_of(value))
+    }
+    for node in nodes:
+        value = node.inputs[0] if node is not None and node.op_type == "Shape" else None
+        if node is None or value is None or value.shape is None or "end" not in node.attributes:
+            continue
+        start, end = node.attributes["start"].as_int(), node.attributes["end"].as_int()
+        size = sizes(value)[start]
+        if end == start + 1 and isinstance(size, str) and size in given:
+            source, axis = given[size]
+            node.replace_input_with(0, source)
+            node.attributes["start"] = ir.AttrInt64("start", axis)
+            node.attributes["end"] = ir.AttrInt64("end", axis + 1)
 
 
 def share_heads(graph: ir.Graph) -> None:

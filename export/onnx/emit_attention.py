@@ -39,7 +39,7 @@ from grape_compile.export.onnx.builder import (
 )
 from grape_compile.export.onnx.emit_bias import Column, Lengths, columns, is_lifted, seen, total, whole
 from grape_compile.export.onnx.emit_blocks import SMALLEST, bounded, in_blocks
-from grape_compile.export.onnx.emit_operators import Call, as_numbers, chosen, fitted, repeated
+from grape_compile.export.onnx.emit_operators import Call, as_numbers, chosen, fitted, is_grown, repeated
 from grape_compile.export.onnx.emit_rotation import Emitted, rotate
 from grape_compile.export.onnx.emit_tables import Slots, accumulated
 from grape_compile.export.onnx.targets import Target
@@ -69,7 +69,7 @@ def attend(builder: Builder, call: Call, target: Target) -> Emitted:
 def _has_blocks(call: Call, target: Target) -> bool:
     """Whether there may be more queries than a block has, and keys that are not a cache."""
     queries = sizes(call.query)[2]
-    return target.loops and not _is_grown(call.key) and (not isinstance(queries, int) or queries > SMALLEST)
+    return target.loops and not is_grown(call.key) and (not isinstance(queries, int) or queries > SMALLEST)
 
 
 # -- what is made of the encoding -------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def _tail(builder: Builder, slot: ir.Value, axis: int, lengths: Lengths) -> ir.V
 
 def _added(builder: Builder, call: Call, lengths: Lengths, target: Target) -> tuple[Call, list[str]]:
     """Make columns or a float mask of the biases."""
-    grown = _is_grown(call.key)
+    grown = is_grown(call.key)
     lifted: list[Column] = []
     dense: list[ir.Value] = []
     told: list[str] = []
@@ -145,18 +145,10 @@ def _added(builder: Builder, call: Call, lengths: Lengths, target: Target) -> tu
 def _count(builder: Builder, keys: ir.Value) -> ir.Value:
     """Return how many keys there are, [1]; of a cache without reading what the operator is to append."""
     source = keys.producer()
-    if not _is_grown(keys) or source is None:
+    if not is_grown(keys) or source is None:
         return builder.size(keys, 2)
     parts = [builder.size(part, 2) for part in source.inputs if part is not None]
     return total(builder, parts)
-
-
-def _is_grown(keys: ir.Value) -> bool:
-    """Whether keys are a cache with new ones behind it: the operator appends them, columns would copy all."""
-    source = keys.producer()
-    if source is None or source.op_type != "Concat" or source.inputs[0] is None:
-        return False
-    return source.inputs[0].is_graph_input()
 
 
 def _why_dense(part: Bias | PathBias, call: Call, grown: bool) -> str:

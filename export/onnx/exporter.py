@@ -24,6 +24,7 @@ from grape_compile.export.onnx.clean import (
     drop_unread,
     finish,
     name_axes,
+    read_sizes,
     share_heads,
     simplify,
     widen_arithmetic,
@@ -158,6 +159,7 @@ def _lowered(captured: Captured, target: Target) -> tuple[ir.Model, list[Lowered
     lowered = lower(graph, target)
     drop_unread(graph)
     hold_past(graph.graph)
+    read_sizes(graph.graph, graph.graph.all_nodes())
     if not _narrow(captured):
         widen_arithmetic(graph.graph)
     finish(graph, target)

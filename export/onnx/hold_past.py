@@ -2,14 +2,15 @@
 
 What: keys and values that are those of a cache with new ones behind them, read by one attention alone.
 Leaves alone: keys with columns beside them, a cache that something else reads, a causality that is an attribute.
-Ensures: the grown cache is the operator's own output, under the name it had.
+Ensures: the grown cache is the operator's own output, under the name it had, and the scale stands on the queries:
+    ONNX Runtime multiplies one row by keys three times as fast where no factor is asked of the product.
 """
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
-from grape_compile.export.onnx.builder import MICROSOFT, Builder, joined
+from grape_compile.export.onnx.builder import FLOAT, MICROSOFT, Builder, joined
 
 #: Where queries, keys, values, the caches and the outputs of keys and values stand.
 _OPERATORS = {("", "Attention"): (4, 5), (MICROSOFT, "MultiHeadAttention"): (6, 7)}
@@ -39,11 +40,15 @@ def _hold(graph: ir.Graph, node: ir.Node) -> bool:
         # With a cache the operator takes new keys and values by token.
         news = [joined(builder, new) for new in news]
     inputs[1:3] = news
+    attributes = dict(node.attributes)
+    if _may_be_scaled(node):
+        inputs[0] = builder.binary("Mul", inputs[0], node.attributes["scale"].as_float())
+        attributes["scale"] = ir.AttrFloat32("scale", 1.0)
     held = ir.Node(
         node.domain,
         node.op_type,
         inputs,
-        list(node.attributes.values()),
+        list(attributes.values()),
         num_outputs=3,
         name=f"{node.name}_past",
     )
@@ -56,6 +61,13 @@ def _hold(graph: ir.Graph, node: ir.Node) -> bool:
         ir.convenience.replace_all_uses_with(value, new, replace_graph_outputs=True)
     graph.remove(node, safe=True)
     return True
+
+
+def _may_be_scaled(node: ir.Node) -> bool:
+    """Whether the scale is told, and nothing is added to the queries before they are multiplied by it."""
+    query, scale = node.inputs[0], node.attributes.get_float("scale", 0.0)
+    added = node.domain == MICROSOFT and len(node.inputs) > 3 and node.inputs[3] is not None
+    return scale not in (0.0, 1.0) and not added and query is not None and query.dtype == FLOAT
 
 
 def _grown(node: ir.Node, place: int) -> ir.Node | None:

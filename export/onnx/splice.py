@@ -8,7 +8,7 @@ Leaves alone: every other node, the names and types of inputs and outputs; a sit
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,12 +18,12 @@ from torch import Tensor, fx
 from grape_compile.encoding import parse
 from grape_compile.errors import GrapeError
 from grape_compile.export.onnx.builder import MICROSOFT, Builder, Size, sizes
+from grape_compile.export.onnx.clean import read_sizes
 from grape_compile.export.onnx.emit_attention import attend
 from grape_compile.export.onnx.emit_operators import Call
 from grape_compile.export.onnx.emit_rotation import rotate
 from grape_compile.export.onnx.lower import Lowered
 from grape_compile.export.onnx.node_writers import WRITERS, Unwritable, Written, element
-from grape_compile.export.onnx.reading.examples import axes_of, inputs_of
 from grape_compile.export.onnx.reading.trace import Imported
 from grape_compile.export.onnx.targets import Target
 from grape_compile.passes.graph import op_name
@@ -194,36 +194,17 @@ def _merge(graph: ir.Graph, made: list[ir.Value]) -> None:
     Sizes are read off the inputs of the graph where one of them has that size.
     """
     first: dict[object, ir.Node] = {}
-    given = {
-        size: (value, axis)
-        for value in reversed(inputs_of(graph))
-        for axis, size in enumerate(axes_of(value))
-    }
     own = {value.producer() for value in made}
+    read_sizes(graph, own)
     for node in list(graph):
         if node not in own:
             continue
-        _read_off(node, given)
         attributes = tuple(sorted((name, str(held.value)) for name, held in node.attributes.items()))
         key = (node.domain, node.op_type, tuple(node.inputs), attributes)
         same = first.setdefault(key, node)
         if same is not node and not any(value.is_graph_output() for value in node.outputs):
             for value, kept in zip(node.outputs, same.outputs, strict=True):
                 value.replace_all_uses_with(kept)
-
-
-def _read_off(node: ir.Node, given: Mapping[int | str, tuple[ir.Value, int]]) -> None:
-    """Let a node that asks a value for one size ask an input of the graph."""
-    value = node.inputs[0] if node.op_type == "Shape" else None
-    if value is None or value.shape is None or "end" not in node.attributes:
-        return
-    start, end = node.attributes["start"].as_int(), node.attributes["end"].as_int()
-    size = sizes(value)[start]
-    if end == start + 1 and isinstance(size, str) and size in given:
-        source, axis = given[size]
-        node.replace_input_with(0, source)
-        node.attributes["start"] = ir.AttrInt64("start", axis)
-        node.attributes["end"] = ir.AttrInt64("end", axis + 1)
 
 
 def _remove_unused(values: Iterable[ir.Value]) -> None:
