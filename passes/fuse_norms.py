@@ -2,8 +2,8 @@
 
 What: every `grape::rotate` whose tensors are all normalised alike becomes `grape::rotate_normed`: each head by itself
     before (Qwen3, Gemma 3) or after it turns (HunYuan), or all heads of a token together (OLMo 2).
-Leaves alone: devices without such a kernel, norms that something else reads, graphs that write into their values, and
-    what differs from the operator when both are replayed in fp64.
+Leaves alone: devices without such a kernel, norms that something else reads, what is written to between the norm and
+    the rotation, and what differs from the operator when both are replayed in fp64.
 Ensures: the same numbers but for roundings that are left out: the operator rounds once.
 Cost: one pass; each norm is read node by node, and each distinct one is replayed once.
 """
@@ -28,7 +28,7 @@ from grape_compile.passes.graph import Program, Sizes, Unreadable, op_name, requ
 from grape_compile.passes.norms import NormRead, norm_after, norm_before
 from grape_compile.passes.operands import Emitter
 from grape_compile.passes.replay import Replay
-from grape_compile.passes.rewrite_rotations import remove_unused
+from grape_compile.passes.rewrite_rotations import mutation_between, remove_unused
 from grape_compile.passes.verify import difference
 
 
@@ -37,14 +37,12 @@ class FuseNorms(Pass):
     """Norms and rotations become one operator."""
 
     def run(self, program: Program) -> Outcome:
-        if program.mutations:
-            return Outcome()
         program.representatives  # noqa: B018 - what is known of the nodes is found before others join them
         fusing = _Fusing(program, Emitter(program, Sizes()))
         for node in program.graph.find_nodes(op="call_function", target=torch.ops.grape.rotate.default):
             for found in (_before(node), _after(node)):
                 with suppress(Unreadable):
-                    if found is not None and fusing.join(node, found):
+                    if found is not None and _keeps(program, node, found) and fusing.join(node, found):
                         break
         return Outcome()
 
@@ -77,6 +75,22 @@ def _after(node: fx.Node) -> _Found | None:
     if not reads or any(tuple(require_fake(read.weight).shape) != (size,) for read in reads):
         return None
     return _Found("after", reads, _tensors(node))
+
+
+def _keeps(program: Program, node: fx.Node, found: _Found) -> bool:
+    """Whether all that norms and rotation read is the same from their first operator to their last."""
+    if not program.mutations:
+        return True
+    ends = {*found.sources, *(read.weight for read in found.reads), *_nodes(node.args[1])}
+    last = max((node, *(read.result for read in found.reads)), key=program.order.__getitem__)
+    region, stack = {node}, [node, *(read.result for read in found.reads)]
+    while stack:
+        each = stack.pop()
+        region.add(each)
+        stack += [
+            operand for operand in each.all_input_nodes if operand not in ends and operand not in region
+        ]
+    return not region & program.stale and mutation_between(program, region, last) is None
 
 
 def _alike(reads: Sequence[NormRead | None]) -> tuple[NormRead, ...]:

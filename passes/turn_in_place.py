@@ -1,6 +1,7 @@
 """Turn queries and keys where they are, if nothing reads them as they were.
 
-What: a `grape::rotate` of what a projection left becomes a `grape::rotate_into` that writes over its own tensors.
+What: a rotation (`grape::rotate`, `rotate_normed`) of what a projection left becomes a `grape::rotate_into` that
+    writes over its own tensors.
 Leaves alone: devices without such a kernel, graphs that may be differentiated, inputs, parameters and buffers, memory
     that is read later by any name or was written to, tensors that share theirs, and rows that meet in memory
     (`expand`); such a result of the same call has new memory as before.
@@ -12,14 +13,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
 from grape_compile.passes.base import Outcome, Pass
 from grape_compile.passes.graph import Program, op_name, require_fake
 from grape_compile.passes.memory import aliases, is_fresh, owner, viewed
 from grape_compile.passes.regions import may_differentiate
-from grape_compile.passes.turn_into import operands_of, results_of, takes, turn_into
+from grape_compile.passes.turn_into import results_of, turn_into, turn_of, turns
 
 #: Views whose elements are each a place of their own, if those of what they are views of are.
 _APART = {
@@ -38,22 +38,24 @@ class TurnInPlace(Pass):
     def run(self, program: Program) -> Outcome:
         if may_differentiate(program.graph):
             return Outcome()
-        for node in program.graph.find_nodes(op="call_function", target=torch.ops.grape.rotate.default):
+        for node in turns(program):
             over = dying(program, node, node)
-            if over and takes(node, over, {}):
+            if over and turn_of(node).takes(over, {}):
                 turn_into(program.graph, node, node, over)
                 program.forget()
         return Outcome()
 
 
 def dying(program: Program, node: fx.Node, place: fx.Node) -> dict[int, fx.Node]:
-    """The tensors of a `grape::rotate` that it may write over if it runs at `place`, by number."""
-    tensors, slots = operands_of(node)
-    roots, kept = [owner(each) for each in tensors], {owner(each) for each in slots}
-    results = results_of(node)
+    """The tensors that a rotation may write over if it runs at `place`, by number."""
+    turn, results = turn_of(node), results_of(node)
+    roots, kept = (
+        [owner(each) for each in turn.tensors],
+        {owner(each) for each in (*turn.slots, *turn.weights)},
+    )
     return {
         number: tensor
-        for number, (tensor, root) in enumerate(zip(tensors, roots, strict=True))
+        for number, (tensor, root) in enumerate(zip(turn.tensors, roots, strict=True))
         if number in results
         and roots.count(root) == 1
         and root not in kept

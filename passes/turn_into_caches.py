@@ -1,7 +1,8 @@
 """Turn keys straight into their cache, where a kernel writes them there in the launch that turns them.
 
-What: a `grape::rotate` one of whose results is only copied into memory that is there (`index_copy_`, `index_put_`
-    along the tokens, `copy_` into a slice) becomes `grape::rotate_into`, at the place of the copy.
+What: a rotation (`grape::rotate`, `rotate_normed`) one of whose results is only copied into memory that is there
+    (`index_copy_`, `index_put_` along the tokens, `copy_` into a slice) becomes `grape::rotate_into`, at the place of
+    the copy.
 Leaves alone: devices without such a kernel, graphs that may be differentiated, results that something else reads or
     that are wanted before the copy, and memory that is written to in between.
 Ensures: the same numbers in the same memory, written at the same place of the graph; other results stand where their
@@ -22,7 +23,7 @@ from grape_compile.passes.memory import owner, written
 from grape_compile.passes.regions import may_differentiate
 from grape_compile.passes.rewrite_rotations import mutation_between
 from grape_compile.passes.turn_in_place import dying
-from grape_compile.passes.turn_into import operands_of, results_of, takes, turn_into
+from grape_compile.passes.turn_into import results_of, turn_into, turn_of, turns
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class TurnIntoCaches(Pass):
     def run(self, program: Program) -> Outcome:
         if may_differentiate(program.graph):
             return Outcome()
-        for node in program.graph.find_nodes(op="call_function", target=torch.ops.grape.rotate.default):
+        for node in turns(program):
             copy = _copy(program, node)
             if copy is not None and _replace(program, node, copy):
                 program.forget()
@@ -53,14 +54,17 @@ def _copy(program: Program, node: fx.Node) -> _Copy | None:
     """Return the copy that a rotation can make itself, or None where there is none, or where it is not the same."""
     results = results_of(node)
     found = [copy for number, result in results.items() if (copy := _copied(number, result)) is not None]
-    tensors, slots = operands_of(node)
+    turn = turn_of(node)
     if len(found) != 1 or len(node.users) != len(results):
         return None
     number, write, memory, place = found[0]
     order = program.order
     others = [result for at, result in results.items() if at != number]
     late = all(order[user] > order[write] for result in others for user in result.users)
-    read = {owner(each) for each in (*tensors, *slots, *(() if place is None else (place,)))}
+    read = {
+        owner(each)
+        for each in (*turn.tensors, *turn.slots, *turn.weights, *(() if place is None else (place,)))
+    }
     if not late or program.marks[write] is not program.marks[node] or owner(memory) in read:
         return None
     if mutation_between(program, [node], write) is not None or len(written(write)) != 1:
@@ -117,7 +121,7 @@ def _replace(program: Program, node: fx.Node, copy: _Copy) -> bool:
     places = {} if copy.place is None else {copy.number: copy.place}
     over = {at: tensor for at, tensor in dying(program, node, write).items() if at != copy.number}
     for wanted in (outputs | over, outputs):
-        if takes(node, wanted, places):
+        if turn_of(node).takes(wanted, places):
             turn_into(program.graph, node, write, wanted, places)
             write.replace_all_uses_with(copy.memory)
             program.graph.erase_node(write)

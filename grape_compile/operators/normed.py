@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,9 +17,7 @@ from grape_compile.operators.operands import check_device, check_floating, slot_
 from grape_compile.operators.providers import choose_turn
 from grape_compile.operators.rotation import turn_call
 from grape_compile.operators.traced import decompose_when_compiled, define_for_transforms
-from grape_compile.operators.turn_call import Norm, TurnCall
-
-Place = Literal["before", "after", "across"]
+from grape_compile.operators.turn_call import Norm, Place, TurnCall
 
 SCHEMA = (
     "(Tensor[] tensors, Tensor[] weights, Tensor[] slots, str encoding, str place, float epsilon, float offset) "
@@ -52,7 +50,7 @@ def rotate_normed(
     )
 
 
-def _call(
+def normed_call(
     tensors: Sequence[Tensor],
     weights: Sequence[Tensor],
     slots: Sequence[Tensor],
@@ -84,12 +82,12 @@ def _call(
 
 
 def _body(*operands: Any) -> list[Tensor]:
-    call = _call(*operands)
+    call = normed_call(*operands)
     return choose_turn(call).turn_kernel().forward(call) if call.tensors else []
 
 
 def _plain(*operands: Any) -> list[Tensor]:
-    return plain_turn.forward(_call(*operands))
+    return plain_turn.forward(normed_call(*operands))
 
 
 def _compiled(*operands: Any) -> list[Tensor]:
@@ -112,7 +110,7 @@ def _backward(ctx: Any, cotangents: list[Tensor]) -> tuple[Any, ...]:
             saved.detach().requires_grad_(need and saved.is_floating_point())
             for saved, need in zip(ctx.saved_tensors, needs, strict=True)
         ]
-        call = _call(leaves[:one], leaves[one:two], leaves[two:], *ctx.rest)
+        call = normed_call(leaves[:one], leaves[one:two], leaves[two:], *ctx.rest)
         results = _by_parts(call, leaves[two:])
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     found = iter(torch.autograd.grad(results, wanted, cotangents, allow_unused=True))

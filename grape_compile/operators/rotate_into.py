@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import starmap
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from grape_compile.encoding import Multiplicative
 from grape_compile.errors import OperandError
+from grape_compile.operators.constants import Use, used_as
+from grape_compile.operators.normed import normed_call
 from grape_compile.operators.operands import slot_list
 from grape_compile.operators.providers import choose_turn
 from grape_compile.operators.rotation import turn_call
+from grape_compile.operators.traced import decompose_when_compiled
 
-SCHEMA = "(Tensor[] tensors, Tensor[] slots, str encoding, Tensor(a!)[] outputs, Tensor?[] places) -> ()"
+#: `weights` of an RMSNorm beside the rotation, none for none, and where it stands, as in `grape::rotate_normed`.
+SCHEMA = (
+    "(Tensor[] tensors, Tensor[] slots, str encoding, Tensor(a!)[] outputs, Tensor?[] places, "
+    "Tensor[] weights, str norm, float epsilon, float offset) -> ()"
+)
 
 
 def rotate_into(
@@ -35,7 +45,7 @@ def rotate_into(
     given = list(tensors)
     _check(given, list(outputs), list(places))
     torch.ops.grape.rotate_into(
-        given, slot_list(encoding, slots or {}), str(encoding), list(outputs), list(places)
+        given, slot_list(encoding, slots or {}), str(encoding), list(outputs), list(places), [], "", 0.0, 0.0
     )
 
 
@@ -45,10 +55,28 @@ def _body(
     encoding: str,
     outputs: Sequence[Tensor],
     places: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    norm: str,
+    epsilon: float,
+    offset: float,
 ) -> None:
-    call = replace(turn_call(tensors, slots, encoding), places=tuple(places))
-    if tensors:
-        choose_turn(call, outputs).turn_kernel().forward(call, outputs)
+    if not tensors:
+        return
+    normed = normed_call(tensors, weights, slots, encoding, norm, epsilon, offset) if weights else None
+    call = replace(normed or turn_call(tensors, slots, encoding), places=tuple(places))
+    choose_turn(call, outputs).turn_kernel().forward(call, outputs)
+
+
+def _is_in_place(
+    tensors: Sequence[Tensor], slots: Sequence[Tensor], encoding: str, outputs: Sequence[Tensor], *rest: Any
+) -> bool:
+    """Whether every tensor is its own output: the compiler, which sees the launch, then writes there without a copy."""
+    return all(starmap(operator.is_, zip(tensors, outputs, strict=True)))
+
+
+def _compiled(*operands: Any) -> None:
+    with used_as(Use.COMPILED):
+        _body(*operands)
 
 
 def _check(tensors: Sequence[Tensor], outputs: Sequence[Tensor], places: Sequence[Tensor | None]) -> None:
@@ -78,4 +106,5 @@ def _is_no_place(place: Tensor | None) -> bool:
 
 
 _operator = torch.library.custom_op("grape::rotate_into", _body, mutates_args=("outputs",), schema=SCHEMA)
-_operator.register_fake(lambda tensors, slots, encoding, outputs, places: None)
+_operator.register_fake(lambda *operands: None)
+decompose_when_compiled(_operator, _compiled, _is_in_place)

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from grape_compile.encoding import Multiplicative
 
+#: Where a norm stands beside the rotation.
+Place = Literal["before", "after", "across"]
+
 
 @dataclass(frozen=True, eq=False)
 class Norm:
@@ -22,7 +25,7 @@ class Norm:
 
     weights: tuple[Tensor, ...]
     epsilon: float
-    place: Literal["before", "after", "across"] = "before"
+    place: Place = "before"
     offset: float = 0.0
 
 

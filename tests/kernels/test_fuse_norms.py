@@ -27,12 +27,13 @@ class Counting:
 
     def __init__(self) -> None:
         self.names: list[str] = []
+        self.normed = False
 
     def __call__(self, module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
-        found = [
-            str(node.target) for node in module.graph.nodes if str(node.target).startswith("grape.rotate")
-        ]
-        self.names += found
+        for node in module.graph.nodes:
+            if str(node.target).startswith("grape.rotate"):
+                self.names.append(str(node.target))
+                self.normed |= len(node.args) > 5 and bool(node.args[5])
         return module.forward
 
 
@@ -163,6 +164,54 @@ def test_what_is_no_norm_stays(model: Layer) -> None:
     found, names = compiled(model, hidden)
     assert names == ["grape.rotate.default"]
     assert worst([found], [wanted]) < 1e-5
+
+
+class Step(nn.Module):
+    """A step of decoding: heads are normalised and turned, keys join their cache.
+
+    `spoil` writes into what the norms read: before them, under another name, or between norm and rotation.
+    """
+
+    def __init__(self, spoil: str = "") -> None:
+        super().__init__()
+        self.spoil = spoil
+        self.query, self.key = nn.Linear(32, HEADS * SIZE), nn.Linear(32, HEADS * SIZE)
+        self.weights = nn.ParameterList(torch.linspace(0.5, 1.5, SIZE).roll(shift) for shift in (0, 3))
+        self.inv_freq = nn.Buffer(100.0 ** (-torch.arange(SIZE // 2) / (SIZE // 2)))
+
+    def forward(self, hidden: Tensor, cache: Tensor, at: Tensor) -> Tensor:
+        wide = torch.cat((at[:, None] * self.inv_freq,) * 2, -1)
+        turned = []
+        for project, weight in zip((self.query, self.key), self.weights, strict=True):
+            x = (hidden if self.spoil else project(hidden)).unflatten(-1, (HEADS, SIZE))
+            if self.spoil == "before":
+                hidden.mul_(2.0)
+            normed = rms(x, weight).transpose(1, 2)
+            if self.spoil == "between":
+                hidden.mul_(2.0)
+            half = torch.cat((-normed[..., SIZE // 2 :], normed[..., : SIZE // 2]), -1)
+            turned.append(normed * wide.cos() + half * wide.sin())
+        cache.index_copy_(2, at, turned[1])
+        scores: Tensor = turned[0] @ cache.transpose(-1, -2)
+        return scores
+
+
+@pytest.mark.parametrize(("spoil", "normed"), [("", True), ("before", False), ("between", False)])
+def test_a_step_that_writes_into_a_cache(spoil: str, normed: bool) -> None:
+    """Norm, rotation and cache are one launch, unless something is written to what it would read."""
+    counting, results = Counting(), []
+    with torch.no_grad(), kernels_first():
+        for compiling in (False, True):
+            torch.manual_seed(0)
+            model = Step(spoil).to(DEVICE)
+            hidden = tensor(2, 3, 32, dtype=torch.float32).to(DEVICE)
+            cache = tensor(2, HEADS, 8, SIZE, seed=3, dtype=torch.float32).to(DEVICE)
+            run = grape_compile(model, backend=counting, fullgraph=True) if compiling else model
+            scores = run(hidden, cache, torch.tensor([2, 3, 4], device=DEVICE))
+            results.append([scores, cache, hidden])
+    assert counting.names == ["grape.rotate_into.default"]
+    assert counting.normed is normed
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])

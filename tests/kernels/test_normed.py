@@ -26,8 +26,8 @@ from grape_compile.encoding import (
 )
 from grape_compile.errors import OperandError
 from grape_compile.operators import reference_rotate, rotate_normed
-from grape_compile.operators.normed import Place
 from grape_compile.operators.sample import tensor
+from grape_compile.operators.turn_call import Place
 
 PLANES = (Half(16), Interleaved(16), Partial(Half(8), 4, 16), Pairs(((0, 3), (5, 1), (2, 7)), 16))
 PLACES: tuple[Place, ...] = ("before", "after", "across")

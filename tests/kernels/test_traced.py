@@ -37,7 +37,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from triton.backends.compiler import GPUTarget
 
 from grape_compile.encoding import Half, Learned, Positions, Rotation
-from grape_compile.operators import rotate
+from grape_compile.operators import rotate, rotate_into
 from kernel_cases import kernels_only
 
 
@@ -55,6 +55,12 @@ def layer(query, key, positions, frequencies):
     return (turned[0].float().square().sum() + turned[1].float().square().sum(),)
 
 
+def in_place(hidden, weight, positions, frequencies):
+    heads = torch.nn.functional.linear(hidden, weight).unflatten(-1, (-1, 16)).transpose(1, 2)
+    rotate_into([heads], [heads], encoding, {"n": positions, "f": frequencies})
+    return (heads.float().square().sum(),)
+
+
 dynamic = sys.argv[1] == "dynamic"
 with kernels_only(), FakeTensorMode(shape_env=ShapeEnv()) as mode:
     kinds = [DimDynamic.DYNAMIC if dynamic else DimDynamic.STATIC] * 2
@@ -64,14 +70,22 @@ with kernels_only(), FakeTensorMode(shape_env=ShapeEnv()) as mode:
     positions = torch.zeros(batch, 1, length, dtype=torch.int64)
     operands = query, key, positions, torch.zeros(8, requires_grad=True)
     joint = aot_export_joint_simple(layer, operands, trace_joint=True)
+    hidden, weight = torch.empty(batch, length, 64), torch.empty(64, 64)
+    with torch.no_grad():
+        alone = aot_export_joint_simple(in_place, (hidden, weight, positions, torch.zeros(8)), trace_joint=False)
     guards = [str(guard.expr) for guard in mode.shape_env.guards]
 launches = [
     sorted(node.kwargs["tensors_to_clone"])
     for node in joint.graph.nodes
     if node.target is torch.ops.higher_order.triton_kernel_wrapper_functional
 ]
+(launch,) = [node for node in alone.graph.nodes if "triton" in str(node.target)]
+given, node = launch.kwargs["kwargs"], launch.kwargs["kwargs"]["y0"]
+written_over, others = [sorted(launch.kwargs["tensors_to_clone"]), given["x0"] is node], 0
+while node.op == "call_function":
+    others, node = others + len(node.users) - 1, node.args[0]
 copies = [str(node.target) for node in joint.graph.nodes if "clone" in str(node.target)]
-print(json.dumps([launches, copies, guards]))
+print(json.dumps([launches, copies, guards, [*written_over, others]]))
 """
 
 
@@ -85,9 +99,11 @@ def test_one_launch_forth_and_one_back_that_copy_nothing(sizes: str) -> None:
         [sys.executable, "-c", PROGRAM, sizes], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    launches, copies, guards = json.loads(done.stdout.splitlines()[-1])
+    launches, copies, guards, in_place = json.loads(done.stdout.splitlines()[-1])
     assert launches == [["y0", "y1"], ["by_sin", "d0", "d1"]]
     assert copies == []
+    # What is turned in place is read by its own launch alone, so that a compiler writes there without a copy.
+    assert in_place == [["y0"], True, 0]
     # A graph for any number of rows and tokens stays one.
     assert guards == []
 

@@ -34,7 +34,10 @@ def test_rotate_into_is_an_operator() -> None:
     heads, slots = operands()
     outputs = [torch.zeros_like(heads[0]), torch.zeros(2, 2, 9, 16)]
     places = [None, torch.tensor([8, 0, 3, -2, 1])]
-    torch.library.opcheck(torch.ops.grape.rotate_into.default, (heads, slots, str(ENCODING), outputs, places))
+    weights = [tensor(16, dtype=torch.float32, seed=5)] * 2
+    for norm in (([], "", 0.0, 0.0), (weights, "before", 1e-6, 1.0)):
+        operands_of = (heads, slots, str(ENCODING), outputs, places, *norm)
+        torch.library.opcheck(torch.ops.grape.rotate_into.default, operands_of)
 
 
 def test_a_graph_writes_into_a_cache_as_eager_code_does() -> None:
@@ -42,7 +45,9 @@ def test_a_graph_writes_into_a_cache_as_eager_code_does() -> None:
     text = str(ENCODING)
 
     def step(query: Tensor, key: Tensor, cache: Tensor) -> Tensor:
-        torch.ops.grape.rotate_into([query, key], slots, text, [query, cache[:, :, 3:8]], [])
+        torch.ops.grape.rotate_into(
+            [query, key], slots, text, [query, cache[:, :, 3:8]], [], [], "", 0.0, 0.0
+        )
         return query.sum() + cache.sum()
 
     given = [[*(each.clone() for each in heads), torch.zeros(2, 2, 10, 16)] for _ in range(2)]
