@@ -47,7 +47,8 @@ def path(link: Link, dim: int, normalised: str = "none", *, turned: bool = False
 def kernels_only() -> Iterator[None]:
     """Leave the kernels alone to compute `grape::attend`, wherever they run."""
     before = providers.PROVIDERS
-    providers.PROVIDERS = (Provider("triton path", "grape_compile.kernels.path", priority=15),)
+    row = Provider("triton path", "grape_compile.kernels.path", priority=15, turns_queries=True)
+    providers.PROVIDERS = (row,)
     try:
         yield
     finally:
@@ -78,6 +79,7 @@ class Case:
 
 AP = path(LogSigmoid(), 4, "keys", turned=True)
 BOTH = path(LogSigmoid(), 8, "both", turned=True)
+NEIGHBOURS = Rotation(Interleaved(16), Geometric(100.0), Steps(), orientation=-1)
 WINDOW = {"is_causal": True, "window": 12}
 HALF = torch.float16
 #: One or two of each kind; the others are slow.
@@ -87,6 +89,7 @@ CASES = {
     "identity_window": Case(path(Identity(), 2), WINDOW, key_heads=2, queries=17, keys=17),
     "mask_of_numbers": Case(AP, {}, mask="numbers", queries=17, keys=17),
     "leaves": Case(AP, slopes=(8.0, 0.01), queries=41, keys=49),
+    "turned_queries": Case(Compose((rope(16), AP)), queries=17, head=16),
 }
 SLOW = {
     "negative_exp": Case(path(NegativeExp(), 3), edge=0.5),
@@ -114,6 +117,8 @@ SLOW = {
     "dim_16": Case(path(LogSigmoid(), 16, "keys", turned=True), dtype=HALF),
     "dim_32": Case(path(LogSigmoid(), 32, "both", turned=True), dtype=HALF),
     "rotated": Case(Compose((rope(HEAD), AP))),
+    "turned_neighbours": Case(Compose((NEIGHBOURS, AP)), dtype=HALF, head=16, heads=4, key_heads=2),
+    "turned_leaves": Case(Compose((rope(16), AP)), slopes=(8.0, 0.01), queries=41, keys=49, head=16),
     "turned_halves": Case(replace(AP, turn=Rotation(Half(4), Geometric(10.0), Steps()))),
     "rising": Case(AP, slopes=(-0.3, 0.3)),
     "leaves_window": Case(AP, {"is_causal": True, "window": 30}, slopes=(8.0, 0.01), queries=57, keys=81),
@@ -181,25 +186,28 @@ def heads_of(case: Case, seed: int = 0) -> list[Tensor]:
 
 
 def compare(case: Case) -> None:
-    """Values, and gradients for a random cotangent of queries, keys, values and every slot."""
+    """Values, and gradients for a random cotangent of queries, keys, values and every slot whose gradient is taken."""
     heads, slots, mask = heads_of(case), slots_of(case), mask_of(case)
     results: list[list[Tensor]] = []
     cotangent = tensor(case.batch, case.heads, case.queries, case.values, seed=9, dtype=case.dtype).to(DEVICE)
     functions: tuple[tuple[Callable[..., Tensor], bool], ...] = ((attend, False), (reference_attend, True))
+    bias = next(each for each in _parts(case.encoding) if isinstance(each, PathBias))
+    learned = [] if isinstance(bias.link, NegativeExp) else list(slots)
     for function, wide in functions:
         parts = leaves(*(part.double() if wide else part for part in heads))
-        filled = dict(
-            zip(slots, leaves(*(slot.double() if wide else slot for slot in slots.values())), strict=True)
-        )
+        filled = {name: slot.double() if wide else slot for name, slot in slots.items()}
+        filled |= dict(zip(learned, leaves(*(filled[name] for name in learned)), strict=True))
         with kernels_only():
             output = function(*parts, case.encoding, filled, mask=mask, **case.options)
             assert output.dtype == parts[0].dtype
-            found = torch.autograd.grad(output, [*parts, *filled.values()], cotangent.to(output.dtype))
+            found = torch.autograd.grad(
+                output, [*parts, *(filled[name] for name in learned)], cotangent.to(output.dtype)
+            )
         results.append([output, *found])
     # As for other biases (`attention_cases.py`); what is summed along a path is off by the roundings of its edges and
     # by that of the whole sum, T of each, and heads of few bits cut their edges to 22 bits.
     bound = 8 * (case.keys + case.head) * unit_roundoff(torch.float32) + 8 * unit_roundoff(case.dtype)
-    for name, ours, wanted in zip(["output", "query", "key", "value", *slots], *results, strict=True):
+    for name, ours, wanted in zip(["output", "query", "key", "value", *learned], *results, strict=True):
         assert ours.shape == wanted.shape
         error = float(((ours.double() - wanted).norm() / (wanted.norm() + 1e-30)).detach())
         assert error <= bound, (name, case, error, bound)

@@ -163,14 +163,14 @@ def forward_launch(
         **operands.by_query(tiles),
         **{"OUTPUT": output, "LOGSUMEXP": logsumexp},
         **strides("output", output),
-        **_turn(call, operands.nothing),
+        **turn_arguments(call, operands.nothing),
     }
     grid = (-(-queries // tiles.query_block) * batch * heads,)
     return Launch(attention_forward, grid, arguments, tiles.options)
 
 
-def _turn(call: AttendCall, nothing: Tensor) -> dict[str, Any]:
-    """Return how the forward kernel turns its queries."""
+def turn_arguments(call: AttendCall, nothing: Tensor) -> dict[str, Any]:
+    """Return how a forward kernel turns its queries."""
     turn = call.turn
     cos, sin = (nothing, nothing) if turn is None else (turn.cos.contiguous(), turn.sin.contiguous())
     kind = NONE if turn is None else HALVES if isinstance(turn.rotation.planes, Half) else NEIGHBOURS

@@ -48,12 +48,14 @@ GATES: Final = (
     # One part in all turns and appends, and holds what that takes: two programs share a multiprocessor, with two tiles
     # of keys and values each on their way.
     KernelGate("decode_step_128", _step, wide=True, matrix=True),
+    # So do two that also sum edges.
+    KernelGate("decode_path_128", _launch("path", 128), wide=True, matrix=True),
     *(
         KernelGate(
             f"decode_{name}_{head_dim}", _launch(name, head_dim), registers=168, wide=True, matrix=True
         )
         for name, head_dim in (
-            *((name, 128) for name in ("none", "alibi", "fox", "gated", "path")),
+            *((name, 128) for name in ("none", "alibi", "fox", "gated")),
             ("alibi", 64),
         )
     ),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from grape_compile.encoding import Identity, NegativeExp
+from grape_compile.kernels.attention import turn_arguments
 from grape_compile.kernels.launch import Launch, missing_triton
 from grape_compile.kernels.path_configurations import (
     BACKWARD,
@@ -33,6 +34,8 @@ from grape_compile.operators.path import Path
 #: Coordinates of the largest head and of the largest operand of a path, whose tiles fit into shared memory.
 MAX_HEAD: Final = 256
 MAX_EDGE: Final = 32
+#: The forward kernel divides by the scale: the slope of a head stays a number.
+LEAST_SCALE: Final = 2.0**-64
 #: Shorter sequences are walked whole: the norms of their keys cost more than they save.
 SHORTEST: Final = 2048
 #: Tiles between two looks at whether a walk may end.
@@ -71,8 +74,8 @@ def supports(call: AttendCall) -> Literal[True] | str:
         return f"a path of {call.biases[0].query.shape[3]} coordinates, more than {MAX_EDGE}"
     if 0 in call.query.shape or 0 in call.value.shape or 0 in call.key.shape:
         return "needs at least one element"
-    if not call.scale > 0:
-        return f"a scale of {call.scale}, not positive"
+    if not call.scale >= LEAST_SCALE:
+        return f"a scale of {call.scale}, below {LEAST_SCALE:.0e}"
     return True
 
 
@@ -172,6 +175,7 @@ def forward_launch(call: AttendCall, output: Tensor, logsumexp: Tensor, tiles: T
         **operands.walk(tiles),
         **{"OUTPUT": output, "LOGSUMEXP": logsumexp, "heads": heads},
         **strides("output", output),
+        **turn_arguments(call, operands.query),
     }
     grid = (-(-queries // tiles.query_block) * batch * heads,)
     return Launch(path_forward, grid, arguments, tiles.options)

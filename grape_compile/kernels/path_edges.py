@@ -1,13 +1,18 @@
 """The operands of a path bias as its kernels read them, and their gradients from what the kernels return.
 
 Products of queries and edges go through matrix instructions of 16 bits, which is not enough for numbers that are
-summed over a whole sequence. So both are divided by a power of two of each head, cut in two, p = p_1 + p_2 and
-r = r_1 + r_2, and multiplied as [p_1, p_2, p_1] by [r_1, r_1, r_2]: what is left out is below 2^-16 of |p| |r| in
-bfloat16, 2^-22 in float16. Float32 is multiplied as it is.
+summed over a whole sequence. So both are cut in two, p = p_1 + p_2 and r = r_1 + r_2, and multiplied as
+[p_1, p_2, p_1] by [r_1, r_1, r_2]: what is left out is below 2^-16 of |p| |r| in bfloat16, 2^-22 in float16.
+Float32 is multiplied as it is. Float16 has too few exponents: both are divided by a power of two of each head first,
+and the kernels multiply the products by it.
+
+The kernels want products as logarithms to the base two, unless a link has a polynomial of its own: p is multiplied by
+log2(e) before it is cut, or the products with what they were divided by.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Final
@@ -55,19 +60,28 @@ class Edges:
         """The slopes, [B, H]."""
         return self.path.slopes.expand(self.call.query.shape[:2]).contiguous()
 
+    @property
+    def is_sized(self) -> bool:
+        """Whether products have to be multiplied by what their operands were divided by."""
+        return self.link != BOUNDED and self.call.query.dtype == torch.float16
+
     @cached_property
     def query_size(self) -> Tensor:
         """What the queries were divided by, [1 or B, 1 or H, 1, 1]."""
-        return self._size(self.path.query)
+        if not self.is_sized:
+            return self.path.query.new_full((1, 1, 1, 1), 1.0 if self.link == BOUNDED else math.log(2.0))
+        return _size(self.path.query)
 
     @cached_property
     def key_size(self) -> Tensor:
         """What the keys were divided by."""
-        return self._size(self.path.key)
+        return _size(self.path.key) if self.is_sized else self.path.key.new_ones((1, 1, 1, 1))
 
     @cached_property
-    def sizes(self) -> Tensor:
-        """What a product was divided by, [B, H]."""
+    def sizes(self) -> Tensor | None:
+        """What a product was divided by, [B, H], or None where the kernels need not know."""
+        if not self.is_sized:
+            return None
         sizes = (self.query_size * self.key_size)[..., 0, 0]
         return sizes.expand(self.call.query.shape[:2]).contiguous()
 
@@ -105,12 +119,6 @@ class Edges:
         }
         return tuple(found[name].sum_to_size(tensor.shape) for name, tensor in self.path.tensors().items())
 
-    def _size(self, operand: Tensor) -> Tensor:
-        if self.link == BOUNDED:
-            return operand.new_ones((1, 1, 1, 1))
-        largest = operand.abs().amax((-2, -1), keepdim=True).clamp_(min=SMALLEST)
-        return largest.log2().ceil().exp2()
-
     def _cut(self, operand: Tensor) -> tuple[Tensor, Tensor | None]:
         dtype = self.call.query.dtype
         first = operand.to(dtype)
@@ -122,3 +130,9 @@ class Edges:
         for at, cut in enumerate(cuts):
             joined[..., at * dim : (at + 1) * dim] = cut
         return joined
+
+
+def _size(operand: Tensor) -> Tensor:
+    """Return the power of two that the numbers of a head do not exceed."""
+    largest = operand.abs().amax((-2, -1), keepdim=True).clamp_(min=SMALLEST)
+    return largest.log2().ceil().exp2()

@@ -90,7 +90,7 @@ PROVIDERS: tuple[Provider, ...] = (
         "triton decoding", "grape_compile.kernels.decoding", priority=30, devices=("cuda",), special=True
     ),
     Provider("triton", "grape_compile.kernels.attention", priority=20, devices=("cuda",), turns_queries=True),
-    Provider("triton path", "grape_compile.kernels.path", priority=18, devices=("cuda",)),
+    Provider("triton path", "grape_compile.kernels.path", priority=18, devices=("cuda",), turns_queries=True),
     Provider("flex", "grape_compile.operators.flex", priority=15, devices=("cuda",)),
     Provider("flash_cpu", "grape_compile.operators.flash_cpu", priority=10, devices=("cpu",)),
     Provider("scanned", "grape_compile.operators.scanned", priority=5),

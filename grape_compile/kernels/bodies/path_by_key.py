@@ -9,7 +9,6 @@ import triton.language as tl
 from grape_compile.kernels.bodies.attention_operands import LOG2E, NONE
 from grape_compile.kernels.bodies.attention_tiles import masked
 from grape_compile.kernels.bodies.path_tiles import (
-    BOUNDED_LOG_SIGMOID,
     edge_changes,
     hidden,
     keys_of_columns,
@@ -62,8 +61,8 @@ def path_by_key(
     edge_start = EDGE_QUERY + batch * edge_query_batch + head * edge_query_head
     mask_start = MASK + batch * mask_batch + head * mask_head
     slope = tl.load(SLOPES + number)
-    size = 1.0
-    if LINK != BOUNDED_LOG_SIGMOID:
+    size = None
+    if SIZES is not None:
         size = tl.load(SIZES + number) * LOG2E
     carry_tiles = tl.cdiv(keys, CARRY_BLOCK)
     carry_tile = tl.minimum((first + KEY_BLOCK) // CARRY_BLOCK, carry_tiles) - 1
@@ -139,7 +138,7 @@ def key_step(
     carry = tl.load(CARRIES + begin + row, mask=left_behind, other=0.0)
     # Cotangents and logits come late: they need not be in registers while edges are summed.
     product = tl.dot(edge_query, tl.trans(edge_key), input_precision=PRECISION)
-    if LINK != BOUNDED_LOG_SIGMOID:
+    if size is not None:
         product = product * size
     if EDGES:
         steep = slope_of_link(product, LINK) * -slope

@@ -11,7 +11,6 @@ import triton.language as tl
 from grape_compile.kernels.bodies.attention_operands import LN2, LOG2E, NONE
 from grape_compile.kernels.bodies.attention_tiles import masked
 from grape_compile.kernels.bodies.path_tiles import (
-    BOUNDED_LOG_SIGMOID,
     any_gains,
     edge_changes,
     hidden,
@@ -85,8 +84,8 @@ def path_by_query(
     edge_start = EDGE_KEY + batch * edge_key_batch + head * edge_key_head
     mask_start = MASK + batch * mask_batch + head * mask_head + wide_begin * mask_query
     slope = tl.load(SLOPES + number)
-    size = 1.0
-    if LINK != BOUNDED_LOG_SIGMOID:
+    size = None
+    if SIZES is not None:
         size = tl.load(SIZES + number) * LOG2E
     key_tiles = tl.cdiv(keys, KEY_BLOCK)
     norms = NORMS + number // GROUPS * key_tiles
@@ -175,7 +174,7 @@ def back_step(
     edge_key = rows_of(EDGE_KEY, edge_key_token, first, places, keys, edge, EDGE_BLOCK, NEAR)
     # Logits come last: they need not be in registers while edges are summed.
     product = tl.dot(edge_query, tl.trans(edge_key), input_precision=PRECISION)
-    if LINK != BOUNDED_LOG_SIGMOID:
+    if size is not None:
         product = product * size
     if EDGES:
         steep = slope_of_link(product, LINK) * -slope

@@ -3,34 +3,38 @@
 import triton
 import triton.language as tl
 
-from grape_compile.kernels.bodies.attention_operands import LN2, LOG2E, NONE
+from grape_compile.kernels.bodies.attention_operands import LN2, LOG2E, NONE, NUMBERS, turned_tile
 from grape_compile.kernels.bodies.attention_tiles import LOWEST, masked
 from grape_compile.kernels.bodies.path_tiles import (
-    BOUNDED_LOG_SIGMOID,
     any_gains,
+    as_runs,
+    edges_of,
     hidden,
     keys_of_columns,
-    path_behind,
+    of_runs,
     rows_of,
+    sums_apart,
 )
 
 
 @triton.jit
 def path_forward(
-    QUERY, KEY, VALUE, OUTPUT, LOGSUMEXP, EDGE_QUERY, EDGE_KEY, SIZES, SLOPES, MASK, NORMS,
+    QUERY, KEY, VALUE, OUTPUT, LOGSUMEXP, EDGE_QUERY, EDGE_KEY, SIZES, SLOPES, MASK, NORMS, COS, SIN,
     query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head, value_token,
     output_batch, output_head, output_token, edge_query_batch, edge_query_head, edge_query_token,
     edge_key_batch, edge_key_head, edge_key_token, mask_batch, mask_head, mask_query, mask_key,
-    heads, queries, keys, window, scale, rounded_away,
+    heads, queries, keys, window, scale, rounded_away, turn_batch, turn_head, turn_token,
     GROUPS: tl.constexpr, HEAD: tl.constexpr, HEAD_BLOCK: tl.constexpr, VALUES: tl.constexpr,
     VALUE_BLOCK: tl.constexpr, EDGE_BLOCK: tl.constexpr, QUERY_BLOCK: tl.constexpr,
     KEY_BLOCK: tl.constexpr, LANES: tl.constexpr, SPLIT: tl.constexpr, CHUNK: tl.constexpr, LINK: tl.constexpr,
     CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, MASKED: tl.constexpr, LEAVES: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr, MASKED: tl.constexpr, LEAVES: tl.constexpr, TURNED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output and logsumexp of QUERY_BLOCK queries of one head; the longest walks start first.
 
     With LEAVES a walk ends where no row gains from the keys that are left, which is looked at every CHUNK tiles.
+    TURNED: queries turn on their way in, and are rounded to their dtype as they would be in memory.
     """
     tiles = tl.cdiv(queries, QUERY_BLOCK)
     tile = tiles - 1 - tl.program_id(0) % tiles
@@ -48,7 +52,13 @@ def path_forward(
     first_at = begin + keys - queries
     at = first_at + row
     query_start = QUERY + batch * query_batch + head * query_head
-    query = rows_of(query_start, query_token, begin, row, queries, inner, HEAD, True)
+    if TURNED == NONE:
+        query = rows_of(query_start, query_token, begin, row, queries, inner, HEAD, True)
+    else:
+        turns = batch * turn_batch + head * turn_head
+        query = turned_tile(
+            query_start, query_token, COS + turns, SIN + turns, turn_token, begin, row, there_row, TURNED, HEAD
+        )  # fmt: skip
     edge_start = EDGE_QUERY + batch * edge_query_batch + head * edge_query_head
     edge_query = rows_of(edge_start, edge_query_token, begin, row, queries, edge, EDGE_BLOCK, True)
     key_start = KEY + batch * key_batch + head // GROUPS * key_head
@@ -56,8 +66,8 @@ def path_forward(
     edge_start = EDGE_KEY + batch * edge_key_batch + head * edge_key_head
     mask_start = MASK + batch * mask_batch + head * mask_head + wide_begin * mask_query
     slope = tl.load(SLOPES + number)
-    size = 1.0
-    if LINK != BOUNDED_LOG_SIGMOID:
+    size = None
+    if SIZES is not None:
         size = tl.load(SIZES + number) * LOG2E
     norms = NORMS + number // GROUPS * tl.cdiv(keys, KEY_BLOCK)
     length = tl.sqrt(tl.sum(query.to(tl.float32) * query.to(tl.float32), 1)) * (scale * LOG2E)
@@ -134,18 +144,25 @@ def step(
     edge_key = rows_of(EDGE_KEY, edge_key_token, first, places, keys, edge, EDGE_BLOCK, NEAR)
     scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
     product = tl.dot(edge_query, tl.trans(edge_key), input_precision=PRECISION)
-    if LINK != BOUNDED_LOG_SIGMOID:
+    if size is not None:
         product = product * size
-    bias, carry = path_behind(
-        product, carry, at, first + places, LINK, NEAR, QUERY_BLOCK, KEY_BLOCK, LANES, SPLIT
-    )
-    logits = scores * (scale * LOG2E) + bias * slope
-    logits = hidden(logits, at, first + places, keys, window, NEAR, CAUSAL, WINDOW)
+    edges = edges_of(product, at, first + places, LINK, NEAR)
+    sums_of_run, ahead, carry = sums_apart(edges, carry, QUERY_BLOCK, KEY_BLOCK, LANES, SPLIT)
+    # The scale is positive: it meets the logits when they become weights, in one multiply-add.
+    scaled = scale * LOG2E
+    if MASKED == NUMBERS:
+        scores = scores * scaled
+        scaled = 1.0
+    scores = hidden(scores, at, first + places, keys, window, NEAR, CAUSAL, WINDOW)
     if MASKED != NONE:
         offsets = row[:, None] * mask_query + (first + places)[None, :] * mask_key
-        logits = masked(logits, MASK, offsets, there_row[:, None] & (first + places < keys)[None, :], MASKED)
-    larger = tl.maximum(best, tl.max(logits, 1))
-    weights = tl.exp2(logits - larger[:, None])
+        scores = masked(scores, MASK, offsets, there_row[:, None] & (first + places < keys)[None, :], MASKED)
+    logits = as_runs(scores, QUERY_BLOCK, KEY_BLOCK, LANES, SPLIT) + sums_of_run * (slope / scaled)
+    # What stands behind a whole run is a number for each row and run, which meets the largest logit.
+    behind = ahead * slope
+    larger = tl.maximum(best, tl.max(tl.max(logits, 2) * scaled + behind, 1))
+    weights = tl.exp2(logits * scaled - (larger[:, None] - behind)[:, :, None])
+    weights = of_runs(weights, QUERY_BLOCK, KEY_BLOCK, LANES, SPLIT)
     shrink = tl.exp2(best - larger)
     total = total * shrink + tl.sum(weights, 1)
     value = rows_of(VALUE, value_token, first, places, keys, outer, VALUES, NEAR)

@@ -94,6 +94,22 @@ def slope_of_link(product, LINK: tl.constexpr):
 
 
 @triton.jit
+def as_runs(numbers, ROWS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, SPLIT: tl.constexpr):
+    """Return a tile as the runs of those who share its rows, [ROWS, owners, run]: no number changes its thread."""
+    RUN: tl.constexpr = BLOCK // (LANES * SPLIT)
+    runs = tl.permute(tl.reshape(numbers, [ROWS, SPLIT, RUN // 2, LANES, 2]), [0, 1, 3, 2, 4])
+    return tl.reshape(runs, [ROWS, LANES * SPLIT, RUN])
+
+
+@triton.jit
+def of_runs(runs, ROWS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, SPLIT: tl.constexpr):
+    """Return the tile of runs."""
+    RUN: tl.constexpr = BLOCK // (LANES * SPLIT)
+    numbers = tl.permute(tl.reshape(runs, [ROWS, SPLIT, LANES, RUN // 2, 2]), [0, 1, 3, 2, 4])
+    return tl.reshape(numbers, [ROWS, BLOCK])
+
+
+@triton.jit
 def sums_behind(
     numbers, carry, ROWS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, SPLIT: tl.constexpr
 ):
@@ -102,13 +118,22 @@ def sums_behind(
     `carry` [ROWS] is the sum of the tiles behind.
     """
     OWNERS: tl.constexpr = LANES * SPLIT
-    RUN: tl.constexpr = BLOCK // OWNERS
-    runs = tl.permute(tl.reshape(numbers, [ROWS, SPLIT, RUN // 2, LANES, 2]), [0, 1, 3, 2, 4])
-    runs = tl.reshape(runs, [ROWS, OWNERS, RUN])
+    runs = as_runs(numbers, ROWS, BLOCK, LANES, SPLIT)
     ahead, carry = owners_behind(tl.sum(runs, 2), carry, ROWS, OWNERS)
-    sums, _ = run_behind(runs, ahead, ROWS, OWNERS, RUN)
-    runs = tl.permute(tl.reshape(sums, [ROWS, SPLIT, LANES, RUN // 2, 2]), [0, 1, 3, 2, 4])
-    return tl.reshape(runs, [ROWS, BLOCK]), carry
+    sums, _ = run_behind(runs, ahead, ROWS, OWNERS, BLOCK // OWNERS, False)
+    return of_runs(sums, ROWS, BLOCK, LANES, SPLIT), carry
+
+
+@triton.jit
+def sums_apart(
+    numbers, carry, ROWS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, SPLIT: tl.constexpr
+):
+    """Return what `sums_behind` does in two parts: runs [ROWS, owners, run], and [ROWS, owners] for all of a run."""
+    OWNERS: tl.constexpr = LANES * SPLIT
+    runs = as_runs(numbers, ROWS, BLOCK, LANES, SPLIT)
+    sums, totals = run_behind(runs, 0.0, ROWS, OWNERS, BLOCK // OWNERS, True)
+    ahead, carry = owners_behind(totals, carry, ROWS, OWNERS)
+    return sums, ahead, carry
 
 
 @triton.jit
@@ -128,16 +153,26 @@ def owners_behind(totals, carry, ROWS: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def run_behind(numbers, ahead, ROWS: tl.constexpr, LANES: tl.constexpr, COUNT: tl.constexpr):
-    """Return the sums of what stands behind each number of the last axis, and those of all: from the last one on."""
+def run_behind(
+    numbers, ahead, ROWS: tl.constexpr, LANES: tl.constexpr, COUNT: tl.constexpr, LAST: tl.constexpr
+):
+    """Return the sums of what stands behind each number of the last axis, and those of all: from the last one on.
+
+    `ahead` [ROWS, LANES] is what stands behind them; LAST: nothing does.
+    """
     if COUNT == 1:
-        sums = tl.reshape(ahead, [ROWS, LANES, 1])
-        ahead += tl.reshape(numbers, [ROWS, LANES])
+        own = tl.reshape(numbers, [ROWS, LANES])
+        if LAST:
+            sums = tl.zeros([ROWS, LANES, 1], tl.float32)
+            ahead = own
+        else:
+            sums = tl.reshape(ahead, [ROWS, LANES, 1])
+            ahead += own
     else:
         halves = tl.permute(tl.reshape(numbers, [ROWS, LANES, 2, COUNT // 2]), [0, 1, 3, 2])
         early, late = tl.split(halves)
-        late_sums, ahead = run_behind(late, ahead, ROWS, LANES, COUNT // 2)
-        early_sums, ahead = run_behind(early, ahead, ROWS, LANES, COUNT // 2)
+        late_sums, ahead = run_behind(late, ahead, ROWS, LANES, COUNT // 2, LAST)
+        early_sums, ahead = run_behind(early, ahead, ROWS, LANES, COUNT // 2, False)
         halves = tl.permute(tl.join(early_sums, late_sums), [0, 1, 3, 2])
         sums = tl.reshape(halves, [ROWS, LANES, COUNT])
     return sums, ahead
@@ -160,19 +195,24 @@ def rows_of(START, token, first, places, size, axis, AXIS: tl.constexpr, NEAR: t
 
 
 @triton.jit
-def path_behind(
-    product, carry, at, key_at, LINK: tl.constexpr, NEAR: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    LANES: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
-    """Return the sums of the edges behind each key and behind the tile; NEAR tiles have keys that lie ahead of some
-    row.
+def edges_of(product, at, key_at, LINK: tl.constexpr, NEAR: tl.constexpr):
+    """Return the edges of a tile; NEAR tiles have keys that lie ahead of some row.
 
     A key behind which a row stands no more has no edge to it.
     """
     edges = linked(product, LINK)
     if NEAR:
         edges = tl.where(key_at[None, :] <= at[:, None], edges, 0.0)
-    return sums_behind(edges, carry, ROWS, BLOCK, LANES, SPLIT)
+    return edges
+
+
+@triton.jit
+def path_behind(
+    product, carry, at, key_at, LINK: tl.constexpr, NEAR: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    LANES: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Return the sums of the edges behind each key and behind the tile."""
+    return sums_behind(edges_of(product, at, key_at, LINK, NEAR), carry, ROWS, BLOCK, LANES, SPLIT)
 
 
 @triton.jit
