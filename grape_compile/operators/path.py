@@ -18,6 +18,12 @@ LINKS: Final[Mapping[type[Link], Callable[[Tensor], Tensor]]] = {
     NegativeExp: lambda product: -product.exp(),
     Identity: lambda product: product,
 }
+#: The same, written over the products. Minus softplus of -x is log sigmoid x, and x itself below -40.
+LINKS_OVER: Final[Mapping[type[Link], Callable[[Tensor], Tensor]]] = {
+    LogSigmoid: lambda product: torch.ops.aten.softplus.out(product, -1.0, 40.0, out=product),
+    NegativeExp: lambda product: product.exp_().neg_(),
+    Identity: lambda product: product,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +46,10 @@ class Path(Leaves):
     def linked(self, product: Tensor) -> Tensor:
         """Return g of the products."""
         return LINKS[type(self.link)](product)
+
+    def link_(self, product: Tensor) -> Tensor:
+        """Write g of the products over them."""
+        return LINKS_OVER[type(self.link)](product)
 
     def block(self, rows: slice, keys: slice, offset: int) -> Tensor:
         """Return the bias [1 or B, 1 or H, rows, keys]; `keys` reach up to the key of the last query."""
