@@ -28,15 +28,16 @@ from grape_compile.encoding import Identity
 from grape_compile.operators import chunked
 from grape_compile.operators.bias import pull
 from grape_compile.operators.call import AnyBias, AttendCall, Gradients
-from grape_compile.operators.path import Path, later
+from grape_compile.operators.path import LOG2E, Path, later
 
-#: Keys in a step of the scan.
+#: Keys in a step of the scan at least.
 KEYS: Final = 256
 #: Queries that walk together at most.
 QUERIES: Final = 128
-#: Logits of one step.
+#: Logits of a step at least, once heads have left: a megabyte, which caches hold.
+LOGITS: Final = 1 << 18
+#: Logits of the first step at most.
 MAX_LOGITS: Final = 1 << 20
-LOG2E: Final = math.log2(math.e)
 
 
 def supports(call: AttendCall) -> Literal[True] | str:
@@ -151,6 +152,7 @@ class _Back:
         edge = self.path.key.expand(*call.query.shape[:2], *self.path.key.shape[2:]).flip(2)
         # No edge is behind the last key.
         self.edge = torch.cat((torch.zeros_like(edge[:, :, :1]), edge[:, :, :-1]), dim=2)
+        self.over = self.path.over
         self.room = call.query.new_empty(0, dtype=call.dtype)
 
     def at(self, keys: slice) -> slice:
@@ -169,7 +171,7 @@ class _Back:
 class _Step:
     """Some keys and the heads that still look at them: operands and logits, keys in the order of the walk.
 
-    Products of edges and their sums are there in a walk that keeps them.
+    Products of edges and their sums (but for the factor of the link) are there in a walk that keeps them.
     """
 
     heads: slice
@@ -193,7 +195,7 @@ class _Walk:
         edges = self.path.query.expand(*call.query.shape[:2], *self.path.query.shape[2:])
         self.edge_query = edges[:, :, rows]
         self.slopes = self.path.slopes.expand(call.query.shape[:2])[..., None, None]
-        self.steep = self.slopes * LOG2E
+        self.steep = self.slopes * (back.over.after * LOG2E)
         self.first = 0
         self.carry = call.query.new_zeros((*self.query.shape[:3], 1), dtype=call.dtype)
         self.reach = self._reach()
@@ -202,8 +204,10 @@ class _Walk:
         span = self.call.key_range(self.rows)
         stop = span.stop
         while stop > span.start and self.first < self.query.shape[1]:
-            keys = slice(max(span.start, stop - KEYS), stop)
-            yield self._step(slice(self.first, self.query.shape[1]), keys)
+            heads = slice(self.first, self.query.shape[1])
+            width = max(KEYS, LOGITS // self.carry[:, heads].numel())
+            keys = slice(max(span.start, stop - width), stop)
+            yield self._step(heads, keys)
             stop = keys.start
             if self.level is not None:
                 self.leave(self.level)
@@ -213,8 +217,10 @@ class _Walk:
         query, key = self.query[:, heads], back.key[:, heads, at]
         product = back.space((*query.shape[:3], keys.stop - keys.start))
         edge_query, edge = self.edge_query[:, heads].flatten(0, 1), back.edge[:, heads, at].flatten(0, 1)
-        torch.bmm(edge_query, edge.mT, out=product.flatten(0, 1))
-        sums = self.path.link_(product.clone() if self.keeps else product)
+        factor = 1.0 if self.keeps else back.over.before
+        product.flatten(0, 1).baddbmm_(edge_query, edge.mT, beta=0.0, alpha=factor)
+        sums = product * back.over.before if self.keeps else product
+        back.over.write(sums)
         hidden = self._later(keys)
         if hidden is not None:
             sums[..., : hidden.shape[-1]].masked_fill_(hidden, 0.0)
@@ -256,7 +262,7 @@ class _Walk:
         by_key = (product.mT @ self.edge_query[:, step.heads]).flip(2)
         _add(found["key"], by_key[:, :, : behind.stop - behind.start], step.heads, behind)
         if "slopes" in found:
-            _add(found["slopes"], (logits * step.sums).sum((-2, -1)), step.heads)
+            _add(found["slopes"], (logits * step.sums).sum((-2, -1)) * self.back.over.after, step.heads)
         return tuple(found.values())
 
     def bias_gradients(self, bias: AnyBias, step: _Step, logits: Tensor) -> tuple[Tensor, ...]:
