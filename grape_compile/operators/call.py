@@ -118,7 +118,10 @@ class AttendCall:
 
         [rows, keys], or [1 or B, 1, rows, keys] by segments.
         """
-        if not self.is_causal and self.window is None and self.segments is None:
+        last = rows.start + self.offset  # the key of the first row
+        is_early = not self.is_causal or keys.stop - 1 <= last
+        is_close = self.window is None or rows.stop - 1 + self.offset - keys.start < self.window
+        if is_early and is_close and self.segments is None:
             return None
         device = self.query.device
         at = torch.arange(rows.start, rows.stop, device=device) + self.offset

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -18,6 +19,30 @@ LINKS: Final[Mapping[type[Link], Callable[[Tensor], Tensor]]] = {
     NegativeExp: lambda product: -product.exp(),
     Identity: lambda product: product,
 }
+LOG2E: Final = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class Over:
+    """A link in place: g(x) = `after` f(`before` x), and f writes over what it is given."""
+
+    before: float
+    write: Callable[[Tensor], object]
+    after: float
+
+
+#: exp2 takes a CPU a third of the time of exp.
+LINKS_OVER: Final[Mapping[type[Link], Over]] = {
+    LogSigmoid: Over(-LOG2E, lambda product: product.exp2_().log1p_(), -1.0),
+    NegativeExp: Over(LOG2E, Tensor.exp2_, -1.0),
+    Identity: Over(1.0, lambda product: product, 1.0),
+}
+#: Minus the softplus of -x is the log-sigmoid of x, and below -40 x itself; no power of two overflows on the way.
+FAR_LOG_SIGMOID: Final = Over(
+    1.0, lambda product: torch.ops.aten.softplus.out(product, -1.0, 40.0, out=product), 1.0
+)
+#: Powers of two of products up to this are numbers.
+FAR: Final = 64.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +65,15 @@ class Path(Leaves):
     def linked(self, product: Tensor) -> Tensor:
         """Return g of the products."""
         return LINKS[type(self.link)](product)
+
+    @property
+    def over(self) -> Over:
+        """Return g in place, as it is fastest for products of these queries and edges."""
+        if isinstance(self.link, LogSigmoid) and not self.is_bounded:
+            query, key = (edges.square().sum(-1).amax() for edges in (self.query, self.key))
+            if not bool(query * key <= FAR**2):
+                return FAR_LOG_SIGMOID
+        return LINKS_OVER[type(self.link)]
 
     def block(self, rows: slice, keys: slice, offset: int) -> Tensor:
         """Return the bias [1 or B, 1 or H, rows, keys]; `keys` reach up to the key of the last query."""
