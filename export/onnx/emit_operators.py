@@ -44,8 +44,8 @@ class Call:
     """Queries [B, H, T_q, D], keys [B, H_kv, T_k, D], values [B, H_kv, T_k, D_v], and what is added to the scores.
 
     `mask` has up to four axes that broadcast to [B, H, T_q, T_k], True or a number to add. `scale` is 1/sqrt(D) by
-    default; `cap` c makes c tanh(scores / c) of the scaled product. `sinks` [1 or B, 1 or H], or [H], are logits of a key without
-    a value; `segments` [T_k], or [1 or B, T_k], hide keys of another number than the query's.
+    default; `cap` c makes c tanh(scores / c) of the scaled product. `sinks` [1 or B, 1 or H], or [H], are logits of a
+    key without a value; `segments` [T_k], or [1 or B, T_k], hide keys of another number than the query's.
     """
 
     query: ir.Value

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -92,16 +95,15 @@ def test_sinks_and_segments_beside_a_bias(
     )
     sinks = tensor(HEADS, dtype=torch.float32, seed=4)
     segments = torch.arange(LENGTH).expand(BATCH, -1) // (LENGTH // 2)
-    given = {"query": query, "key": key, "value": value}
-    beside = {"sinks": sinks, "segments": segments}
-    file = File({**given, **beside}, {}, target)
-    values = file.values
-    operands = [values[name] for name in given]
-    call = Call(*operands, alibi(HEADS), is_causal=True, cap=cap, **{name: values[name] for name in beside})
+    given = {"query": query, "key": key, "value": value, "sinks": sinks, "segments": segments}
+    file = File(given, {}, target)
+    operands = [file.values[name] for name in ("query", "key", "value")]
+    beside = {name: file.values[name] for name in ("sinks", "segments")}
+    call = replace(Call(*operands, alibi(HEADS), is_causal=True, cap=cap), **beside)
     emitted = attend(file.builder, call, target)
     (found,) = file.run(emitted)
-    expected = reference_attend(
-        query.double(), key.double(), value.double(), alibi(HEADS), is_causal=True, cap=cap, **beside
-    )
-    ours = grape_attend(query, key, value, alibi(HEADS), is_causal=True, cap=cap, **beside)
+    options: dict[str, Any] = {"is_causal": True, "cap": cap, "sinks": sinks, "segments": segments}
+    wide = (each.double() for each in (query, key, value))
+    expected = reference_attend(*wide, alibi(HEADS), **options)
+    ours = grape_attend(query, key, value, alibi(HEADS), **options)
     assert _error(found, expected) <= 1.25 * _error(ours.numpy(), expected) + 5e-6, emitted.how
