@@ -26,7 +26,7 @@ def drop_unread(model: ir.Model) -> None:
 
 
 def read_sizes(graph: ir.Graph, nodes: Iterable[ir.Node | None]) -> None:
-    """Let nodes that ask a value for one size ask the input of the graph that has it: what is made of it is made once."""
+    """Let nodes that ask a value for one size ask the input that has it: what is made of it is made once."""
     given = {
         size: (value, axis)
         for value in reversed(inputs_of(graph))

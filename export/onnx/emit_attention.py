@@ -120,18 +120,17 @@ def _tail(builder: Builder, slot: ir.Value, axis: int, lengths: Lengths) -> ir.V
 
 def _added(builder: Builder, call: Call, lengths: Lengths, target: Target) -> tuple[Call, list[str]]:
     """Make columns or a float mask of the biases."""
-    grown = is_grown(call.key)
     lifted: list[Column] = []
     dense: list[ir.Value] = []
     told: list[str] = []
     for part in _parts(call.encoding):
-        if isinstance(part, Bias) and is_lifted(part, call.is_causal) and not call.softcap and not grown:
+        if isinstance(part, Bias) and is_lifted(part, call.is_causal) and not _is_dense(call):
             found = columns(builder, part, call.slots, call.query, lengths)
             lifted += found
             told.append(f"{len(found)} column{'s' * (len(found) > 1)} of query and key")
         elif isinstance(part, Bias | PathBias):
             dense.append(whole(builder, part, call.slots, call.query, lengths, target))
-            told.append(f"a bias of all queries and keys: {_why_dense(part, call, grown)}")
+            told.append(f"a bias of all queries and keys: {_why_dense(part, call)}")
     if dense:
         mask = (
             total(builder, dense)
@@ -151,12 +150,19 @@ def _count(builder: Builder, keys: ir.Value) -> ir.Value:
     return total(builder, parts)
 
 
-def _why_dense(part: Bias | PathBias, call: Call, grown: bool) -> str:
+def _why_dense(part: Bias | PathBias, call: Call) -> str:
     if isinstance(part, PathBias):
         return "a path integral has no finite rank"
-    if grown:
+    if is_grown(call.key):
         return "columns would copy the cache at every step"
-    return "the soft cap comes before it" if call.softcap else "its distance has no sign"
+    if call.sinks is not None:
+        return "sinks see numbers of a row that softmax alone does not"
+    return "the soft cap comes before it" if call.cap else "its distance has no sign"
+
+
+def _is_dense(call: Call) -> bool:
+    """Whether columns of query and key would copy a cache, be bent, or miss numbers of a row that sinks see."""
+    return is_grown(call.key) or bool(call.cap) or call.sinks is not None
 
 
 def _with_columns(builder: Builder, call: Call, lifted: Sequence[Column]) -> Call:
@@ -191,15 +197,28 @@ def _as_heads(builder: Builder, column: ir.Value, heads: ir.Value) -> ir.Value:
 
 
 def _hidden(builder: Builder, call: Call, lengths: Lengths) -> Call:
-    """Put into the mask what no attribute of an operator says: a window, and the future of keys with a past."""
+    """Put into the mask what no attribute of an operator says: segments, a window, the future of keys with a past."""
+    mask = call.mask
+    if call.segments is not None:
+        mask = _both(builder, mask, _together(builder, call.segments, lengths))
     if call.window is None and (not call.is_causal or lengths.is_square):
-        return call
+        return replace(call, mask=mask, segments=None)
     visible = seen(builder, lengths, is_causal=call.is_causal, window=call.window)
-    if call.mask is None:
-        mask = visible
-    elif dtype_of(call.mask) == BOOL:
-        shape = broadcast(sizes(call.mask), sizes(visible))
-        mask = builder.op("And", call.mask, visible, dtype=BOOL, shape=shape)
-    else:
-        mask = total(builder, [call.mask, as_numbers(builder, visible, dtype_of(call.mask))])
-    return replace(call, mask=mask, is_causal=False, window=None)
+    return replace(call, mask=_both(builder, mask, visible), is_causal=False, window=None, segments=None)
+
+
+def _both(builder: Builder, mask: ir.Value | None, visible: ir.Value) -> ir.Value:
+    """Return a mask that also hides what is not visible."""
+    if mask is None:
+        return visible
+    if dtype_of(mask) != BOOL:
+        return total(builder, [mask, as_numbers(builder, visible, dtype_of(mask))])
+    return builder.op("And", mask, visible, dtype=BOOL, shape=broadcast(sizes(mask), sizes(visible)))
+
+
+def _together(builder: Builder, segments: ir.Value, lengths: Lengths) -> ir.Value:
+    """Return True where query and key have one number, [1 or B, 1, T_q, T_k]; the queries are the last of the keys."""
+    by_batch = builder.unsqueeze(segments, 0) if len(sizes(segments)) == 1 else segments
+    of_queries = _tail(builder, by_batch, -1, lengths)
+    queries, keys = builder.unsqueeze(of_queries, 1, 3), builder.unsqueeze(by_batch, 1, 2)
+    return builder.op("Equal", queries, keys, dtype=BOOL, shape=broadcast(sizes(queries), sizes(keys)))

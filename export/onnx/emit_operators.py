@@ -44,7 +44,8 @@ class Call:
     """Queries [B, H, T_q, D], keys [B, H_kv, T_k, D], values [B, H_kv, T_k, D_v], and what is added to the scores.
 
     `mask` has up to four axes that broadcast to [B, H, T_q, T_k], True or a number to add. `scale` is 1/sqrt(D) by
-    default; `softcap` c makes c tanh(scores / c) of the scaled product; 0 is none.
+    default; `cap` c makes c tanh(scores / c) of the scaled product. `sinks` [1 or B, 1 or H], or [H], are logits of a
+    key without a value; `segments` [T_k], or [1 or B, T_k], hide keys of another number than the query's.
     """
 
     query: ir.Value
@@ -56,7 +57,9 @@ class Call:
     is_causal: bool = False
     scale: float | None = None
     window: int | None = None
-    softcap: float = 0.0
+    cap: float | None = None
+    sinks: ir.Value | None = None
+    segments: ir.Value | None = None
 
     @property
     def factor(self) -> float:
@@ -70,6 +73,8 @@ def chosen(builder: Builder, call: Call, target: Target) -> Emitted:
     """Return [B, H, T_q, D_v] by what the target has for the call, and what that is."""
     if dtype_of(call.query) == DOUBLE:
         return Emitted((by_products(builder, call),), "two products and a softmax: no operator takes double")
+    if call.sinks is not None:
+        return Emitted((by_products(builder, call),), "two products and a softmax: no operator has sinks")
     if target.fused:
         return Emitted((_by_attention(builder, call),), "Attention")
     if not target.microsoft:
@@ -77,7 +82,7 @@ def chosen(builder: Builder, call: Call, target: Target) -> Emitted:
             (by_products(builder, call),),
             f"two products and a softmax: opset {target.opset} has no Attention",
         )
-    if call.softcap:
+    if call.cap:
         return Emitted(
             (by_products(builder, call),), "two products and a softmax: MultiHeadAttention has no soft cap"
         )
@@ -106,7 +111,7 @@ def _by_attention(builder: Builder, call: Call) -> ir.Value:
         shape=_result(call),
         scale=call.factor,
         is_causal=int(call.is_causal),
-        softcap=call.softcap or None,
+        softcap=call.cap or None,
     )
 
 
@@ -137,7 +142,8 @@ def fitted(builder: Builder, call: Call, target: Target) -> Call:
 
 
 def _is_multi_head(call: Call, target: Target) -> bool:
-    return target.microsoft and not target.fused and not call.softcap and dtype_of(call.query) == FLOAT
+    plain = not call.cap and call.sinks is None and dtype_of(call.query) == FLOAT
+    return target.microsoft and not target.fused and plain
 
 
 def _widths(call: Call) -> tuple[int, int]:
@@ -200,18 +206,39 @@ def by_products(builder: Builder, call: Call) -> ir.Value:
         query, key, value, bias = _grouped(builder, query, key, value, bias)
     rank = len(sizes(key))
     scores = builder.matmul(query, builder.transpose(key, *range(rank - 2), rank - 1, rank - 2))
-    if call.softcap:
-        bent = builder.same("Tanh", builder.binary("Div", scores, call.softcap))
-        scores = builder.binary("Mul", bent, call.softcap)
+    if call.cap:
+        bent = builder.same("Tanh", builder.binary("Div", scores, call.cap))
+        scores = builder.binary("Mul", bent, call.cap)
     if bias is not None:
         scores = builder.binary("Add", scores, bias)
-    mixed = builder.matmul(builder.same("Softmax", scores, axis=-1), value)
+    mixed = builder.matmul(_weights(builder, call, scores), value)
     if heads != key_heads:
         assert isinstance(heads, int)
         width = sizes(value)[-1]
         assert isinstance(width, int)
         mixed = builder.reshape(mixed, (0, heads, -1, width), _result(call))
     return builder.cast(mixed, own)
+
+
+def _weights(builder: Builder, call: Call, scores: ir.Value) -> ir.Value:
+    """Return the softmax of the scores [B, H, T_q, T_k] or [B, H_kv, G, T_q, T_k], with a last column for the sinks."""
+    if call.sinks is None:
+        return builder.same("Softmax", scores, axis=-1)
+    sinks = builder.cast(call.sinks, dtype_of(scores))
+    missing = 2 - len(sizes(sinks))
+    sinks = builder.unsqueeze(sinks, *range(missing)) if missing else sinks
+    lead, heads = sizes(sinks)
+    if len(sizes(scores)) == 5:
+        own, groups = sizes(scores)[1:3]
+        assert isinstance(own, int)
+        assert isinstance(groups, int)
+        parts = (own, groups) if heads != 1 else (1, 1)
+        sinks = builder.reshape(sinks, (0, *parts), (lead, *parts))
+    column = builder.unsqueeze(sinks, -1, -2)
+    by = [builder.size(scores, axis) for axis in range(len(sizes(scores)) - 1)]
+    column = builder.expand(column, (*by, 1), (*sizes(scores)[:-1], 1))
+    weights = builder.same("Softmax", builder.concat([scores, column]), axis=-1)
+    return builder.part(weights, builder.constant([0]), builder.constant([-1]), -1)
 
 
 def _factors(builder: Builder, call: Call, dtype: ir.DataType) -> ir.Value:

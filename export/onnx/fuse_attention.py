@@ -60,7 +60,7 @@ def _fuse(graph: ir.Graph, softmax: ir.Node) -> bool:
         return False
     builder = Builder(graph, mixing)
     key = _by_token(builder, turned)
-    attributes = {"is_causal": 0, "scale": scores.scale, "softcap": scores.cap}
+    attributes = {"is_causal": 0, "scale": scores.scale, "cap": scores.cap}
     inputs = [query, key, value, _mask(builder, scores)]
     fused = ir.Node(PRIVATE, FUSED, inputs, ir.convenience.convert_attributes(attributes), num_outputs=1)
     fused.metadata_props.update(mixing.metadata_props)

@@ -79,18 +79,20 @@ def _emitted(builder: Builder, node: ir.Node, target: Target) -> tuple[Emitted, 
         slots = dict(zip(encoding.slots, given, strict=True))
         return rotate(builder, tensors, encoding, slots, target), text
     query, key, value = map(_present, inputs[:3])
-    mask = inputs[3] if len(inputs) > 3 else None
+    mask, sinks, segments = (inputs[at] if len(inputs) > at else None for at in (3, 4, 5))
     call = Call(
         query,
         key,
         value,
         encoding,
-        dict(zip(encoding.slots, map(_present, inputs[4:]), strict=True)),
+        dict(zip(encoding.slots, map(_present, inputs[6:]), strict=True)),
         mask,
         bool(attributes["is_causal"]),
         attributes.get("scale"),
         attributes.get("window"),
-        attributes.get("softcap", 0.0),
+        attributes.get("cap"),
+        sinks,
+        segments,
     )
     if node.op_type == ATTEND:
         return attend(builder, call, target), text

@@ -138,19 +138,14 @@ def _attend(
     sinks: Any = None,
     segments: Any = None,
 ) -> Any:
-    if sinks is not None or segments is not None:
-        found = "sinks" if segments is None else "segments"
-        raise GrapeError(
-            f"attention with {encoding} in ONNX", f"{found} beside the bias", "a layer without them"
-        )
     attributes = {
         "encoding": encoding,
         "is_causal": int(is_causal),
         "scale": scale,
         "window": window,
-        "softcap": cap,
+        "cap": cap,
     }
-    return _record(ATTEND, (query, key, value, mask, *slots), 2, attributes)
+    return _record(ATTEND, (query, key, value, mask, sinks, segments, *slots), 2, attributes)
 
 
 def _fused(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from onnx_samples import File
 from torch import Tensor
 
-from grape_compile.encoding import Encoding
+from grape_compile.encoding import Encoding, alibi
 from grape_compile.export.onnx.emit_attention import attend
 from grape_compile.export.onnx.emit_operators import Call
 from grape_compile.export.onnx.emit_rotation import rotate
@@ -76,4 +79,31 @@ def test_every_bias_is_its_definition(sample: Sample, queries: int, target: Targ
         query.double(), key.double(), value.double(), sample.encoding, wide, is_causal=True
     )
     ours = grape_attend(query, key, value, sample.encoding, slots, is_causal=True)
+    assert _error(found, expected) <= 1.25 * _error(ours.numpy(), expected) + 5e-6, emitted.how
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=list(TARGETS))
+@pytest.mark.parametrize("queries", [LENGTH, 2], ids=["whole", "last"])
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("key_heads", [HEADS, 1])
+def test_sinks_and_segments_beside_a_bias(
+    key_heads: int, cap: float | None, queries: int, target: Target
+) -> None:
+    query = tensor(BATCH, HEADS, queries, HEAD_DIM, dtype=torch.float32, seed=1)
+    key, value = (
+        tensor(BATCH, key_heads, LENGTH, HEAD_DIM, dtype=torch.float32, seed=seed) for seed in (2, 3)
+    )
+    sinks = tensor(HEADS, dtype=torch.float32, seed=4)
+    segments = torch.arange(LENGTH).expand(BATCH, -1) // (LENGTH // 2)
+    given = {"query": query, "key": key, "value": value, "sinks": sinks, "segments": segments}
+    file = File(given, {}, target)
+    operands = [file.values[name] for name in ("query", "key", "value")]
+    beside = {name: file.values[name] for name in ("sinks", "segments")}
+    call = replace(Call(*operands, alibi(HEADS), is_causal=True, cap=cap), **beside)
+    emitted = attend(file.builder, call, target)
+    (found,) = file.run(emitted)
+    options: dict[str, Any] = {"is_causal": True, "cap": cap, "sinks": sinks, "segments": segments}
+    wide = (each.double() for each in (query, key, value))
+    expected = reference_attend(*wide, alibi(HEADS), **options)
+    ours = grape_attend(query, key, value, alibi(HEADS), **options)
     assert _error(found, expected) <= 1.25 * _error(ours.numpy(), expected) + 5e-6, emitted.how

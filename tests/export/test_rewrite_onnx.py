@@ -15,6 +15,8 @@ import onnxruntime
 import pytest
 import torch
 from architectures import BY_NAME, LAYERS, Architecture
+from attention_layers import BiasedAttention, example
+from bias_spellings import above_a_soft_cap
 from cached_layers import CACHED, Cached
 from onnx_graphs import HEADS, NEAR_MISSES, TURNS, WIDTH, attention, biased
 from torch import Tensor, nn
@@ -185,6 +187,18 @@ def test_a_constant_table_of_biases_is_looked_at_as_a_whole(tmp_path: Path) -> N
     report = rewrite_onnx(biased(tmp_path / "hand.onnx", "saturating"), tmp_path / "same.onnx")
     assert not report.sites
     assert report.refusals
+
+
+def test_a_bias_above_a_soft_cap_is_written_with_it(tmp_path: Path) -> None:
+    layer, given, source = BiasedAttention(above_a_soft_cap).eval(), example(), tmp_path / "plain.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(layer, (given,), source, dynamo=True, external_data=False, verbose=False)
+    report = rewrite_onnx(source, tmp_path / "new.onnx")
+    assert [site.kind for site in report.sites] == ["bias"]
+    (name,) = (each.name for each in onnx.load(source).graph.input)
+    (before,), (after,) = (_results(path, {name: given.numpy()}) for path in (source, tmp_path / "new.onnx"))
+    np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-5)
 
 
 def test_detection_goes_on_around_an_operator_it_does_not_know(tmp_path: Path) -> None:
