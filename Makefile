@@ -47,7 +47,7 @@ models: $(READY)
 bench-gpu: $(READY)
 	$(BIN)/python -m benchmarks.gpu rotation attention decoding --out benchmarks/results/
 
-# Tunes programs of TVM for this CPU and times them, then whole models, whose table it writes.
+# Tunes programs of TVM for this CPU and times them, then whole models, whose table it writes; about eight minutes.
 bench-tvm: $(READY)
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.tvm --out benchmarks/results/
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.tvm_models --out benchmarks/results/

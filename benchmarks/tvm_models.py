@@ -92,11 +92,11 @@ def measured(family: str, rounds: int) -> Iterator[dict[str, Any]]:
 
 
 def _by_library(library: Artifact, model: nn.Module, ids: Tensor, past: int) -> Callable[[], Tensor]:
-    held = {
-        value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), value.dtype)
-        for value in library.about.inputs
-        if value.name.startswith("past_key_values.")
-    }
+    held: dict[str, Any] = {}
+    for value in library.about.inputs:
+        if value.name.startswith("past_key_values."):
+            _, heads, _, width = value.shape
+            held[value.name] = np.zeros((1, int(heads or 1), 0, int(width or 1)), value.dtype)
     if past:
         results = library.run(*_arrays(ids[:, :past], 0), **held)
         held = {name: results[name.replace("past_key_values", "present")] for name in held}
@@ -117,7 +117,7 @@ def _by_torch(model: nn.Module, ids: Tensor, past: int) -> Callable[[], Tensor]:
     def run() -> Tensor:
         output = model(input_ids=ids[:, past:], past_key_values=cache, use_cache=True)
         if cache is not None:
-            cache.crop(past)
+            cache.crop(past - ids.shape[1])  # takes so many off its end
         logits: Tensor = output.logits
         return logits
 

@@ -177,7 +177,7 @@ def test_products_with_weights_are_tuned_on_a_cpu(tmp_path: Path) -> None:
         log.append(Winner(works[0].task, place, chosen, program, 1e-6, 2e-6, error, allowed, 2))
     recorded = Recorded(TARGET, tmp_path)
     operators = Operators(TARGET, recorded)
-    operands = [Operand(("rows", 24)), Operand((24, 24)), Operand((24,))]
+    operands = Operand(("rows", 24)), Operand((24, 24)), Operand((24,))
     assert str(operators._layer(*operands)) == str(linear(*operands, TARGET, chosen))
     assert [each.operator for each in recorded.used] == ["linear"]
     with pytest.raises(GrapeError, match="no product with weights"):
