@@ -59,8 +59,11 @@ def writes(node: fx.Node) -> bool:
 #: May return their operand, or views of it, though their schemas do not say so.
 _MAY_SHARE = {
     f"aten::{name}"
-    for name in ("type_as", "dropout", "einsum", "meshgrid", "broadcast_tensors", "lift_fresh", "positive")
-}
+    for name in (
+        "type_as", "dropout", "einsum", "meshgrid", "broadcast_tensors", "lift_fresh", "positive",
+        "_unsafe_view", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk",
+    )
+}  # fmt: skip
 
 #: Certainly views of their operand, be it of any strides.
 CERTAIN_VIEWS = {

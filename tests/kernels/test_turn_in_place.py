@@ -130,7 +130,7 @@ CASES: dict[Project, list[list[bool]]] = {
     an_input: [[False, True]],
     repeated: [[False, True]],
     written_to: [[False, True]],
-    one_for_both: [[False, False]],
+    one_for_both: [[False]],
 }
 
 

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from grape_compile.kernels.bodies.turn import block_of
+
 
 @triton.jit
 def plane_heads(
@@ -43,14 +45,7 @@ def plane(
     groups_1: tl.constexpr = (HEADS_1 + GROUP - 1) // GROUP
     program = tl.program_id(0)
     group = program % (groups_0 + groups_1)
-    program = program // (groups_0 + groups_1)
-    blocks = tl.cdiv(tokens, BLOCK)
-    start = (program % blocks).to(tl.int64) * BLOCK
-    program = program // blocks
-    outer = (program // inners).to(tl.int64)
-    inner = (program % inners).to(tl.int64)
-    rows = tl.arange(0, BLOCK)
-    seen = start + rows < tokens
+    _, outer, inner, start, rows, seen = block_of(program // (groups_0 + groups_1), tokens, inners, BLOCK)
     columns = tl.arange(0, WIDTH)
     there = columns < HEAD_DIM
     vector = frame + outer * frame_outer + inner * frame_inner + columns * frame_row

@@ -28,6 +28,25 @@ ACROSS = tl.constexpr(3)
 
 
 @triton.jit
+def block_of(program, tokens, inners, BLOCK: tl.constexpr):
+    """The block of tokens of a program: its place in the batch, as one number and as outer and inner, its first token,
+    its rows, and which of them there are.
+    """
+    blocks = tl.cdiv(tokens, BLOCK)
+    start = (program % blocks).to(tl.int64) * BLOCK
+    place = program // blocks
+    rows = tl.arange(0, BLOCK)
+    return (
+        place,
+        (place // inners).to(tl.int64),
+        (place % inners).to(tl.int64),
+        start,
+        rows,
+        start + rows < tokens,
+    )
+
+
+@triton.jit
 def angles_of(
     a, a_outer, a_inner, a_token, a_plane, b, b_outer, b_inner, b_token, b_plane, axis,
     outer, inner, start, rows, seen, planes, turning,
@@ -343,14 +362,7 @@ def turn(
     groups_1: tl.constexpr = (HEADS_1 + GROUP - 1) // GROUP
     program = tl.program_id(0)
     group = program % (groups_0 + groups_1)
-    program = program // (groups_0 + groups_1)
-    blocks = tl.cdiv(tokens, BLOCK)
-    start = (program % blocks).to(tl.int64) * BLOCK
-    program = program // blocks
-    outer = (program // inners).to(tl.int64)
-    inner = (program % inners).to(tl.int64)
-    rows = tl.arange(0, BLOCK)
-    seen = start + rows < tokens
+    _, outer, inner, start, rows, seen = block_of(program // (groups_0 + groups_1), tokens, inners, BLOCK)
     planes = tl.arange(0, WIDTH)
     turning = planes < COUNT
     cos, sin = angles_of(

@@ -7,7 +7,15 @@ gradient of an angle is one sum, always in the same order.
 import triton
 import triton.language as tl
 
-from grape_compile.kernels.bodies.turn import PLAIN, TABLES, angles_of, move_rest, put_planes, take_planes
+from grape_compile.kernels.bodies.turn import (
+    PLAIN,
+    TABLES,
+    angles_of,
+    block_of,
+    move_rest,
+    put_planes,
+    take_planes,
+)
 
 
 @triton.jit
@@ -85,14 +93,7 @@ def turn_back(
     `by_sin` [outer, inner, tokens, COUNT] gets the gradient of sign a b (`by_cos` is None), or for tables those of
     scale * cosine and sign * scale * sine in `by_cos` and `by_sin`.
     """
-    program = tl.program_id(0)
-    blocks = tl.cdiv(tokens, BLOCK)
-    start = (program % blocks).to(tl.int64) * BLOCK
-    place = program // blocks
-    outer = (place // inners).to(tl.int64)
-    inner = (place % inners).to(tl.int64)
-    rows = tl.arange(0, BLOCK)
-    seen = start + rows < tokens
+    place, outer, inner, start, rows, seen = block_of(tl.program_id(0), tokens, inners, BLOCK)
     planes = tl.arange(0, WIDTH)
     turning = planes < COUNT
     cos, sin = angles_of(
