@@ -50,6 +50,8 @@ NO_STEP: Final[Mapping[str, Any]] = {
     **{f"new_{part}_{axis}": 0 for part in ("key", "value") for axis in ("batch", "head", "token")},
     **{f"{part}_{axis}": 0 for part in ("a", "b") for axis in ("batch", "token", "plane")},
     **{"cos_factor": 1.0, "sin_factor": 1.0, "SOURCE": 0},
+    # A table of the pages of each sequence; the strides of batches are zero then.
+    **{"PAGES": None, "pages_batch": 0, "key_page": 0, "value_page": 0, "PAGE": 0},
 }
 #: The arguments of a call without a path.
 NO_PATH: Final[Mapping[str, Any]] = {

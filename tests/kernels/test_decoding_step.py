@@ -40,8 +40,10 @@ from grape_compile.encoding import (
 )
 from grape_compile.errors import OperandError
 from grape_compile.kernels import decoding_step
+from grape_compile.kernels.decoding import Decoding
 from grape_compile.kernels.launch import Launch
-from grape_compile.operators import attend, decode, providers
+from grape_compile.operators import attend, chunked, decode, providers
+from grape_compile.operators.call import AttendCall
 from grape_compile.operators.decode_call import DecodeCall
 from grape_compile.operators.prepare import parts
 from grape_compile.operators.providers import Provider
@@ -235,6 +237,40 @@ def test_decode_is_an_operator() -> None:
     heads, lengths = operands(1)
     heads = finite(heads)
     torch.library.opcheck(torch.ops.grape.decode.default, (*heads, lengths, [], str(rope(16)), None, None))
+
+
+def test_a_cache_in_pages() -> None:
+    """Pages in any order hold what a cache in one piece would, and the new token joins its page."""
+    page, encoding = 8, rope(16)
+    heads, lengths = operands(1)
+    wanted = decode(*heads, lengths, encoding)
+    numbers = torch.randperm(BATCH * CAPACITY // page, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    own, _ = operands(1)
+    pages = []
+    for cache in own[3:]:
+        pieces = cache.unflatten(2, (-1, page)).transpose(1, 2).flatten(0, 1)
+        pages.append(torch.empty_like(pieces))
+        pages[-1][numbers] = pieces
+    call = DecodeCall(own[0], own[1], own[2], own[3], own[4], lengths, encoding, {}, 0.25, None)
+    table = numbers.to(torch.int32).view(BATCH, -1)
+    step = {
+        **decoding_step.step_arguments(call),
+        "PAGES": table,
+        "pages_batch": table.stride(0),
+        "PAGE": page,
+    }
+    step |= {"KEY": pages[0], "VALUE": pages[1]}
+    for name, each in zip(("key", "value"), pages, strict=True):
+        step |= {f"{name}_page": each.stride(0), f"{name}_batch": 0, f"{name}_head": each.stride(1)}
+    attending = AttendCall(own[0], own[3], own[4], (), None, True, call.scale, None)
+    output, logsumexp = chunked.empty_result(attending)
+    both = Decoding(attending, step=step)
+    both.split_launch().run()
+    both.merge_launch(output, logsumexp).run()
+    torch.testing.assert_close(output, wanted, rtol=1e-5, atol=1e-5)
+    for kept, each in zip(heads[3:], pages, strict=True):
+        whole = each[numbers].unflatten(0, (BATCH, -1)).transpose(1, 2).flatten(2, 3)
+        torch.testing.assert_close(whole, kept, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.gpu

@@ -19,6 +19,20 @@ SCAN = tl.constexpr(1024)
 
 
 @triton.jit
+def offsets_of(PAGES, key_at, there, token, page, PAGE: tl.constexpr):
+    """Return where keys are, from the first number of their head on: only this knows how a cache lies in memory.
+
+    With `PAGES`, the page of each PAGE keys of a sequence, pages are `page` numbers apart and hold keys in their order.
+    """
+    if PAGES is not None:
+        pages = tl.load(PAGES + key_at // PAGE, mask=there, other=0).to(tl.int64)
+        offsets = pages * page + (key_at % PAGE).to(tl.int64) * token
+    else:
+        offsets = key_at.to(tl.int64) * token
+    return offsets
+
+
+@triton.jit
 def times_at(TIMES, row_offset, place, token, known):
     """Return the clock of rows [ROWS, 1] at key numbers that broadcast to them, float64."""
     return tl.load(TIMES + row_offset + place * token, mask=known, other=0).to(tl.float64)
@@ -134,13 +148,13 @@ def decode_split(
     new_value_token, COORDINATES, A, a_batch, a_token, a_plane, B, b_batch, b_token, b_plane, cos_factor, sin_factor,
     CARRIES, EDGE_QUERY, EDGE_KEY, PATH_SLOPES, edge_query_batch, edge_query_head, edge_query_token,
     edge_key_batch, edge_key_head, edge_key_token, path_slopes_batch, path_slopes_head,
-    key_heads, queries, keys, window, splits, scale,
+    PAGES, pages_batch, key_page, value_page, key_heads, queries, keys, window, splits, scale,
     GROUPS: tl.constexpr, ROWS: tl.constexpr, HEAD: tl.constexpr, HEAD_BLOCK: tl.constexpr, VALUES: tl.constexpr,
     VALUE_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     LEVEL: tl.constexpr, TERM: tl.constexpr, ABSOLUTE: tl.constexpr, GATE_QUERY: tl.constexpr, GATE_KEY: tl.constexpr,
     MASKED: tl.constexpr, ONE_MASK: tl.constexpr, SOURCE: tl.constexpr, PRECISION: tl.constexpr,
     LINK: tl.constexpr, EDGE: tl.constexpr, EDGE_BLOCK: tl.constexpr, MEMBERS: tl.constexpr, LANES: tl.constexpr,
-    EDGE_WIDTH: tl.constexpr, EDGE_PRECISION: tl.constexpr,
+    EDGE_WIDTH: tl.constexpr, EDGE_PRECISION: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Sums of one part of the keys: of values by their weights, of the weights, and the logit that weighs one.
 
@@ -149,6 +163,7 @@ def decode_split(
     keys and values behind them: the last part sees them from where they come and puts them into the cache, and no part
     reads there. With COORDINATES queries and new keys turn on their way. A part is walked over from its last key
     backwards: with `CARRIES` [B, H, T_q, splits] there is a path, and what its keys add to all before them goes there.
+    With `PAGES` [B, ceil(keys / PAGE)] keys and values are those of pages [pages, key heads, PAGE, D].
     """
     split = tl.program_id(0) % splits
     number = tl.program_id(0) // splits
@@ -229,6 +244,8 @@ def decode_split(
         gates = GATES_QUERY + batch * gates_query_batch + head * gates_query_head + token * gates_query_token
         gate_query = tl.load(gates, mask=there_row, other=0.0)[:, None] * term_slope
 
+    if PAGES is not None:
+        PAGES += batch * pages_batch
     key_start = KEY + batch * key_batch + key_number * key_head
     value_start = VALUE + batch * value_batch + key_number * value_head
     best = tl.full([ROWS], LOWEST, tl.float32)
@@ -265,13 +282,13 @@ def decode_split(
                 other=0.0,
             )
             key_at = first_at + new
-            far = key_at.to(tl.int64)
             # Nothing outside of the cache is written to.
-            inside = (there & (key_at >= 0) & (key_at < keys))[:, None]
-            tl.store(key_start + far[:, None] * key_token + inner[None, :], key, mask=inside & inner_known)
-            tl.store(
-                value_start + far[:, None] * value_token + outer[None, :], value, mask=inside & outer_known
-            )
+            known = there & (key_at >= 0) & (key_at < keys)
+            inside = known[:, None]
+            far = offsets_of(PAGES, key_at, known, key_token, key_page, PAGE)
+            tl.store(key_start + far[:, None] + inner[None, :], key, mask=inside & inner_known)
+            far = offsets_of(PAGES, key_at, known, value_token, value_page, PAGE)
+            tl.store(value_start + far[:, None] + outer[None, :], value, mask=inside & outer_known)
             logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2E)
             logits, seen = biased(
                 logits, key_at[None, :], tl.trans(inside), at, level_slope, LEVEL_TIMES, level_row, level_time,
@@ -288,9 +305,9 @@ def decode_split(
     for index in tl.range(0, count):
         key_at = start + (count - 1 - index) * KEY_BLOCK + column
         there = key_at < stop
-        far = key_at.to(tl.int64)
+        far = offsets_of(PAGES, key_at, there, key_token, key_page, PAGE)
         key = tl.load(
-            key_start + far[:, None] * key_token + inner[None, :],
+            key_start + far[:, None] + inner[None, :],
             mask=there[:, None] & inner_known,
             other=0.0,
         )
@@ -306,14 +323,15 @@ def decode_split(
             )  # fmt: skip
             logits += path.slope * behind
         if MASKED != NONE:
-            told = tl.load(mask_start + far[None, :] * mask_key, mask=there[None, :], other=0)
+            told = tl.load(mask_start + key_at.to(tl.int64)[None, :] * mask_key, mask=there[None, :], other=0)
             if MASKED == BYTES:
                 seen = seen & (told != 0)
             else:
                 added = told.to(tl.float32)
                 logits += tl.where(added < ABSORBING, added, added * LOG2E)
+        far = offsets_of(PAGES, key_at, there, value_token, value_page, PAGE)
         value = tl.load(
-            value_start + far[:, None] * value_token + outer[None, :],
+            value_start + far[:, None] + outer[None, :],
             mask=there[:, None] & outer_known,
             other=0.0,
         )
