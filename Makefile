@@ -37,7 +37,8 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run cost kin speed upgrading --out benchmarks/results/
 
-# Half an hour on two quiet cores; on a GPU the models have about 10^9 parameters.
+# A quarter of an hour on two quiet cores; on a GPU the models have about 10^9 parameters. A run that was stopped goes on
+# where it was.
 models: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	$(BIN)/python -m benchmarks.run models --out benchmarks/results/

@@ -12,13 +12,14 @@ from typing import Any
 Row = dict[str, Any]
 
 
-def keep(name: str, rows: Iterable[Row], path: Path, about: Row) -> bool:
+def keep(name: str, rows: Iterable[Row], path: Path, about: Row, before: Iterable[Row] = ()) -> bool:
     """Print the rows of a case as they come and keep them in `path`, with `about`; whether all promises hold.
 
-    The file appears after the last row; until then what was measured is in `path` with `.part` behind it.
+    The file appears after the last row; until then what was measured is in `path` with `.part` behind it. Rows that an
+    earlier run left there come `before`.
     """
-    held: list[Row] = []
-    unfinished = path.with_name(path.name + ".part")
+    held = list(before)
+    unfinished = _unfinished(path)
     for row in rows:
         held.append(row)
         verdict = {None: "", True: "  holds", False: "  DOES NOT HOLD"}[row["holds"]]
@@ -28,6 +29,20 @@ def keep(name: str, rows: Iterable[Row], path: Path, about: Row) -> bool:
     if held:
         os.replace(unfinished, path)
     return all(row["holds"] is not False for row in held)
+
+
+def left_over(path: Path, about: Row) -> list[Row]:
+    """Return the rows that a run with the same `about` left behind when it was stopped; none where there was none."""
+    unfinished = _unfinished(path)
+    if not unfinished.exists():
+        return []
+    document = json.loads(unfinished.read_text(encoding="utf-8"))
+    same = all(document.get(name) == value for name, value in about.items())
+    return list(document["rows"]) if same else []
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
 
 
 def write(path: Path, text: str) -> None:

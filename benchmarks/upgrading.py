@@ -37,6 +37,8 @@ def upgrading() -> Iterator[dict[str, Any]]:
         for name, make, to in (
             ("llama", _llama, "grape-m"),
             ("bloom", _bloom, "fox"),
+            ("bloom", _bloom, "grape-a-q"),
+            ("bloom", _bloom, "grape-a-k"),
             ("bloom", _bloom, "grape-a-qk"),
             ("llama", _llama, "fox"),
         ):

@@ -2,7 +2,8 @@
 
 Three activities of each family: `prefill` (a forward pass over a prompt), `decode` (tokens one after the other, from a
 cache that holds a prompt) and `train` (forward, backward and a step of AdamW). On a GPU the models have about 10^9
-parameters in bfloat16, on a CPU they are small, in float32 and on one thread, where elapsed time is CPU time.
+parameters in bfloat16, on a CPU they are small, in float32 and on one thread, and seconds are processor time, which
+neighbours on the machine do not lengthen.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import copy
 import ctypes
 import gc
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -49,18 +51,20 @@ class Scale:
     device: str
 
 
-SMALL: Final = Scale(256, 8, 4, 1000, 2048, 1, 16, 7, torch.float32, "cpu")
+SMALL: Final = Scale(256, 8, 4, 1000, 2048, 1, 16, 5, torch.float32, "cpu")
 LARGE: Final = Scale(2048, 16, 16, 32000, 4096, 2, 64, 7, torch.bfloat16, "cuda")
 
 
-def models() -> Iterator[dict[str, Any]]:
-    """One result per family and activity: medians and peak memory of the three ways, their ratio."""
+def models(done: Collection[str] = ()) -> Iterator[dict[str, Any]]:
+    """One result per family and activity that is not done: medians and peak memory of the three ways, their ratio."""
     scale = LARGE if torch.cuda.is_available() else SMALL
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if scale.device == "cpu" else threads)
     try:
         for family in FAMILIES:
             for activity in ACTIVITIES:
+                if _named(family, activity) in done:
+                    continue
                 yield measured(family, activity, scale)
                 torch.compiler.reset()
                 gc.collect()
@@ -76,12 +80,13 @@ def measured(family: str, activity: str, scale: Scale) -> dict[str, Any]:
     grape_compile(models[OURS])
     ways = {name: _way(activity, model, scale) for name, model in models.items()}
     results = {name: way() for name, way in ways.items()}
-    timings = take_turns(ways, rounds=scale.rounds)
+    clock = time.process_time if scale.device == "cpu" else time.perf_counter
+    timings = take_turns(ways, rounds=scale.rounds, warm_up=1, clock=clock)
     memory = {name: _peak(way, scale) for name, way in ways.items()}
     ratio = timings[ALONE].median / timings[OURS].median
     promised = PROMISED.get(family) if (activity, scale.device) == ("prefill", "cpu") else None
     return {
-        "name": f"{family}, {activity}",
+        "name": _named(family, activity),
         "family": family,
         "activity": activity,
         "scale": {**asdict(scale), "dtype": str(scale.dtype).removeprefix("torch.")},
@@ -101,6 +106,10 @@ def measured(family: str, activity: str, scale: Scale) -> dict[str, Any]:
         "holds": None if promised is None else ratio >= promised - NOISE,
         "told": _told(timings, memory, ratio),
     }
+
+
+def _named(family: str, activity: str) -> str:
+    return f"{family}, {activity}"
 
 
 def _made(family: str, scale: Scale) -> nn.Module:

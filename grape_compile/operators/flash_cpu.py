@@ -29,6 +29,7 @@ from grape_compile.operators import chunked
 from grape_compile.operators.bias import Additive
 from grape_compile.operators.blocks import Block, Part, blocks, of_heads, product_count
 from grape_compile.operators.call import AttendCall, Gradients
+from grape_compile.operators.operands import LOG2E
 
 #: Heads with added coordinates have a multiple of this size: the kernel's products are slow on odd sizes.
 ROUND: Final = 4
@@ -199,14 +200,12 @@ def _add_whole(operands: Operands, rows: slice, part: Part, total: Tensor, sums:
     assert operands.output is not None, "a backward call has an output"
     query, key = call.query[:, :, rows].to(dtype), call.keys[:, :, keys].to(dtype)
     cotangent, output = operands.gradient[:, :, rows], operands.output[:, :, rows]
-    logits = (query @ key.mT).mul_(call.scale)
+    logits = (query @ key.mT).mul_(call.scale * LOG2E)
     if part.mask is not None:
-        logits += part.mask
+        logits.add_(part.mask, alpha=LOG2E)
+    weights = logits.sub_(total[..., None] * LOG2E).exp2_()
     if part.causal:
-        length = keys.stop - keys.start
-        later = torch.ones(length, length, dtype=torch.bool, device=query.device).triu_(1)
-        logits.masked_fill_(later, -math.inf)
-    weights = logits.sub_(total[..., None]).exp_()
+        weights.tril_()
     sums.value[:, :, keys] += (weights.mT @ cotangent)[..., : call.value.shape[3]]
     changes = (cotangent @ operands.value[:, :, keys].mT).sub_((cotangent * output).sum(-1, keepdim=True))
     changes.mul_(weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Final
@@ -14,6 +15,10 @@ from grape_compile.errors import OperandError
 
 #: Element types that an encoding acts on; 8-bit floats and complex numbers have no rounding to promise.
 FLOATING: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+#: What makes logits powers of two. A CPU takes a third of the time of exp for exp2, which does not stumble over weights
+#: close to the smallest number either.
+LOG2E: Final = math.log2(math.e)
 
 #: `parse` with a memory: an operator reads the same few texts at every call.
 parse_encoding = lru_cache(maxsize=1024)(parse)

@@ -6,8 +6,7 @@ on the way, and a head is left behind when all its remaining keys together weigh
 
 Keys stand in the order of the walk, the last one first, and each beside the edge of the token behind it: its sums are
 plain cumulative sums. Products, edges, sums, logits and weights of a step of the forward pass are written over each
-other, so that they stay in the cache. Logits are logarithms to the base two: a CPU takes a third of the time for exp2
-that it takes for exp, and does not stumble over weights close to the smallest number.
+other, so that they stay in the cache. Logits and levels are logarithms to the base two.
 
 The backward pass walks the same way, twice where it has to. The gradient of the edge at l sums those of the logits of
 all j < l, which are walked after it: the first walk leaves a sum for each step. (As the logit gradients of a row sum to
@@ -28,7 +27,8 @@ from grape_compile.encoding import Identity
 from grape_compile.operators import chunked
 from grape_compile.operators.bias import pull
 from grape_compile.operators.call import AnyBias, AttendCall, Gradients
-from grape_compile.operators.path import LOG2E, Path, later
+from grape_compile.operators.operands import LOG2E
+from grape_compile.operators.path import Path, later
 
 #: Keys in a step of the scan at least.
 KEYS: Final = 256
