@@ -15,6 +15,7 @@ from grape_compile.encoding import Encoding, alibi
 from grape_compile.export.onnx.emit_attention import attend
 from grape_compile.export.onnx.emit_operators import Call
 from grape_compile.export.onnx.emit_rotation import rotate
+from grape_compile.export.onnx.hold_past import hold_past
 from grape_compile.export.onnx.targets import TARGETS, Target
 from grape_compile.operators import attend as grape_attend
 from grape_compile.operators import reference_attend, reference_rotate
@@ -97,13 +98,34 @@ def test_sinks_and_segments_beside_a_bias(
     segments = torch.arange(LENGTH).expand(BATCH, -1) // (LENGTH // 2)
     given = {"query": query, "key": key, "value": value, "sinks": sinks, "segments": segments}
     file = File(given, {}, target)
-    operands = [file.values[name] for name in ("query", "key", "value")]
-    beside = {name: file.values[name] for name in ("sinks", "segments")}
-    call = replace(Call(*operands, alibi(HEADS), is_causal=True, cap=cap), **beside)
-    emitted = attend(file.builder, call, target)
+    values = file.values
+    call = Call(values["query"], values["key"], values["value"], alibi(HEADS), is_causal=True, cap=cap)
+    emitted = attend(file.builder, replace(call, sinks=values["sinks"], segments=values["segments"]), target)
     (found,) = file.run(emitted)
     options: dict[str, Any] = {"is_causal": True, "cap": cap, "sinks": sinks, "segments": segments}
-    wide = (each.double() for each in (query, key, value))
-    expected = reference_attend(*wide, alibi(HEADS), **options)
+    expected = reference_attend(query.double(), key.double(), value.double(), alibi(HEADS), **options)
     ours = grape_attend(query, key, value, alibi(HEADS), **options)
     assert _error(found, expected) <= 1.25 * _error(ours.numpy(), expected) + 5e-6, emitted.how
+
+
+@pytest.mark.parametrize("target", [TARGETS["standard"], TARGETS["ort"]], ids=["standard", "ort"])
+def test_the_operator_appends_to_a_cache_and_has_no_factor(target: Target) -> None:
+    """ONNX Runtime multiplies one row by keys three times as fast without a factor."""
+    query = tensor(BATCH, HEADS, 2, HEAD_DIM, dtype=torch.float32, seed=1)
+    key, value = (tensor(BATCH, HEADS, LENGTH, HEAD_DIM, dtype=torch.float32, seed=seed) for seed in (2, 3))
+    parts = {"key": key, "value": value}
+    cache = {f"past_{name}": each[:, :, :-2] for name, each in parts.items()}
+    new = {f"new_{name}": each[:, :, -2:] for name, each in parts.items()}
+    file = File({"query": query, **cache, **new}, {}, target)
+    grown = [
+        file.builder.concat([file.values[f"past_{name}"], file.values[f"new_{name}"]], 2) for name in parts
+    ]
+    emitted = attend(file.builder, Call(file.values["query"], *grown, alibi(HEADS), is_causal=True), target)
+    assert hold_past(file.graph) == 1
+    (found,) = file.run(emitted)
+    kinds = [node.op_type for node in file.graph]
+    (operator,) = (node for node in file.graph if node.op_type in emitted.how.split(", "))
+    assert operator.attributes["scale"].as_float() == 1.0
+    assert "Concat" not in kinds
+    expected = reference_attend(query.double(), key.double(), value.double(), alibi(HEADS), is_causal=True)
+    assert _error(found, expected) <= 5e-6

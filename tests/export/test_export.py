@@ -120,20 +120,7 @@ def _generated(path: Path, ids: np.ndarray, mask: np.ndarray, count: int) -> np.
     return np.concatenate(made, 1)
 
 
-@pytest.mark.parametrize("target", ["standard", "ort"])
-def test_a_step_asks_no_factor_of_its_products_with_the_cache(target: str, tmp_path: Path) -> None:
-    """ONNX Runtime multiplies one row by keys three times as fast without; one bias is there for all layers."""
-    path = tmp_path / "model.onnx"
-    export(ARCHITECTURES["bloom"].build(), path=path, target=target, kv_cache=True, verify=False)
-    nodes = onnx.load(path).graph.node
-    attention = [node for node in nodes if node.op_type == FUSED[target][0]]
-    scales = [each.f for node in attention for each in node.attribute if each.name == "scale"]
-    assert scales == [1.0] * LAYERS
-    assert len({node.input[5 if target == "ort" else 3] for node in attention}) == 1
-    appended = [name for node in nodes if node.op_type == "Concat" for name in node.input]
-    assert not any(name.startswith("past_key_values") for name in appended)
-
-
+@pytest.mark.slow
 def test_a_bias_beside_sinks_is_written_with_them(tmp_path: Path) -> None:
     layer = BiasedAttention(beside_sinks).eval()
     report = export(layer, (example(),), path=tmp_path / "model.onnx", dynamic_shapes=None)
