@@ -1,4 +1,4 @@
-"""Rotations as libraries beside transformers write them: cuts from the end, slices assigned in place, angles kept twice."""
+"""Rotations as other libraries write them: cuts from the end, slices assigned in place, angles kept twice."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ class KeptTwice(nn.Module):
 class PlainAttribute(nn.Module):
     """Unit numbers kept as an attribute that is no buffer, by a module whose code does not call itself `self`."""
 
-    def __init__(itself) -> None:  # noqa: N805 - the name is what is tested
+    def __init__(itself) -> None:
         super().__init__()
         angle = torch.outer(torch.arange(64.0), inverse_frequencies(HALF))
         itself.numbers = torch.polar(torch.ones_like(angle), angle).to(torch.complex128)
 
-    def forward(itself, x: Tensor, _: Tensor) -> Tensor:  # noqa: N805 - as above
+    def forward(itself, x: Tensor, _: Tensor) -> Tensor:
         pairs = torch.view_as_complex(x.double().unflatten(-1, (HALF, 2)))
         return torch.view_as_real(pairs * itself.numbers[: x.shape[-2]]).flatten(-2).to(x.dtype)
 
