@@ -42,9 +42,9 @@ _MADE = _FRESH | {
     "aten::full_like",
 }
 _IN_PLACE = {
-    f"aten::{name}_": getattr(aten, name) for name in ("add", "sub", "mul", "div", "neg", "exp", "reciprocal")
+    f"aten::{name}_": getattr(aten, name)
+    for name in ("add", "sub", "mul", "div", "neg", "exp", "reciprocal", "masked_fill", "clamp", "fill")
 }
-_RESULTS = {getattr(packet, name) for packet in _IN_PLACE.values() for name in packet.overloads()}
 _SCATTERS = {"aten::slice": aten.slice_scatter.default, "aten::select": aten.select_scatter.default}
 
 
@@ -73,7 +73,7 @@ class FunctionalAssignments(Pass):
 def _out_of_place(graph: fx.Graph, write: fx.Node) -> None:
     """Arithmetic in place on a tensor made here whose first reader it is: no view of it can be waiting."""
     base = write.args[0]
-    if not isinstance(base, fx.Node) or (op_name(base) not in _MADE and base.target not in _RESULTS):
+    if not isinstance(base, fx.Node) or not _is_alone(base):
         return
     function = getattr(_IN_PLACE[op_name(write)], str(write.target).rpartition(".")[2], None)
     if function is None or min(base.users) is not write or base in write.args[1:]:
@@ -86,6 +86,16 @@ def _out_of_place(graph: fx.Graph, write: fx.Node) -> None:
     base.replace_all_uses_with(value, delete_user_cb=lambda user: user not in (write, value))
     write.replace_all_uses_with(value)
     graph.erase_node(write)
+
+
+def _is_alone(node: fx.Node) -> bool:
+    """Whether no other name leads to the memory of a value: it is new, or the one view of a new one."""
+    while (source := viewed(node)) is not None:
+        others = [user for user in source.users if user is not node]
+        if any(op_name(user) != "aten::_assert_tensor_metadata" for user in others):
+            return False
+        node = source
+    return node.op == "call_function" and (is_pure(node) or op_name(node) in _MADE)
 
 
 def _functionalise(graph: fx.Graph, write: fx.Node) -> None:

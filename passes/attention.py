@@ -22,6 +22,9 @@ from grape_compile.passes.sinks import joined_sinks, without_sinks
 
 _RESHAPED = {"aten::view", "aten::reshape", "aten::_unsafe_view", "aten::flatten", "aten::unflatten"}
 _BENDING = {
+    "aten::max",
+    "aten::maximum",
+    "aten::clamp_min",
     "aten::tanh",
     "aten::clamp",
     "aten::relu",
@@ -276,7 +279,7 @@ class _Reader:
         )
         if filled is data:
             filled, dead = node.args[1], True
-        value = constant(filled)
+        value = constant(filled, self.program)
         if not isinstance(mask, fx.Node) or self.program.taints[mask] >= Taint.PARAMETER or value is None:
             return None
         if value * factor > 0:  # such entries are chosen, not hidden

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from grape_compile.passes.graph import Program, Taint, fake, op_name, require_fake
+from grape_compile.passes.graph import Program, Role, Taint, fake, op_name, require_fake
 
 PASSED = {"aten::to", "aten::_to_copy", "aten::clone", "aten::contiguous", "aten::type_as", "aten::alias"}
 _RESHAPED = {
@@ -63,9 +63,9 @@ def split_terms(program: Program, node: fx.Node, factor: float, folded: bool = F
             if name == "aten::masked_fill"
             else (args[0], args[1], args[2], False)
         )
-        if constant(kept) is not None and constant(filled) is None:
+        if constant(kept, program) is not None and constant(filled, program) is None:
             kept, filled, dead = filled, kept, not dead
-        value_of, kept_of = constant(filled), constant(kept)
+        value_of, kept_of = constant(filled, program), constant(kept, program)
         if (
             value_of is not None
             and value_of * factor <= _LOWEST
@@ -114,17 +114,23 @@ def _aligned(value: torch.Tensor) -> list[str]:
     return sizes
 
 
-def constant(value: Any) -> float | None:
-    """A number, or a scalar tensor made of one."""
+def constant(value: Any, program: Program | None = None) -> float | None:
+    """A number, or a scalar tensor made of one; of a `program`, also a tensor of one that its code writes out."""
     if isinstance(value, int | float):
         return float(value)
     if not isinstance(value, fx.Node):
         return None
     name = op_name(value)
     if name in ("aten::full", "aten::zeros") and require_fake(value).dim() == 0:
-        return constant(value.args[1]) if name == "aten::full" else 0.0
-    if name == "aten::scalar_tensor":
-        return constant(value.args[0])
-    if name in ("aten::lift_fresh_copy", "aten::to", "aten::_to_copy", "aten::clone"):
-        return constant(value.args[0])
-    return None
+        return constant(value.args[1], program) if name == "aten::full" else 0.0
+    if name in _HANDED_ON:
+        return constant(value.args[0], program)
+    if program is None or program.roles.get(value) is not Role.LITERAL:
+        return None
+    held = program.values.get(value)
+    return float(held) if isinstance(held, torch.Tensor) and held.dim() == 0 else None
+
+
+_HANDED_ON = {f"aten::{name}" for name in ("scalar_tensor", "lift_fresh", "lift_fresh_copy", "detach", "detach_")} | {
+    "aten::to", "aten::_to_copy", "aten::clone",
+}  # fmt: skip

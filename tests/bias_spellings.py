@@ -140,6 +140,19 @@ def mask_by_where(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> 
     return torch.where(causal(key.shape[-2]), scores, least).softmax(-1) @ value
 
 
+def mask_by_a_tensor_of_one(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    scores = scores_of(query, key) + by_distance(slopes, key.shape[-2])
+    hidden = torch.tensor(float("-inf"), dtype=scores.dtype)
+    return torch.where(causal(key.shape[-2]), scores, hidden).softmax(-1) @ value
+
+
+def added_and_filled_in_place(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    scores = scores_of(query, key)
+    scores += by_distance(slopes, key.shape[-2])
+    scores.masked_fill_(~causal(key.shape[-2]), float("-inf"))
+    return scores.softmax(-1) @ value
+
+
 def mask_added(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
     length = key.shape[-2]
     mask = torch.full((length, length), float("-inf"), dtype=query.dtype).triu(1)
@@ -239,6 +252,8 @@ BIAS_SPELLINGS: tuple[BiasSpelling, ...] = (
     _row(contracted_by_name),
     _row(bias_first),
     _row(mask_by_where),
+    _row(mask_by_a_tensor_of_one),
+    _row(added_and_filled_in_place),
     _row(mask_added),
     _row(mask_and_bias_in_one),
     _row(fused_attention_with_a_mask),

@@ -8,6 +8,7 @@ from attention_layers import example, sharpen
 from bias_spellings import BIAS_SPELLINGS, BiasSpelling
 from detour_spellings import DETOUR_SPELLINGS
 from layer_spellings import LAYER_SPELLINGS
+from library_spellings import LIBRARY_SPELLINGS
 from measuring import GrapeCalls
 from place_spellings import PLACE_SPELLINGS
 from rotation_spellings import ROTATION_SPELLINGS, Spelling
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from grape_compile import grape_compile, inspect, report, rewrite
 from grape_compile.encoding import Bias, Rotation
 
-ROTATIONS = (*ROTATION_SPELLINGS, *DETOUR_SPELLINGS, *LAYER_SPELLINGS, *PLACE_SPELLINGS)
+ROTATIONS = (*ROTATION_SPELLINGS, *DETOUR_SPELLINGS, *LAYER_SPELLINGS, *PLACE_SPELLINGS, *LIBRARY_SPELLINGS)
 rotations = pytest.mark.parametrize("spelling", ROTATIONS, ids=lambda row: row.name)
 growing = pytest.mark.parametrize(
     "spelling", [row for row in ROTATIONS if row.grows], ids=lambda row: row.name

@@ -61,6 +61,18 @@ def then_again(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
     return turned
 
 
+def over_a_part_that_is_read(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """What is cut out overlaps both halves."""
+    return into_a_copy(x, first, second)[..., 2 : HALF + 2]
+
+
+def over_a_view_that_waits(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    turned = torch.cat((first, second), dim=-1)
+    view = turned[..., :1]
+    turned += 1.0
+    return turned * view
+
+
 def by_a_name_that_may_copy(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
     turned = torch.cat((first, second), dim=-1)
     other = turned.reshape(-1)
@@ -75,6 +87,8 @@ def by_a_name_that_may_copy(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
         (into_a_view_of_a_copy, 1),
         (into_itself, 1),
         (then_again, None),
+        (over_a_part_that_is_read, None),
+        (over_a_view_that_waits, None),
         (by_a_name_that_may_copy, None),
     ],
 )

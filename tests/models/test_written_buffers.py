@@ -54,6 +54,22 @@ def one_number(model: Turned, positions: Tensor) -> Tensor:
     return model.inv_freq
 
 
+def a_part_read_back(model: Turned, positions: Tensor) -> Tensor:
+    model.inv_freq[:6].copy_(chosen(model, positions)[:6])
+    return torch.cat((model.inv_freq[:6], model.other[6:]))
+
+
+def a_part_written_twice(model: Turned, positions: Tensor) -> Tensor:
+    model.inv_freq[:6].copy_(chosen(model, positions)[:6])
+    model.inv_freq[2:4].mul_(2)
+    return torch.cat((model.inv_freq[:6], model.other[6:]))
+
+
+def another_part_read(model: Turned, positions: Tensor) -> Tensor:
+    model.inv_freq[:6].copy_(chosen(model, positions)[:6])
+    return torch.cat((model.inv_freq[1:7], model.other[6:]))
+
+
 def twice(model: Turned, positions: Tensor) -> Tensor:
     model.inv_freq.copy_(chosen(model, positions))
     first = model.inv_freq[:]
@@ -101,8 +117,10 @@ def onto_itself(model: Turned, positions: Tensor) -> Tensor:
     return model.inv_freq
 
 
-FOUND = [read_back, wider, one_number]
+FOUND = [read_back, a_part_read_back, wider, one_number]
 OTHER = [
+    a_part_written_twice,
+    another_part_read,
     read_before,
     read_before_as_it_is,
     positions_moved_on,
