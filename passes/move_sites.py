@@ -105,7 +105,8 @@ class _Move:
             site = self.program.attended[call]
             outcome.absorbed.append(site)
             unused += call.args[3]  # type: ignore[arg-type] # nodes
-            self._attend(call, *unturned.get(call, call.args[:2]))
+            query, key = unturned.get(call, cast(tuple[fx.Node, fx.Node], call.args[:2]))
+            self._attend(call, query, key)
             if self.mark.biases:
                 outcome.sites.append(replace(site, encoding=_one(self.mark.biases)))
         self.mark.node.replace_all_uses_with(self.mark.hidden)
@@ -262,7 +263,9 @@ class _Move:
                 if any(gate.key for gate in gates):
                     key = plain.of(plain.new(key))
             except Unreadable as reason:
-                raise self._error(str(reason)) from reason
+                raise self._error(
+                    str(reason), "use_cache=False, or a cache that grows and keeps keys"
+                ) from reason
             found[call] = query, key
         return found
 
