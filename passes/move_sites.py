@@ -41,13 +41,11 @@ from grape_compile.passes.marks import Mark, Marked, tokens_last
 from grape_compile.passes.operands import Emitter, fake_value
 from grape_compile.passes.rewrite_rotations import remove_unused
 from grape_compile.passes.table_clocks import emit_positions
+from grape_compile.passes.unturned import RESHAPING, Unturned, put_behind
 
 aten = torch.ops.aten
 _ROTATE, _ATTEND = torch.ops.grape.rotate.default, torch.ops.grape.attend.default
-_RESHAPING = {
-    f"aten::{name}"
-    for name in ("slice", "expand", "reshape", "view", "unsqueeze", "clone", "contiguous", "to")
-}
+_AWAITED = torch.ops.grape.awaited.default
 PHASES = "phases"
 """The clock of a rotation whose rates were summed up by the layer that has them."""
 
@@ -75,6 +73,8 @@ class MoveSites(Pass):
             found = move.run()
             outcome.sites += found.sites
             outcome.absorbed += found.absorbed
+        for move in moves.values():
+            move.fill_in()
         return outcome
 
 
@@ -86,10 +86,12 @@ class _Move:
         self.emitter = Emitter(program, Sizes())
         self.rotations: dict[fx.Node, list[fx.Node]] = {}
         self.attentions: list[fx.Node] = []
+        self.arrived: dict[fx.Node, fx.Node] = {}
 
     def run(self) -> Outcome:
         self._require_all()
         outcome, unused = Outcome(), [self.mark.node]
+        unturned = self._unturned()
         for call, values in self.rotations.items():
             sites = [self.program.rotated[value] for value in values]
             outcome.absorbed += sites
@@ -103,12 +105,20 @@ class _Move:
             site = self.program.attended[call]
             outcome.absorbed.append(site)
             unused += call.args[3]  # type: ignore[arg-type] # nodes
-            self._attend(call)
+            query, key = unturned.get(call, cast(tuple[fx.Node, fx.Node], call.args[:2]))
+            self._attend(call, query, key)
             if self.mark.biases:
                 outcome.sites.append(replace(site, encoding=_one(self.mark.biases)))
         self.mark.node.replace_all_uses_with(self.mark.hidden)
         remove_unused(self.program.graph, unused)
         return outcome
+
+    def fill_in(self) -> None:
+        """Let gates that were awaited be those of the keys; what reads them moves behind them."""
+        for awaited, gate in self.arrived.items():
+            awaited.replace_all_uses_with(gate)
+            self.program.graph.erase_node(awaited)
+            put_behind(self.program.graph, gate)
 
     def _require_all(self) -> None:
         turned = sum(map(len, self.rotations.values()))
@@ -238,20 +248,39 @@ class _Move:
 
     # -- logits --------------------------------------------------------------------------------------------------------
 
-    def _attend(self, call: fx.Node) -> None:
+    def _unturned(self) -> dict[fx.Node, tuple[fx.Node, fx.Node]]:
+        """The queries and new keys that gates read, where they turn, of each attention."""
+        gates = [part.gate for part in self.mark.biases if isinstance(part, Bias) and part.gate is not None]
+        if not gates or not self.mark.rotations:
+            return {}
+        plain, found = Unturned(self.emitter, self.rotations), {}
+        for call in self.attentions:
+            query, key = cast(Sequence[fx.Node], call.args[:2])
+            self._require_ends_with_queries(query, key)
+            try:
+                if any(gate.query for gate in gates):
+                    query = plain.of(query)
+                if any(gate.key for gate in gates):
+                    key = plain.of(plain.new(key))
+            except Unreadable as reason:
+                raise self._error(
+                    str(reason), "use_cache=False, or a cache that grows and keeps keys"
+                ) from reason
+            found[call] = query, key
+        return found
+
+    def _attend(self, call: fx.Node, read_query: fx.Node, read_key: fx.Node) -> None:
+        """Give an attention the biases of the mark, whose gates read these queries and keys."""
         query, key, value = (cast(fx.Node, node) for node in call.args[:3])
         encoding = _one(self.mark.biases)
-        if not self._ends_with_queries(query, key):
-            raise self._error(
-                "keys of which the queries are not known to be the last",
-                "a cache that grows, such as transformers.DynamicCache, or none",
-            )
+        self._require_ends_with_queries(query, key)
         given: dict[str, Any] = dict(self.mark.slots)
         for part in self.mark.biases:
             gate = part.gate if isinstance(part, Bias) else None
-            for name, tokens in ((gate.query, query), (gate.key, key)) if gate else ():
-                if name is not None:
-                    given[name] = self._gate(tokens, given[name])
+            if gate is not None and gate.query is not None:
+                given[gate.query] = self._gate(read_query, given[gate.query])
+            if gate is not None and gate.key is not None:
+                given[gate.key] = self._key_gate(read_key, key, given[gate.key])
             if isinstance(part, PathBias):
                 given[part.key] = self._cut(given[part.key], -2, key)
             elif isinstance(part.clock, Accumulated):
@@ -259,14 +288,18 @@ class _Move:
         operands = [self._slot(name, given, query) for name in encoding.slots]
         self._change(call, (query, key, value, operands, str(encoding)))
 
-    def _ends_with_queries(self, query: fx.Node, key: fx.Node) -> bool:
-        """Whether the place of the queries among the keys is known, where more than a row's constant depends on it."""
+    def _require_ends_with_queries(self, query: fx.Node, key: fx.Node) -> None:
+        """Raise unless the place of queries among the keys is known, where more than a row's constant depends on it."""
         needed = any(
             isinstance(part, PathBias) or (part.gate is not None and part.gate.key is not None)
             for part in self.mark.biases
         )
         queries, keys = (str(require_fake(node).shape[2]) for node in (query, key))
-        return not needed or queries == keys or self.mark.grows
+        if needed and queries != keys and not self.mark.grows:
+            raise self._error(
+                "keys of which the queries are not known to be the last",
+                "a cache that grows, such as transformers.DynamicCache, or none",
+            )
 
     def _cut(self, slot: fx.Node, axis: int, key: fx.Node) -> fx.Node:
         """A slot with an entry for every token of a cache, for the first of them where the keys are those."""
@@ -274,7 +307,7 @@ class _Move:
         if kept == str(require_fake(key).shape[2]):
             return slot
         node: Any = key
-        while op_name(node) in _RESHAPING:
+        while op_name(node) in RESHAPING:
             places = dict(zip(("node", "dim", "start", "end", "step"), node.args, strict=False))
             if op_name(node) == "aten::slice" and places.get("dim", 0) in (2, -2):
                 first = places.get("start") in (0, None) and places.get("step", 1) == 1
@@ -283,6 +316,21 @@ class _Move:
                 return self._emit(slot, aten.slice.Tensor, (slot, axis, 0, places["end"]))
             node = node.args[0]
         return slot
+
+    def _key_gate(self, tokens: fx.Node, key: fx.Node, slot: fx.Node) -> fx.Node:
+        """The gate of all keys: by its direction from them, or kept token by token, that of the new ones awaited."""
+        if require_fake(slot).dim() == 2:
+            if str(require_fake(tokens).shape[2]) != str(require_fake(key).shape[2]):
+                raise self._error("a gate of keys that had turned before they were kept", "use_cache=False")
+            return self._gate(tokens, slot)
+        for awaited in self.program.graph.find_nodes(op="call_function", target=_AWAITED):
+            hidden, direction = awaited.args
+            if hidden is self.mark.hidden:
+                gate, wanted = self._gate(tokens, cast(fx.Node, direction)), require_fake(awaited)
+                if str(require_fake(gate).shape) != str(wanted.shape):
+                    raise self._error("a cache that keeps something else than the keys", "use_cache=False")
+                self.arrived[awaited] = self._emit(gate, aten.to.dtype, (gate, wanted.dtype))
+        return self._cut(slot, -1, key)
 
     def _gate(self, tokens: fx.Node, direction: fx.Node) -> fx.Node:
         """softplus(direction_h . x / sqrt(d)) [B, H, T] of queries or keys [B, H or H_kv, T, d] (GRAPE 4.6)."""

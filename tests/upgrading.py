@@ -14,7 +14,7 @@ from grape_compile import upgrade
 ROWS = BY_NAME | {row.name: row for row in CACHED}
 TURNING = ("grape-m", "grape-m-ctx")
 ADDING = ("grape-a-q", "grape-a-k", "grape-a-qk", "fox", "grape-ap")
-SUMS = ("grape-m+fox", "grape-m+grape-ap")
+SUMS = ("grape-m+fox", "grape-m+grape-ap", "grape-m+grape-a-qk")
 #: Six spellings of RoPE with and without grouped heads, norms, scales and windows, kept as frequencies and as tables;
 #: two of ALiBi; a latent attention, a soft cap, sinks, fused projections.
 FAMILIES = (

@@ -62,12 +62,6 @@ class Target:
             raise UpgradeError("upgrade a model", f"to={to!r}", _FORMS)
         if len(turning) > 1 or sum(part.startswith("grape-a-") for part in parts) > 1:
             raise UpgradeError("upgrade a model", f"to={to!r}, which names one kind twice", _FORMS)
-        if turning and any(part.startswith("grape-a-") for part in parts):
-            raise UpgradeError(
-                f"upgrade a model to {to}",
-                "gates that read queries and keys before they turn; a cache holds keys that have turned",
-                "grape-m+fox or grape-m+grape-ap, whose gates and edges are made of hidden states",
-            )
         target = cls(parts, basis, per_head, non_commuting, dim)
         options = {"basis": basis, "per_head": per_head or None, "non_commuting": non_commuting}
         given = [f"{name}={value!r}" for name, value in options.items() if value is not None]

@@ -55,7 +55,7 @@ class Upgraded:
         stream = None
         if cache is not None:
             stream = Stream(cache, self.entry, getattr(module, "layer_idx", None))
-        text = self.carried.fill(slots, stream)
+        text = self.carried.fill(slots, stream, hidden)
         marked = torch.ops.grape.upgraded(
             hidden,
             list(slots.values()),
@@ -96,7 +96,8 @@ def _hidden(module: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tu
 class Carried:
     """How the slots of an encoding are carried, in plain values that torch.compile traces at no cost.
 
-    `rates` names the rates that become phases, `sums` those that biases sum up over all tokens; `text` is the encoding
+    `rates` names the rates that become phases, `sums` those that biases sum up over all tokens, `gate` that of keys
+    that turn, which a cache does not hold as they were; `text` is the encoding
     for keys that are all at hand, `streamed` that for keys from a cache, where the edges of a path have turned.
     """
 
@@ -104,6 +105,7 @@ class Carried:
     streamed: str
     rates: str | None
     sums: tuple[str, ...]
+    gate: str | None
     path: Path | None
 
     @classmethod
@@ -113,6 +115,10 @@ class Carried:
         clocks = [(part, part.clock) for part in whole if isinstance(part, Multiplicative | Bias)]
         running = [(part, clock.slot) for part, clock in clocks if isinstance(clock, Accumulated)]
         rates = [slot for part, slot in running if isinstance(part, Multiplicative)]
+        turns = any(isinstance(part, Multiplicative) for part in whole)
+        gates = [
+            part.gate.key for part in whole if turns and isinstance(part, Bias) and part.gate is not None
+        ]
         paths = [part for part in whole if isinstance(part, PathBias)]
         streamed = [
             replace(part, normalised="none", turn=None) if isinstance(part, PathBias) else part
@@ -123,10 +129,11 @@ class Carried:
             str(Compose(tuple(streamed)).canonical() if streamed else encoding),
             rates[0] if rates else None,
             tuple(slot for part, slot in running if isinstance(part, Bias)),
+            gates[0] if gates else None,
             Path.of(paths[0]) if paths else None,
         )
 
-    def fill(self, slots: Slots, stream: Stream | None) -> str:
+    def fill(self, slots: Slots, stream: Stream | None, hidden: Tensor) -> str:
         """Let slots of new tokens be those of all tokens; return the encoding they belong to."""
         kept: Slots = {}
         if self.rates is not None:
@@ -134,13 +141,15 @@ class Carried:
             sums = rates.cumsum(-1)
             before = None if stream is None else stream.last()
             if before is not None:
-                sums = sums + before[..., :1].squeeze(-1)
+                sums = sums + before[:, :1, :, 0]  # one phase for all heads, however many are kept
             slots["phases"] = (sums - rates).squeeze(1)
             kept["phases"] = sums.unsqueeze(-1)
         if stream is None:
             return self.text
         for name in self.sums:
             kept[name] = slots[name].unsqueeze(-1)
+        if self.gate is not None:
+            kept[self.gate] = torch.ops.grape.awaited(hidden, slots[self.gate]).unsqueeze(-1)
         if self.path is not None:
             slots[self.path.query], kept[self.path.key] = self.path.turned(slots, stream)
         if kept:

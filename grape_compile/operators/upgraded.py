@@ -6,8 +6,11 @@ these places `encoding` and its slots, and takes the mark out. Slots are those o
 the directions [H, D] that queries and keys are multiplied by, and `phases` [B, T] in place of the rates of a rotation
 by an `Accumulated` clock; a spectrum for each head is [H_kv, 1, planes]. `frequencies` are those the code turns by.
 `grows`: keys come from a cache to which the new ones are appended; `unbiased`: what the code adds to its logits are
-masks, no positions. The mark is never computed: run, it raises
-UpgradeError, for the layer's own code has the old encoding.
+masks, no positions. The mark is never computed: run, it raises UpgradeError, for the layer's own code has the old
+encoding.
+
+A gate of keys that turn before a cache keeps them is `grape::awaited`, [B, H, T] of the new tokens: it is kept before
+the layer has its keys, and the pass puts the gate in its place.
 """
 
 from __future__ import annotations
@@ -26,6 +29,9 @@ SCHEMA = (
     "(Tensor hidden, Tensor[] slots, str[] names, str encoding, str module, float[] frequencies, int turned, "
     "int attended, bool grows, bool unbiased) -> Tensor"
 )
+
+
+AWAITED = "(Tensor hidden, Tensor direction) -> Tensor"
 
 
 @contextmanager
@@ -62,6 +68,21 @@ def _unfinished(
     )
 
 
+def _unknown(hidden: Tensor, direction: Tensor) -> Tensor:
+    if _looked_at.get():
+        return _gate_like(hidden, direction).zero_()
+    raise UpgradeError(
+        "read a gate of keys",
+        "the model's own code, which computes the encoding it was written with",
+        "grape_compile(model), torch.compile(model, backend='grape'), or rewrite(program) of an exported program",
+    )
+
+
+def _gate_like(hidden: Tensor, direction: Tensor) -> Tensor:
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return hidden.new_empty((hidden.shape[0], direction.shape[0], hidden.shape[1]), dtype=dtype)
+
+
 def _like_hidden(hidden: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(hidden)
 
@@ -78,3 +99,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 _operator = torch.library.custom_op("grape::upgraded", _unfinished, mutates_args=(), schema=SCHEMA)
 _operator.register_fake(_like_hidden)
 _operator.register_autograd(_backward, setup_context=_setup_context)
+_awaited = torch.library.custom_op("grape::awaited", _unknown, mutates_args=(), schema=AWAITED)
+_awaited.register_fake(_gate_like)
+_awaited.register_autograd(lambda ctx, gradient: (None, None))

@@ -47,7 +47,6 @@ def taken() -> nn.Module:
     [
         (ROWS["llama"].build, "alibi", {}, "nope, or a sum such as"),
         (ROWS["llama"].build, "grape-m+grape-m-ctx", {}, "names one kind twice"),
-        (ROWS["llama"].build, "grape-m+grape-a-q", {}, "before they turn"),
         (ROWS["llama"].build, "grape-m", {"share": "heads"}, "share="),
         (ROWS["llama"].build, "grape-m", {"basis": "givens"}, "cayley or householder"),
         (ROWS["llama"].build, "fox", {"basis": "cayley"}, "these options for grape-m"),

@@ -75,6 +75,7 @@ def unturned(monkeypatch: pytest.MonkeyPatch) -> None:
                 ("llama", "grape-m", {"non_commuting": 8}),
                 ("llama", "grape-m-ctx", {}),
                 ("llama", "grape-m+grape-ap", {}),
+                ("llama", "grape-m+grape-a-qk", {}),
                 ("llama", "grape-a-k", {}),
                 ("llama", "nope", {}),
                 ("eurobert", "fox", {}),

@@ -51,6 +51,14 @@ def assert_same(found: Any, right: Any) -> None:
         pytest.param("llama", "grape-m-ctx", marks=pytest.mark.slow),
         *(pytest.param("llama", to, marks=pytest.mark.slow) for to in CACHED[1:3]),
         *(pytest.param("bloom", to, marks=pytest.mark.slow) for to in ("grape-a-k", "grape-ap")),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("llama", "grape-m+grape-a-qk"),
+                ("gptj", "grape-m-ctx+grape-a-k"),
+                ("gemma3", "grape-m+fox+grape-a-qk"),
+            )
+        ),
         *(pytest.param("gptj", to, marks=pytest.mark.slow) for to in ("grape-m", "fox", "grape-m-ctx")),
         *(pytest.param("gemma3", to, marks=pytest.mark.slow) for to in CACHED),
         *(pytest.param("mistral", to, marks=pytest.mark.slow) for to in CACHED),
@@ -80,7 +88,7 @@ def test_every_family_generates(name: str) -> None:
         ("llama", "fox"),
         *(
             pytest.param("llama", to, marks=pytest.mark.slow)
-            for to in ("grape-m", "grape-m-ctx", "grape-a-q")
+            for to in ("grape-m", "grape-m-ctx", "grape-a-q", "grape-m+grape-a-q")
         ),
         *(pytest.param("bloom", to, marks=pytest.mark.slow) for to in ("fox", "grape-a-q")),
     ],
@@ -115,7 +123,16 @@ def test_a_cropped_cache_goes_on_as_if_the_rest_had_never_been(to: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to", ["grape-ap", "grape-a-k"])
+def test_gates_of_keys_that_are_made_of_what_a_cache_keeps_are_refused() -> None:
+    """A latent cache keeps turned parts of keys: keys before they turned cannot be made of it."""
+    model, ids = model_of("deepseek_v3", "grape-m+grape-a-k"), prompt()
+    generated(model, *ids, use_cache=False)
+    with pytest.raises(UpgradeError, match="between their rotation and a gate"):
+        generated(model, *ids)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["grape-ap", "grape-a-k", "grape-m+grape-a-k"])
 def test_where_queries_have_to_be_the_last_keys_a_fixed_size_is_refused(to: str) -> None:
     model, ids = model_of("llama", to), prompt()
     with pytest.raises(UpgradeError, match="a cache that grows"):
