@@ -17,8 +17,8 @@ COLOURS = {EAGER: "#999999", ALONE: "#0072B2", OURS: "#009E73"}
 TITLE = """# Whole models
 
 What a user of a whole model sees, beside eager mode and `torch.compile`. Written by `make models` from a run on {date}:
-{machine}. Random weights; the three ways of a row take turns in one process, and a cell is the median of {rounds} runs. Time on a
-CPU is processor time of one thread.
+{machine}. Random weights; the three ways of a row take turns in one process, and a cell is the median of {rounds} runs.
+Time on a CPU is processor time of one thread.
 
 * **prefill**: a forward pass over {prompt} tokens, no cache.
 * **decode**: {steps} tokens one after the other, from a cache of {prompt}.
