@@ -41,8 +41,9 @@ def _hold(graph: ir.Graph, node: ir.Node) -> bool:
         news = [joined(builder, new) for new in news]
     inputs[1:3] = news
     attributes = dict(node.attributes)
-    if _may_be_scaled(node):
-        inputs[0] = builder.binary("Mul", inputs[0], node.attributes["scale"].as_float())
+    query = node.inputs[0]
+    if query is not None and _may_be_scaled(node, query):
+        inputs[0] = builder.binary("Mul", query, node.attributes["scale"].as_float())
         attributes["scale"] = ir.AttrFloat32("scale", 1.0)
     held = ir.Node(
         node.domain,
@@ -63,11 +64,11 @@ def _hold(graph: ir.Graph, node: ir.Node) -> bool:
     return True
 
 
-def _may_be_scaled(node: ir.Node) -> bool:
+def _may_be_scaled(node: ir.Node, query: ir.Value) -> bool:
     """Whether the scale is told, and nothing is added to the queries before they are multiplied by it."""
-    query, scale = node.inputs[0], node.attributes.get_float("scale", 0.0)
+    scale = node.attributes.get_float("scale", 0.0)
     added = node.domain == MICROSOFT and len(node.inputs) > 3 and node.inputs[3] is not None
-    return scale not in (0.0, 1.0) and not added and query is not None and query.dtype == FLOAT
+    return scale not in (0.0, 1.0) and not added and query.dtype == FLOAT
 
 
 def _grown(node: ir.Node, place: int) -> ir.Node | None:
