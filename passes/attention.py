@@ -284,7 +284,7 @@ class _Reader:
             return None
         if value * factor > 0:  # such entries are chosen, not hidden
             return None
-        self.terms.append(ScoreTerm(mask, dead=dead, value=value * factor, folded=self.folded))
+        self.terms.append(ScoreTerm(mask, dead=dead, value=value * factor, folded=self.folded, whole=True))
         return self._scores(data, factor)
 
     def _unfold(

@@ -1,7 +1,8 @@
 """Replace attention layers with an additive position bias by `grape::attend`.
 
 What: softmax(scale * q k^T + slope * clock + mask) v, verified in fp64; a mask that is exactly causal becomes a flag.
-Leaves alone: layers whose bias is not affine in the key, whose weights are used elsewhere, whose replay differs.
+Leaves alone: layers whose bias is not affine in the key, whose weights are used elsewhere, whose replay differs, and
+    those that tell fills apart in a row without keys (`hidden_rows.py`).
 Ensures: consumers see a value of the same shape and dtype at the same place.
 Cost: one replay per distinct layer structure.
 """
@@ -23,6 +24,7 @@ from grape_compile.passes.bias_slots import BiasSlots
 from grape_compile.passes.biases import BiasPlan, detect_biases
 from grape_compile.passes.evaluated_biases import TablePart
 from grape_compile.passes.graph import Program, Sizes, Unreadable, module_path, require_fake, source_line
+from grape_compile.passes.hidden_rows import hidden_rows
 from grape_compile.passes.marks import Marked
 from grape_compile.passes.operands import Emitter
 from grape_compile.passes.plans import Miss
@@ -112,13 +114,14 @@ class _Layer:
         emitted = BiasSlots(plan, self.emitter, self.replay).emit()
         mask = self._mask(query)
         sinks = self._sinks()
-        read = [*emitted.operands, *(each for each in (mask, sinks) if each is not None)]
+        hidden = hidden_rows(plan, self.emitter, self._unfolded_mask)
+        read = [*emitted.operands, *(each for each in (mask, sinks, hidden) if each is not None)]
         hazard = overwritten(self.program, read, layer.output)
         if hazard is not None:
             raise Unreadable(f"{hazard.name} changes what the bias is made of in place before it is used")
         output = require_fake(layer.output)
         place = self.emitter.last(
-            [query, key, value, *emitted.operands, mask, sinks, self.program.marks[layer.output]]
+            [query, key, value, *emitted.operands, mask, sinks, hidden, self.program.marks[layer.output]]
         )
         kwargs = {"mask": mask, "is_causal": plan.is_causal, "scale": layer.scale, "window": plan.window}
         beside = {"cap": layer.cap, "sinks": sinks}
@@ -131,9 +134,15 @@ class _Layer:
         )
         same = self.program.signature((layer.output, call), (layer.query, layer.key, layer.value))
         if same not in self.verified:
-            self.verified[same] = verify_bias(plan, emitted, (query, key, value), mask, sinks, self.replay)
+            self.verified[same] = verify_bias(
+                plan, emitted, (query, key, value), (mask, sinks, hidden), self.replay
+            )
         error = self.verified[same]
-        result = self._ordered(self.emitter.call(call, operator.getitem, (call, 0)), "output")
+        result = self.emitter.call(call, operator.getitem, (call, 0))
+        if hidden is not None:
+            mean = self.emitter.call(result, aten.mean.dim, (value, [2], True))
+            result = self.emitter.call(result, aten.where.self, (hidden, mean, result))
+        result = self._ordered(result, "output")
         if self.folded:
             result = self.emitter.call(result, aten.reshape.default, (result, self._folded_sizes()))
         if require_fake(result).dtype != output.dtype:
@@ -241,9 +250,16 @@ class _Layer:
         if self.plan.is_causal:
             return None
         total: fx.Node | None = None
-        for term in self.plan.masks:
+        # What was added first comes first: a fill covers what is below it.
+        for term in reversed(self.plan.masks):
             value = self._additive(term, query)
-            total = value if total is None else self.emitter.call(total, aten.add.Tensor, (total, value))
+            if total is None:
+                total = value
+            elif term.whole:
+                hidden = self.emitter.call(value, aten.ne.Scalar, (value, 0.0))
+                total = self.emitter.call(total, aten.where.self, (hidden, value, total))
+            else:
+                total = self.emitter.call(total, aten.add.Tensor, (total, value))
         return total
 
     def _additive(self, term: ScoreTerm, query: fx.Node) -> fx.Node:

@@ -24,7 +24,7 @@ class ScoreTerm:
 
     `dead` is None for an additive term, else the truth value that marks dead entries. `folded` is the batch and heads
     of a term that still lives in the folded [B * H, ...] layout. A `finished` term holds mask and bias at once: as
-    a mask only its dead entries count.
+    a mask only its dead entries count. A `whole` one fills the scores, not only what is added to them.
     """
 
     node: fx.Node
@@ -33,6 +33,7 @@ class ScoreTerm:
     value: float = 0.0
     folded: bool = False
     finished: bool = False
+    whole: bool = False
 
 
 def split_terms(program: Program, node: fx.Node, factor: float, folded: bool = False) -> list[ScoreTerm]:

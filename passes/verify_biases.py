@@ -24,19 +24,26 @@ def verify_bias(
     plan: BiasPlan,
     emitted: Emitted,
     tensors: tuple[fx.Node, fx.Node, fx.Node],
-    mask: fx.Node | None,
-    sinks: fx.Node | None,
+    beside: tuple[fx.Node | None, fx.Node | None, fx.Node | None],
     replay: Replay,
 ) -> float:
-    """Largest absolute difference on random query, key, value, rates and gates; Unreadable where it is too large."""
-    return _Check(plan, emitted, mask, sinks, replay).error(tensors)
+    """Largest absolute difference on random query, key, value, rates and gates; Unreadable where it is too large.
+
+    `beside` the bias: the mask, the sinks, and the rows whose keys are all hidden.
+    """
+    return _Check(plan, emitted, beside, replay).error(tensors)
 
 
 class _Check:
     def __init__(
-        self, plan: BiasPlan, emitted: Emitted, mask: fx.Node | None, sinks: fx.Node | None, replay: Replay
+        self,
+        plan: BiasPlan,
+        emitted: Emitted,
+        beside: tuple[fx.Node | None, fx.Node | None, fx.Node | None],
+        replay: Replay,
     ) -> None:
-        self.plan, self.emitted, self.mask, self.sinks = plan, emitted, mask, sinks
+        self.plan, self.emitted = plan, emitted
+        self.mask, self.sinks, self.hidden = beside
         self.layer, self.sizes = plan.layer, replay.sizes
         self.replay = self._bound(replay)
         self.evaluated = any(isinstance(part, TablePart) for part in plan.parts)
@@ -74,6 +81,8 @@ class _Check:
             is_causal=plan.is_causal, scale=layer.scale, window=plan.window, cap=layer.cap,
             sinks=None if self.sinks is None else self.replay.tensor(self.sinks),
         )  # fmt: skip
+        if self.hidden is not None:
+            rewritten = torch.where(self.replay.tensor(self.hidden), value.mean(2, keepdim=True), rewritten)
         rewritten = rewritten.permute(layer.orders.get("output", (0, 1, 2, 3))).reshape(original.shape)
         return difference(original, rewritten, self.evaluated)
 

@@ -140,6 +140,7 @@ def _narrow(captured: Captured) -> list[str]:
     return [name for name, each in captured.program.state_dict.items() if each.dtype == torch.bfloat16]
 
 
+@torch.no_grad()
 def _rewritten(program: ExportedProgram) -> tuple[ExportedProgram, Outcome]:
     captured = capture_export(program)
     found = rewrite_program(captured)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
+import torch
 
 from grape_compile.export.onnx.agreement import Judge
 from grape_compile.export.onnx.clean import drop_unread, share_heads
@@ -64,7 +65,8 @@ def rewrite_onnx(
         )
         progress("rewrite")
         judge = Judge(model.graph, example, imported, original) if verify else None
-        found = rewrite_program(imported.program)
+        with torch.no_grad():
+            found = rewrite_program(imported.program)
         done = splice(model.graph, imported, kind)
         report = OnnxReport(
             place,

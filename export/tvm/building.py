@@ -113,6 +113,7 @@ def _check_types(captured: Captured) -> None:
         )
 
 
+@torch.no_grad()
 def _rewritten(program: ExportedProgram) -> tuple[ExportedProgram, Outcome]:
     captured = capture_export(program)
     found = rewrite_program(captured, every_attention=True)
