@@ -83,10 +83,14 @@ def _equal_view(program: Program, node: fx.Node, views: dict[object, fx.Node]) -
         return None
     try:
         key = (node.target, frozen((node.args, node.kwargs), _itself), program.marks[node])
-        earlier = views.setdefault(key, node)
+        earlier = views.get(key)
     except TypeError:
         return None
-    return earlier if earlier is not node else None
+    # One that was left without a reader is gone.
+    if earlier is None or earlier._erased:
+        views[key] = node
+        return None
+    return earlier
 
 
 def _itself(item: object) -> object:

@@ -61,6 +61,11 @@ def repeated(layer: Layer, hidden: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def written_to(layer: Layer, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    return heads(layer.query(hidden).tanh_()), ZERO
+
+
+def scaled_in_place(layer: Layer, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Arithmetic in place is a value of its own by then."""
     return heads(layer.query(hidden).mul_(2.0)), ZERO
 
 
@@ -130,6 +135,7 @@ CASES: dict[Project, list[list[bool]]] = {
     an_input: [[False, True]],
     repeated: [[False, True]],
     written_to: [[False, True]],
+    scaled_in_place: [[True, True]],
     one_for_both: [[False]],
 }
 
