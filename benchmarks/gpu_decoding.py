@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, scaled_dot_product_attention, softplus
 
 from benchmarks.gpu_timing import Timed, copy_rate, timed
-from grape_compile.encoding import Encoding, alibi, fox, gated_alibi, nope
-from grape_compile.operators import attend, providers, reference_attend
+from grape_compile.encoding import AlibiSlopes, Encoding, LogSigmoid, PathBias, alibi, fox, gated_alibi, nope
+from grape_compile.operators import attend, providers, reference_attend, reference_bias
 
 Way = Callable[[], Tensor]
 
@@ -26,6 +26,8 @@ PROMISED_OVER_FLOOR: Final = 1.15
 PROMISED_FROM: Final = 32768
 #: Errors are taken where all keys fit in float64 beside themselves.
 LONGEST_EXACT: Final = 4096
+#: Coordinates of a path.
+EDGE: Final = 8
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,18 @@ class Row:
     @property
     def encoding(self) -> Encoding:
         """The encoding of the row's bias."""
-        kinds = {"none": nope(), "alibi": alibi(self.heads), "fox": fox(), "gated": gated_alibi(self.heads)}
+        kinds: dict[str, Encoding] = {
+            **{"none": nope(), "alibi": alibi(self.heads), "fox": fox(), "gated": gated_alibi(self.heads)},
+            # The keys of a path lie in the cache as they are read: of size one, and turned.
+            "path": PathBias(LogSigmoid(), AlibiSlopes(self.heads), EDGE),
+        }
         return kinds[self.bias]
 
     @property
     def bytes(self) -> int:
-        """Bytes of the keys and values, which have to be read."""
-        return 2 * 2 * self.batch * self.key_heads * self.keys * self.head_dim
+        """Bytes of the keys and values, and of the keys of a path, which have to be read."""
+        numbers = 2 * self.key_heads * self.head_dim + (self.heads * EDGE if self.bias == "path" else 0)
+        return 2 * self.batch * self.keys * numbers
 
     def small(self) -> Row:
         """Return a layer of the same kind that takes no time."""
@@ -64,7 +71,7 @@ ROWS: Final = tuple(
     Row(bias, batch, keys)
     for batch in (1, 8)
     for keys in (1024, 4096, 16384, 32768, 131072)
-    for bias in ("none", "alibi", "fox", "gated")
+    for bias in ("none", "alibi", "fox", "gated", "path")
 )
 
 
@@ -98,6 +105,8 @@ class Layer:
             "log_forget": lambda: logsigmoid(normal(row.batch, row.heads, row.keys) + 4.0),
             "gate_query": lambda: softplus(normal(row.batch, row.heads, 1)),
             "gate_key": lambda: softplus(normal(row.batch, row.heads, row.keys)),
+            "path_query": lambda: normal(row.batch, row.heads, 1, EDGE).to(torch.bfloat16),
+            "path_key": lambda: normal(row.batch, row.heads, row.keys, EDGE).to(torch.bfloat16),
         }
         self.slots = {name: made[name]() for name in row.encoding.slots}
         self.dense = self._dense()
@@ -107,7 +116,9 @@ class Layer:
         row, device = self.row, self.query.device
         apart = torch.arange(1 - row.keys, 1, device=device)
         slopes = torch.tensor([2.0 ** (-8 * (at + 1) / row.heads) for at in range(row.heads)], device=device)
-        if row.bias == "fox":
+        if row.bias == "path":
+            bias = reference_bias(row.encoding, self.slots, 1, self.key)
+        elif row.bias == "fox":
             sums = self.slots["log_forget"].double().cumsum(-1)
             bias = (sums[..., -1:] - sums).float()
         else:

@@ -82,7 +82,7 @@ def test_the_page_in_the_repository_is_made_of_its_results(tmp_path: Path) -> No
     assert (ROOT / "docs/gpu.md").read_text() == gpu_page.text(found, figures)
 
 
-@pytest.mark.parametrize("bias", ["none", "alibi", "fox", "gated"])
+@pytest.mark.parametrize("bias", ["none", "alibi", "fox", "gated", "path"])
 def test_ways_to_decode_agree(bias: str) -> None:
     row = next(row for row in ROWS if row.bias == bias).small()
     layer = Layer(row, "cpu")
