@@ -37,7 +37,7 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run cost kin speed upgrading --out benchmarks/results/
 
-# A quarter of an hour on two quiet cores; on a GPU the models have about 10^9 parameters. A run that was stopped goes on
+# Twenty minutes of one quiet core; on a GPU the models have about 10^9 parameters. A run that was stopped goes on
 # where it was.
 models: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
