@@ -56,11 +56,17 @@ def _fills(plan: BiasPlan) -> list[ScoreTerm]:
             "their scores alone"
         )
     fills = [term for term in plan.masks if term.whole and math.isfinite(term.value)]
-    if len({term.value for term in fills}) > 1:
+    if not fills:
+        return []
+    absorbs = all(term.value <= ABSORBING for term in fills)
+    if len({term.value for term in fills}) > 1 or (
+        len(fills) < len(plan.masks) and (not absorbs or may_differentiate(plan.scores.program.graph))
+    ):
         raise Unreadable(
-            "scores are filled with several numbers: a row whose keys are all hidden would tell them apart"
+            "what hides keys is of several kinds, and one fills the scores with a number: a row whose keys are all "
+            "hidden would tell them apart; fill once, with one mask"
         )
-    if fills and fills[0].value > ABSORBING and not plan.layer.terms[0].whole:
+    if not absorbs and not plan.layer.terms[0].whole:
         raise Unreadable(
             f"scores are filled with {fills[0].value:g} before more is added to them: a row whose keys are all hidden "
             "would weigh them by that"
