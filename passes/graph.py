@@ -45,7 +45,7 @@ class Taint(enum.IntEnum):
 
 
 class Unreadable(Exception):
-    """A value that cannot be read here (unbacked symbol, missing real input, unknown op): detection stops, softly."""
+    """A value that cannot be read here (missing real input, unknown op): detection stops, softly."""
 
 
 @dataclass
@@ -193,6 +193,12 @@ class Program:
             self.__dict__.pop(name, None)
 
 
+def has_unknown_size(value: object) -> bool:
+    """Whether a tensor has a size that is known at run time alone."""
+    sizes = value.shape if isinstance(value, torch.Tensor) else ()
+    return any(isinstance(size, torch.SymInt) and size.node.hint is None for size in sizes)
+
+
 def _has_symbols(node: fx.Node) -> bool:
     value = fake(node)
     return value is not None and any(not isinstance(size, int) for size in value.shape)
@@ -263,8 +269,16 @@ def source_line(node: fx.Node) -> str:
     return f"{file}:{rest.partition(',')[0]}"
 
 
+_UNKNOWN = 6
+"""A size that values decide (a number of patches): any will do, as what is read holds at all; halves and thirds are
+whole numbers."""
+
+
 class Sizes:
-    """Turns symbolic sizes into integers: the hints of the captured example, or a chosen binding of symbols."""
+    """Turns symbolic sizes into integers: the hints of the captured example, or a chosen binding of symbols.
+
+    A size known at run time alone has no hint; it is taken for some size within its range.
+    """
 
     def __init__(self, binding: Mapping[Any, int] | None = None) -> None:
         self.binding = dict(binding or {})
@@ -284,7 +298,7 @@ class Sizes:
             return int(expression)
         hint = value.node.hint
         if hint is None:
-            raise Unreadable(f"{value} has no known value")
+            hint = value.node.shape_env.optimization_hint(expression, fallback=_UNKNOWN)
         return int(hint)
 
     def real(self, value: torch.SymFloat) -> float:

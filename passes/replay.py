@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from grape_compile.passes.graph import ANGLES, Program, Sizes, Taint, Unreadable, fake, op_name
+from grape_compile.passes.graph import ANGLES, Program, Sizes, Taint, Unreadable, fake, has_unknown_size, op_name
 
 Found = TypeVar("Found")
 
@@ -142,9 +142,12 @@ class Replay:
         )
         try:
             assert callable(node.target)
-            return exact(node.target(*args, **kwargs))
+            found = exact(node.target(*args, **kwargs))
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as failure:
             raise Unreadable(f"{op_name(node)} cannot be replayed in fp64: {failure}") from failure
+        if has_unknown_size(value) and found.shape != self.sizes.shape(node):
+            raise Unreadable(f"the size of {node.name} is decided by values")
+        return found
 
     def _argument(self, node: fx.Node, item: Any) -> Any:
         if isinstance(item, fx.Node):

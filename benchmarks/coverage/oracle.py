@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from benchmarks.coverage.arguments import Inputs
-from benchmarks.coverage.choices import held, noted
+from benchmarks.coverage.choices import Choices, held, noted
 from benchmarks.coverage.inputs import redrawn
 
 SEEDS = (0, 1, 2)
@@ -140,7 +140,7 @@ def measured(
     return verdict | {"bound": bound, "holds": error <= bound}
 
 
-def _choosing(choices: list[Tensor], dtype: torch.dtype) -> AbstractContextManager[None]:
+def _choosing(choices: Choices, dtype: torch.dtype) -> AbstractContextManager[None]:
     return nullcontext() if dtype is torch.float32 else held(choices)
 
 
