@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from grape_compile.passes.memory import is_pure as is_pure
 from grape_compile.passes.memory import late_readers, writes
@@ -143,8 +144,7 @@ class Program:
                 numbers[node] = steps.setdefault(step, len(steps))
             return numbers[node]
 
-        kinds = tuple((tuple(map(str, value.shape)), value.dtype) for value in map(require_fake, inputs))
-        return tuple(map(number, results)), tuple(steps), kinds
+        return tuple(map(number, results)), tuple(steps), tuple(map(_kind, inputs))
 
     def _own_number(self, node: fx.Node, first: int) -> object | None:
         """What stands for a value wherever it is used; None where that is how it is computed."""
@@ -191,6 +191,14 @@ class Program:
             "constants",
         ):
             self.__dict__.pop(name, None)
+
+
+def _kind(node: fx.Node) -> object:
+    """Sizes and types of a node's tensors, of which an operator may give several."""
+    leaves = pytree.tree_leaves(node.meta.get("val"))
+    return tuple(
+        (tuple(map(str, each.shape)), each.dtype) for each in leaves if isinstance(each, torch.Tensor)
+    )
 
 
 def has_unknown_size(value: object) -> bool:

@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 from architectures import BY_NAME, Architecture, Logits, output_of
-from attention_layers import RotaryAttention, example, inverse_frequencies, sharpen
+from attention_layers import HEAD_DIM, RotaryAttention, example, inverse_frequencies, sharpen
 from bias_spellings import BIAS_SPELLINGS
 from rotation_spellings import ROTATION_SPELLINGS, plain
 from torch import Tensor, fx, nn
@@ -267,3 +267,44 @@ def test_an_argument_may_have_the_name_of_a_builtin() -> None:
     rewritten, found = rewrite(torch.export.export(TurnedInput(), (x,)))
     assert len(found.sites) == 1
     assert torch.allclose(rewritten.module()(x), TurnedInput()(x), atol=1e-6)
+
+
+class Leading(nn.Module):
+    """Attention over as many tokens as a given number says."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x: Tensor, count: Tensor) -> Tensor:
+        tokens = count.item()
+        torch._check(tokens >= 2)
+        torch._check(tokens <= x.shape[1])
+        found: Tensor = self.attention(x[:, :tokens])
+        return found
+
+
+def test_a_length_that_values_decide() -> None:
+    model = Leading(sharpen(RotaryAttention(plain)))
+    program, found = rewrite(torch.export.export(model, (example(), torch.tensor(5))))
+    assert (len(found.sites), found.refusals) == (2, ()), str(found)
+    assert {site.evidence for site in found.sites} == {"proved"}
+    for tokens in (2, 5, 12):
+        given = example(), torch.tensor(tokens)
+        torch.testing.assert_close(program.module()(*given), model(*given), rtol=1e-5, atol=1e-6)
+
+
+def test_positions_of_which_values_decide_the_number() -> None:
+    """How many there are is known at run time alone, and not what was assumed: refused, and nothing breaks."""
+
+    class Kept(nn.Module):
+        def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+            places = keep.nonzero().squeeze(-1)
+            return plain(x[:, places], torch.outer(places, inverse_frequencies(HEAD_DIM // 2)))
+
+    x = torch.randn(2, 12, HEAD_DIM, generator=torch.Generator().manual_seed(0))
+    given = x, torch.arange(12) % 3 > 0
+    program, found = rewrite(torch.export.export(Kept(), given))
+    assert found.sites == ()
+    assert ["decided by values" in refusal.reason for refusal in found.refusals] == [True], str(found)
+    torch.testing.assert_close(program.module()(*given), Kept()(*given))
