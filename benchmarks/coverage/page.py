@@ -28,7 +28,7 @@ so. Where the original does not run in fp64 (`o`), ours is compared with the ori
 | compile | `grape_compile(backend="eager")`, forward without gradients |
 | cache | the same, one token after a prefill |
 | training | the same in training mode, with gradients |
-| bf16 | the same with parameters in bfloat16; every run makes the choices of the oracle (`topk`, `max`, `>` a threshold) |
+| bf16 | the same with parameters in bfloat16; every run makes the choices of the oracle (by `topk`, `max` and `>`) |
 | generate | greedy generation from a left-padded batch, the sites of all its forward passes |
 | inductor | `grape_compile(backend="inductor")`, with gradients in fp32 and forward in bfloat16; {sample} models |
 

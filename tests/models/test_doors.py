@@ -308,3 +308,31 @@ def test_positions_of_which_values_decide_the_number() -> None:
     assert found.sites == ()
     assert ["decided by values" in refusal.reason for refusal in found.refusals] == [True], str(found)
     torch.testing.assert_close(program.module()(*given), Kept()(*given))
+
+
+class TurnedAlongAxes(nn.Module):
+    """Channels of one plane turn by positions along different axes, as with pictures in HunYuan-VL."""
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        first, second = (each[:, None] * inverse_frequencies(HEAD_DIM // 2) for each in positions)
+        half = torch.cat((-x[..., HEAD_DIM // 2 :], x[..., : HEAD_DIM // 2]), -1)
+        angle = torch.cat((first, second), -1)
+        return x * angle.cos() + half * angle.sin()
+
+
+def test_planes_that_turn_by_equal_positions_of_two_axes() -> None:
+    """With one row of positions expanded by the model a rotation, with two rows given none, be they equal."""
+
+    class TurnedAlongOne(TurnedAlongAxes):
+        def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+            return super().forward(x, positions.expand(2, -1))
+
+    x = torch.randn(2, 6, HEAD_DIM, generator=torch.Generator().manual_seed(0))
+    one = torch.arange(6)[None]
+    assert len(inspect(TurnedAlongOne(), (x, one)).sites) == 1
+    found = inspect(TurnedAlongAxes(), (x, one.repeat(2, 1)))
+    assert found.sites == ()
+    assert ["different elements of one tensor" in refusal.reason for refusal in found.refusals] == [True]
+    rewritten, _ = rewrite(torch.export.export(TurnedAlongAxes(), (x, one.repeat(2, 1))))
+    given = x, torch.stack([torch.arange(6), torch.arange(6).flip(0)])
+    torch.testing.assert_close(rewritten.module()(*given), TurnedAlongAxes()(*given))
