@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -146,6 +147,7 @@ def _choosing(choices: Choices, dtype: torch.dtype) -> AbstractContextManager[No
 
 def _seeded(run: Run, model: nn.Module, plain: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     torch.manual_seed(0)
+    numpy.random.seed(0)  # what masks of features in training are drawn with
     return run(model, plain, copy.deepcopy(inputs))
 
 

@@ -336,3 +336,25 @@ def test_planes_that_turn_by_equal_positions_of_two_axes() -> None:
     rewritten, _ = rewrite(torch.export.export(TurnedAlongAxes(), (x, one.repeat(2, 1))))
     given = x, torch.stack([torch.arange(6), torch.arange(6).flip(0)])
     torch.testing.assert_close(rewritten.module()(*given), TurnedAlongAxes()(*given))
+
+
+class Pruned(nn.Module):
+    """Keeps the tokens it is sure of, and their rows of the tables; others are padding."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        angle = torch.outer(torch.arange(x.shape[1]), inverse_frequencies(HEAD_DIM // 2))
+        keep = x[..., 0] > 0
+        wide = torch.cat((angle, angle), -1)
+        tokens, cos, sin = (
+            nn.utils.rnn.pad_sequence([each[chosen] for each, chosen in zip(rows, keep, strict=True)], True)
+            for rows in (x, wide.cos().expand(len(x), -1, -1), wide.sin().expand(len(x), -1, -1))
+        )
+        half = torch.cat((-tokens[..., HEAD_DIM // 2 :], tokens[..., : HEAD_DIM // 2]), -1)
+        return tokens * cos + half * sin
+
+
+def test_rows_of_tables_that_a_model_chooses() -> None:
+    x = torch.randn(2, 12, HEAD_DIM, generator=torch.Generator().manual_seed(0))
+    found = inspect(Pruned(), (x,))
+    assert found.sites == ()
+    assert [refusal.rule for refusal in found.refusals] == ["chosen"], str(found)
