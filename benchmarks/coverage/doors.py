@@ -79,7 +79,9 @@ def dynamic(case: Case) -> Outcome:
     except Exception:  # a length the model itself does not take
         inputs = case.inputs
     lengths = sorted({inputs[name].shape[axis] for name, axis in axes.items()})
-    verdict = measured(rewritten.module(), plain, case.fresh(), inputs, _forward)
+    verdict = measured(
+        rewritten.module(), case.fresh(), case.fresh(), inputs, _forward, compiled=lambda: plain
+    )
     return outcome | {"lengths": lengths} | verdict
 
 

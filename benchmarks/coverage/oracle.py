@@ -108,7 +108,7 @@ def measured(
     Below float32 every run makes the choices of the oracle (choices.py).
 
     `plain` is the model the oracle is made of: itself in float64, and where that does not run, as it is. The original
-    `compiled` by torch alone is measured where ours is further off than the original as it is.
+    `compiled` (or exported) by torch alone is measured where ours is further off than the original as it is.
     """
     wide: nn.Module | None = in_double(plain)
     errors = {"ours": Deviation(), "original": Deviation()}

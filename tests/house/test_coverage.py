@@ -86,6 +86,7 @@ def test_whole_numbers_are_compared_as_ever() -> None:
 def test_architectures_are_chosen_by_folder_and_by_name() -> None:
     names = [each.name for each in architectures(["gptj", "bloom@6heads"])]
     assert names == ["bloom@6heads", "gptj/GPTJ"]
+    assert [each.name for each in architectures(["esm"])] == ["esm/Esm"]  # two files have models of it
 
 
 @dataclass(frozen=True)
