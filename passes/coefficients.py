@@ -188,6 +188,16 @@ class Coefficients:
         pairs = zip(first[1], second[1], strict=True)
         return all(self.same_element(a, b) or self._holds_the_same(a, b) for a, b in pairs)
 
+    def apart(self, one: tuple[int, int], other: tuple[int, int]) -> bool:
+        """Whether two angles are set apart by nothing but which elements of one value they read."""
+        ends = self.resolve(*one), self.resolve(*other)
+        first, second = (self.angle(end.leaf) if end.kind in ("cos", "sin") else None for end in ends)
+        if first is None or second is None or (first[0], len(first[1])) != (second[0], len(second[1])):
+            return False
+        pairs = [pair for pair in zip(first[1], second[1], strict=True) if not self.same_element(*pair)]
+        numbers = self.program.value_numbers
+        return bool(pairs) and all(numbers[a.node] == numbers[b.node] and a.part == b.part for a, b in pairs)
+
     def angle(
         self, factor: Factor | None, read: Read | None = None
     ) -> tuple[float, tuple[Factor, ...]] | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from grape_compile.passes.memory import is_pure as is_pure
 from grape_compile.passes.memory import late_readers, writes
@@ -45,7 +46,7 @@ class Taint(enum.IntEnum):
 
 
 class Unreadable(Exception):
-    """A value that cannot be read here (unbacked symbol, missing real input, unknown op): detection stops, softly."""
+    """A value that cannot be read here (missing real input, unknown op): detection stops, softly."""
 
 
 @dataclass
@@ -143,8 +144,7 @@ class Program:
                 numbers[node] = steps.setdefault(step, len(steps))
             return numbers[node]
 
-        kinds = tuple((tuple(map(str, value.shape)), value.dtype) for value in map(require_fake, inputs))
-        return tuple(map(number, results)), tuple(steps), kinds
+        return tuple(map(number, results)), tuple(steps), tuple(map(_kind, inputs))
 
     def _own_number(self, node: fx.Node, first: int) -> object | None:
         """What stands for a value wherever it is used; None where that is how it is computed."""
@@ -191,6 +191,20 @@ class Program:
             "constants",
         ):
             self.__dict__.pop(name, None)
+
+
+def _kind(node: fx.Node) -> object:
+    """Sizes and types of a node's tensors, of which an operator may give several."""
+    leaves = pytree.tree_leaves(node.meta.get("val"))
+    return tuple(
+        (tuple(map(str, each.shape)), each.dtype) for each in leaves if isinstance(each, torch.Tensor)
+    )
+
+
+def has_unknown_size(value: object) -> bool:
+    """Whether a tensor has a size that is known at run time alone."""
+    sizes = value.shape if isinstance(value, torch.Tensor) else ()
+    return any(isinstance(size, torch.SymInt) and size.node.hint is None for size in sizes)
 
 
 def _has_symbols(node: fx.Node) -> bool:
@@ -263,8 +277,16 @@ def source_line(node: fx.Node) -> str:
     return f"{file}:{rest.partition(',')[0]}"
 
 
+_UNKNOWN = 6
+"""A size that values decide (a number of patches): any will do, as what is read holds at all; halves and thirds are
+whole numbers."""
+
+
 class Sizes:
-    """Turns symbolic sizes into integers: the hints of the captured example, or a chosen binding of symbols."""
+    """Turns symbolic sizes into integers: the hints of the captured example, or a chosen binding of symbols.
+
+    A size known at run time alone has no hint; it is taken for some size within its range.
+    """
 
     def __init__(self, binding: Mapping[Any, int] | None = None) -> None:
         self.binding = dict(binding or {})
@@ -284,7 +306,7 @@ class Sizes:
             return int(expression)
         hint = value.node.hint
         if hint is None:
-            raise Unreadable(f"{value} has no known value")
+            hint = value.node.shape_env.optimization_hint(expression, fallback=_UNKNOWN)
         return int(hint)
 
     def real(self, value: torch.SymFloat) -> float:

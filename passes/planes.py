@@ -128,7 +128,19 @@ class _Planes:
         grams = ((a * a + c * c) - (b * b + d * d)).abs().max(), (a * b + c * d).abs().max()
         if torch.allclose(a, d, atol=_NEAR) and torch.allclose(b, -c, atol=_NEAR):
             scaled = scaled_turns((a * a + c * c)[None].sqrt(), _NEAR)
-            return scaled or Miss(
+            return scaled or self._unproved((first, left), (second, right))
+        return Miss(
+            "orthogonal",
+            f"the map of channels {left} and {right} is not a rotation times a constant: its columns differ in length "
+            f"by {float(grams[0]):.2g} and their product is {float(grams[1]):.2g} where both should vanish",
+            4,
+            "a rotation of the same planes",
+        )
+
+    def _unproved(self, one: tuple[int, int], other: tuple[int, int]) -> Miss:
+        """Of two coefficients that are equal in this example alone."""
+        if not self.coefficients.apart(one, other):
+            return Miss(
                 "operands",
                 "the coefficients turn in this example, but nothing shows that they do in every call: they are "
                 "products of several values, or one tensor holds the angles of all channels ready made",
@@ -136,11 +148,12 @@ class _Planes:
                 "a rotation by tables",
             )
         return Miss(
-            "orthogonal",
-            f"the map of channels {left} and {right} is not a rotation times a constant: its columns differ in length "
-            f"by {float(grams[0]):.2g} and their product is {float(grams[1]):.2g} where both should vanish",
-            4,
-            "a rotation of the same planes",
+            "planes",
+            f"channels {one[1]} and {other[1]} turn by different elements of one tensor, such as positions along "
+            "several axes: these are equal in this example, and where they are not this is no rotation; what the model "
+            "itself makes equal, by expanding one row, is seen to be",
+            3,
+            "a rotation by given positions",
         )
 
 

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from grape_compile.passes.graph import ANGLES, Program, Sizes, Taint, Unreadable, fake, op_name
+from grape_compile.passes.graph import (
+    ANGLES,
+    Program,
+    Sizes,
+    Taint,
+    Unreadable,
+    fake,
+    has_unknown_size,
+    op_name,
+)
 
 Found = TypeVar("Found")
 
@@ -131,20 +140,19 @@ class Replay:
             op_name(node) == "" and not isinstance(node.target, torch._ops.OpOverload)
         ):
             raise Unreadable(f"{node.name} ({node.op}) cannot be replayed")
-        if (
-            isinstance(value, Tensor)
-            and value.numel()
-            and torch.Size(self.sizes.shape(node)).numel() > _LARGEST
-        ):
+        if isinstance(value, Tensor) and torch.Size(self.sizes.shape(node)).numel() > _LARGEST:
             raise Unreadable(f"{node.name} has more than {_LARGEST} elements")
         args, kwargs = fx.node.map_aggregate(
             (node.args, dict(node.kwargs)), lambda item: self._argument(node, item)
         )
         try:
             assert callable(node.target)
-            return exact(node.target(*args, **kwargs))
+            found = exact(node.target(*args, **kwargs))
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as failure:
             raise Unreadable(f"{op_name(node)} cannot be replayed in fp64: {failure}") from failure
+        if has_unknown_size(value) and found.shape != self.sizes.shape(node):
+            raise Unreadable(f"the size of {node.name} is decided by values")
+        return found
 
     def _argument(self, node: fx.Node, item: Any) -> Any:
         if isinstance(item, fx.Node):

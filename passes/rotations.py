@@ -17,6 +17,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
+from grape_compile.passes.chosen_tables import turned_by_chosen_tables
 from grape_compile.passes.contractions import CONTRACTIONS
 from grape_compile.passes.elements import COMPLEX, PICKS, PRODUCTS, SCATTERS, SUMS, Reader
 from grape_compile.passes.graph import Program, Taint, Unreadable, fake, is_pure, op_name
@@ -139,7 +140,8 @@ class _Finder:
                 found.append(result)
             elif result is not None:
                 misses.append((output, result, region))
-        return self._maximal(found), self._refusals(found, misses)
+        refused = [*self._refusals(found, misses), *turned_by_chosen_tables(self.program)]
+        return self._maximal(found), refused
 
     def _maximal(self, found: list[RotationPlan]) -> list[RotationPlan]:
         """Of rotations one inside the other keep the one over the most elements; of equals that whose angles differ

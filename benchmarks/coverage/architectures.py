@@ -109,9 +109,11 @@ def draw_parameters(model: nn.Module, seed: int) -> None:
 def architectures(only: Sequence[str] = ()) -> Iterator[Architecture]:
     """All architectures, or those whose model folder or name is in `only`; those with encodings first.
 
-    A folder whose code rotates and biases nothing itself counts by its first configuration alone.
+    A folder whose code rotates and biases nothing itself counts by its first configuration alone, a configuration that
+    several files have models of by the first file.
     """
     without = []
+    seen: set[str] = set()
     for path in sorted(MODELS.glob("*/modeling_*.py")):
         folder = path.parent.name
         if folder == "auto" or (only and folder not in {_folder(name) for name in only}):
@@ -119,8 +121,9 @@ def architectures(only: Sequence[str] = ()) -> Iterator[Architecture]:
         found = [
             each
             for each in _of_module(folder, f"transformers.models.{folder}.{path.stem}")
-            if not only or folder in only or each.name in only
+            if each.name not in seen and (not only or folder in only or each.name in only)
         ]
+        seen |= {each.name for each in found}
         if found and not found[0].encodes:
             without += found[:1]
         else:

@@ -79,7 +79,9 @@ def dynamic(case: Case) -> Outcome:
     except Exception:  # a length the model itself does not take
         inputs = case.inputs
     lengths = sorted({inputs[name].shape[axis] for name, axis in axes.items()})
-    verdict = measured(rewritten.module(), plain, case.fresh(), inputs, _forward)
+    verdict = measured(
+        rewritten.module(), case.fresh(), case.fresh(), inputs, _forward, compiled=lambda: plain
+    )
     return outcome | {"lengths": lengths} | verdict
 
 
@@ -112,7 +114,8 @@ def training(case: Case) -> Outcome:
     model = case.fresh().train()
     try:
         with counting(model) as truth:
-            _gradients(model, model, case.inputs)
+            spent = copy.deepcopy(model)  # some keep the state of their last run
+            _gradients(spent, spent, case.inputs)
     except Exception as failure:
         return {"skipped": f"the original does not train: {first_line(failure)}"}
     return _through_compile(Case(model, case.inputs, truth), _gradients)
@@ -196,16 +199,16 @@ def _through_compile(
     case: Case, run: Run, dtype: torch.dtype = torch.float32, backend: str = "eager"
 ) -> Outcome:
     ran = Ran(backend)
-    ours = grape_compile(case.fresh(), backend=ran)
+    ours, original = grape_compile(case.fresh(), backend=ran), case.fresh()
     try:
-        run(ours, case.model, case.inputs)
+        run(ours, original, case.inputs)
         ran.rotations = ran.biases = 0
-        run(ours, case.model, case.inputs)
+        run(ours, original, case.inputs)
     except Exception as failure:
         return _alone(case, run, failure, _compiled_alone(case, backend))
     found = _found(report(ours), case.truth) | {"rotations": ran.rotations, "biases": ran.biases}
     alone = functools.partial(_compiled_alone, case, backend)
-    return found | measured(ours, case.model, case.model, case.inputs, run, dtype, alone)
+    return found | measured(ours, original, case.fresh(), case.inputs, run, dtype, alone)
 
 
 def _compiled_alone(case: Case, backend: str) -> nn.Module:

@@ -9,13 +9,14 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from benchmarks.coverage.arguments import Inputs
-from benchmarks.coverage.choices import held, noted
+from benchmarks.coverage.choices import Choices, held, noted
 from benchmarks.coverage.inputs import redrawn
 
 SEEDS = (0, 1, 2)
@@ -107,7 +108,7 @@ def measured(
     Below float32 every run makes the choices of the oracle (choices.py).
 
     `plain` is the model the oracle is made of: itself in float64, and where that does not run, as it is. The original
-    `compiled` by torch alone is measured where ours is further off than the original as it is.
+    `compiled` (or exported) by torch alone is measured where ours is further off than the original as it is.
     """
     wide: nn.Module | None = in_double(plain)
     errors = {"ours": Deviation(), "original": Deviation()}
@@ -140,12 +141,13 @@ def measured(
     return verdict | {"bound": bound, "holds": error <= bound}
 
 
-def _choosing(choices: list[Tensor], dtype: torch.dtype) -> AbstractContextManager[None]:
+def _choosing(choices: Choices, dtype: torch.dtype) -> AbstractContextManager[None]:
     return nullcontext() if dtype is torch.float32 else held(choices)
 
 
 def _seeded(run: Run, model: nn.Module, plain: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     torch.manual_seed(0)
+    numpy.random.seed(0)  # what masks of features in training are drawn with
     return run(model, plain, copy.deepcopy(inputs))
 
 

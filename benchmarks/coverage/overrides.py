@@ -34,6 +34,7 @@ _INDEXER = {
     "indexer_compress_ratio": 2,
 }
 _NO_DROPOUT = {"dropout_rate": 0.0}
+_FEW_FILTERS = {"num_filters": 4}
 _SHARED_EXPERT = {"shared_expert_intermediate_size": 32}
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -95,6 +96,11 @@ CHANGES: dict[str, dict[str, Any]] = {
     "seamless_m4t": _ROTARY_POSITIONS,
     "step3p7/Step3p7": {"text_config": _SHORT_WINDOW},
     "step3p7/Step3p7Text": _SHORT_WINDOW,
+    "vibevoice/VibeVoice": {"audio_config": _FEW_FILTERS, "semantic_model_config": _FEW_FILTERS},
+    "vibevoice_asr/VibeVoiceAsr": {
+        "acoustic_tokenizer_encoder_config": _FEW_FILTERS,
+        "semantic_tokenizer_encoder_config": _FEW_FILTERS,
+    },
     "wav2vec2_bert": _ROTARY_POSITIONS,
     "wav2vec2_conformer": _ROTARY_POSITIONS,
     "zamba2": {

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from benchmarks.coverage import records
 from benchmarks.coverage.__main__ import sampled
 from benchmarks.coverage.architectures import Architecture, architectures
 from benchmarks.coverage.arguments import completed
-from benchmarks.coverage.choices import held, noted
+from benchmarks.coverage.choices import Choices, held, noted
 from benchmarks.coverage.doors import DOORS
 from benchmarks.coverage.inputs import Random, lengthened, redrawn
 from benchmarks.coverage.oracle import Deviation, InDouble
@@ -37,33 +37,56 @@ def test_the_truth_is_counted_as_by_hand(name: str) -> None:
         assert (truth.rotations, truth.biases) == (row.rotations, row.biases)
 
 
-def test_choices_of_the_oracle_are_held() -> None:
+def gated(x: torch.Tensor) -> torch.Tensor:
+    """What an index keeps."""
+    values, places = torch.topk(x, 2, dim=1)
+    return values.softmax(1) * places
+
+
+def mixed(x: torch.Tensor) -> torch.Tensor:
+    """The two best experts share a token where their scores are close."""
+    best, place = x.max(1, keepdim=True)
+    close = x.masked_fill(best - x > 0.15, float("-inf"))
+    return close.softmax(1) + place
+
+
+@pytest.mark.parametrize("router", [gated, mixed])
+def test_choices_of_the_oracle_are_held(router: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Through autograd and torch.compile alike; another number of choices is an error, and nothing stays patched."""
-
-    def gated(x: torch.Tensor) -> torch.Tensor:
-        values, places = torch.topk(x, 2, dim=1)
-        return values.softmax(1) * places
-
     scores = torch.tensor([[0.3, 0.2, 0.1], [0.1, 0.3, 0.2]], requires_grad=True)
     with noted() as choices:
-        gated(scores.flip(1))
-    for run in (gated, torch.compile(gated, backend="eager"), torch.compile(gated, backend="aot_eager")):
+        router(scores.flip(1))
+    for run in (router, torch.compile(router, backend="eager"), torch.compile(router, backend="aot_eager")):
         with held(choices):
             found = run(scores)
-        wanted = scores.gather(1, choices[0]).softmax(1) * choices[0]
+        wanted = BY_CHOICES[router](scores, choices)
         torch.testing.assert_close(found, wanted)
         for one, other in zip(
             *(torch.autograd.grad(each.sum(), scores) for each in (found, wanted)), strict=True
         ):
             torch.testing.assert_close(one, other)
-        assert not torch.equal(gated(scores), found)
+        assert not torch.equal(router(scores), found)
     with held(choices), pytest.raises(ValueError, match="does not make"):
-        gated(gated(scores))
+        router(router(scores))
+
+
+BY_CHOICES: dict[Any, Callable[[torch.Tensor, Choices], torch.Tensor]] = {
+    gated: lambda x, made: x.gather(1, made["topk"][0]).softmax(1) * made["topk"][0],
+    mixed: lambda x, made: x.masked_fill(made[">"][0], float("-inf")).softmax(1) + made["max"][0],
+}
+
+
+def test_whole_numbers_are_compared_as_ever() -> None:
+    numbers = torch.tensor([[1, 3, 2]])
+    with noted() as choices:
+        numbers.max(1), numbers > 2
+    assert choices == {}
 
 
 def test_architectures_are_chosen_by_folder_and_by_name() -> None:
     names = [each.name for each in architectures(["gptj", "bloom@6heads"])]
     assert names == ["bloom@6heads", "gptj/GPTJ"]
+    assert [each.name for each in architectures(["esm"])] == ["esm/Esm"]  # two files have models of it
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 from architectures import BY_NAME, Architecture, Logits, output_of
-from attention_layers import RotaryAttention, example, inverse_frequencies, sharpen
+from attention_layers import HEAD_DIM, RotaryAttention, example, inverse_frequencies, sharpen
 from bias_spellings import BIAS_SPELLINGS
 from rotation_spellings import ROTATION_SPELLINGS, plain
 from torch import Tensor, fx, nn
@@ -267,3 +267,94 @@ def test_an_argument_may_have_the_name_of_a_builtin() -> None:
     rewritten, found = rewrite(torch.export.export(TurnedInput(), (x,)))
     assert len(found.sites) == 1
     assert torch.allclose(rewritten.module()(x), TurnedInput()(x), atol=1e-6)
+
+
+class Leading(nn.Module):
+    """Attention over as many tokens as a given number says."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x: Tensor, count: Tensor) -> Tensor:
+        tokens = count.item()
+        torch._check(tokens >= 2)
+        torch._check(tokens <= x.shape[1])
+        found: Tensor = self.attention(x[:, :tokens])
+        return found
+
+
+def test_a_length_that_values_decide() -> None:
+    model = Leading(sharpen(RotaryAttention(plain)))
+    program, found = rewrite(torch.export.export(model, (example(), torch.tensor(5))))
+    assert (len(found.sites), found.refusals) == (2, ()), str(found)
+    assert {site.evidence for site in found.sites} == {"proved"}
+    for tokens in (2, 5, 12):
+        given = example(), torch.tensor(tokens)
+        torch.testing.assert_close(program.module()(*given), model(*given), rtol=1e-5, atol=1e-6)
+
+
+def test_positions_of_which_values_decide_the_number() -> None:
+    """How many there are is known at run time alone, and not what was assumed: refused, and nothing breaks."""
+
+    class Kept(nn.Module):
+        def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+            places = keep.nonzero().squeeze(-1)
+            return plain(x[:, places], torch.outer(places, inverse_frequencies(HEAD_DIM // 2)))
+
+    x = torch.randn(2, 12, HEAD_DIM, generator=torch.Generator().manual_seed(0))
+    given = x, torch.arange(12) % 3 > 0
+    program, found = rewrite(torch.export.export(Kept(), given))
+    assert found.sites == ()
+    assert ["decided by values" in refusal.reason for refusal in found.refusals] == [True], str(found)
+    torch.testing.assert_close(program.module()(*given), Kept()(*given))
+
+
+class TurnedAlongAxes(nn.Module):
+    """Channels of one plane turn by positions along different axes, as with pictures in HunYuan-VL."""
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        first, second = (each[:, None] * inverse_frequencies(HEAD_DIM // 2) for each in positions)
+        half = torch.cat((-x[..., HEAD_DIM // 2 :], x[..., : HEAD_DIM // 2]), -1)
+        angle = torch.cat((first, second), -1)
+        return x * angle.cos() + half * angle.sin()
+
+
+def test_planes_that_turn_by_equal_positions_of_two_axes() -> None:
+    """With one row of positions expanded by the model a rotation, with two rows given none, be they equal."""
+
+    class TurnedAlongOne(TurnedAlongAxes):
+        def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+            return super().forward(x, positions.expand(2, -1))
+
+    x = torch.randn(2, 6, HEAD_DIM, generator=torch.Generator().manual_seed(0))
+    one = torch.arange(6)[None]
+    assert len(inspect(TurnedAlongOne(), (x, one)).sites) == 1
+    found = inspect(TurnedAlongAxes(), (x, one.repeat(2, 1)))
+    assert found.sites == ()
+    assert ["different elements of one tensor" in refusal.reason for refusal in found.refusals] == [True]
+    rewritten, _ = rewrite(torch.export.export(TurnedAlongAxes(), (x, one.repeat(2, 1))))
+    given = x, torch.stack([torch.arange(6), torch.arange(6).flip(0)])
+    torch.testing.assert_close(rewritten.module()(*given), TurnedAlongAxes()(*given))
+
+
+class Pruned(nn.Module):
+    """Keeps the tokens it is sure of, and their rows of the tables; others are padding."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        angle = torch.outer(torch.arange(x.shape[1]), inverse_frequencies(HEAD_DIM // 2))
+        keep = x[..., 0] > 0
+        wide = torch.cat((angle, angle), -1)
+        tokens, cos, sin = (
+            nn.utils.rnn.pad_sequence([each[chosen] for each, chosen in zip(rows, keep, strict=True)], True)
+            for rows in (x, wide.cos().expand(len(x), -1, -1), wide.sin().expand(len(x), -1, -1))
+        )
+        half = torch.cat((-tokens[..., HEAD_DIM // 2 :], tokens[..., : HEAD_DIM // 2]), -1)
+        return tokens * cos + half * sin
+
+
+def test_rows_of_tables_that_a_model_chooses() -> None:
+    x = torch.randn(2, 12, HEAD_DIM, generator=torch.Generator().manual_seed(0))
+    found = inspect(Pruned(), (x,))
+    assert found.sites == ()
+    assert [refusal.rule for refusal in found.refusals] == ["chosen"], str(found)

@@ -267,6 +267,32 @@ def test_a_custom_function_is_left_alone_and_told() -> None:
     assert {refusal.rule for refusal in found.refusals} == {"body"}, str(found)
 
 
+class Clipped(torch.autograd.Function):
+    """The identity, with a gradient of bounded size."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.clamp(-1, 1)
+
+
+def test_what_a_custom_function_gives_is_turned_like_anything_else() -> None:
+    """Its operator gives several results, of which the rotation starts at one."""
+
+    def turned(x: Tensor, angle: Tensor) -> Tensor:
+        return plain(Clipped.apply(x), angle)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+    model = sharpen(RotaryAttention(turned))
+    wanted = run_and_pull(model, list(model.parameters()), example())
+    compiled = grape_compile(copy.deepcopy(model), backend="eager")
+    found = run_and_pull(compiled, list(compiled.parameters()), example())
+    assert_same(found, wanted, 1e-5)
+    assert (len(report(compiled).sites), report(compiled).refusals) == (2, ()), str(report(compiled))
+
+
 @layers
 def test_vmap_inside_of_a_model(kind: str) -> None:
     batches = torch.stack([example(seed=seed) for seed in range(3)])
