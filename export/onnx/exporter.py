@@ -41,9 +41,7 @@ from grape_compile.export.onnx.targets import Target, target_of
 from grape_compile.export.onnx.translate import silence, translate
 from grape_compile.export.onnx.verify import verify as verified
 from grape_compile.export.staging import staged
-from grape_compile.passes.base import Outcome
-from grape_compile.passes.capture import capture_export, release_export
-from grape_compile.passes.pipeline import rewrite_program
+from grape_compile.passes.pipeline import rewrite_export
 
 
 def export(
@@ -80,7 +78,8 @@ def export(
         captured, draw = _captured(model, args, kwargs or {}, dynamic_shapes, kv_cache)
         _check_types(captured, providers)
         progress("rewrite")
-        program, found = _rewritten(captured.program)
+        with torch.no_grad():
+            program, found = rewrite_export(captured.program)
         progress("translate")
         graph, lowered = _lowered(replace(captured, program=program), wanted)
         describe(graph, wanted.name, lowered)
@@ -138,13 +137,6 @@ def _check_types(captured: Captured, providers: Sequence[str]) -> None:
 def _narrow(captured: Captured) -> list[str]:
     """Names of the tensors in bfloat16."""
     return [name for name, each in captured.program.state_dict.items() if each.dtype == torch.bfloat16]
-
-
-@torch.no_grad()
-def _rewritten(program: ExportedProgram) -> tuple[ExportedProgram, Outcome]:
-    captured = capture_export(program)
-    found = rewrite_program(captured)
-    return (release_export(program, captured) if found.sites else program), found
 
 
 def _lowered(captured: Captured, target: Target) -> tuple[ir.Model, list[Lowered]]:
