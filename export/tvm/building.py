@@ -73,7 +73,7 @@ def build(
     if obstacle:
         return replace(artifact, about=replace(about, notes=(*about.notes, f"not verified: {obstacle}")))
     progress("verify")
-    comparisons = hold_to_contract("a library", _running(artifact), captured, draw)
+    comparisons = hold_to_contract("a library", {"": _running(artifact)}, captured, draw)
     return replace(artifact, about=replace(about, comparisons=comparisons))
 
 
