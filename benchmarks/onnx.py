@@ -342,16 +342,17 @@ def _step_in_place(session: Any, cache: dict[str, Any]) -> Callable[[], Any]:
     for name, numbers in _token(session).items():
         binding.bind_cpu_input(name, numbers)
     binding.bind_output("logits")
+    buffers = []
     for name, numbers in cache.items():
         rows, heads, count, width = numbers.shape
         buffer = np.zeros((rows, heads, CAPACITY, width), numbers.dtype)
         buffer[:, :, :count] = numbers
-        held = onnxruntime.OrtValue.ortvalue_from_numpy(buffer)
+        buffers.append(held := onnxruntime.OrtValue.ortvalue_from_numpy(buffer))
         binding.bind_ortvalue_input(name, held)
         binding.bind_ortvalue_output(name.replace(CACHE_IN, CACHE_OUT), held)
 
-    def step() -> Any:
-        session.run_with_iobinding(binding)
+    def step(buffers: Any = buffers) -> Any:
+        session.run_with_iobinding(binding)  # it does not keep the buffers
         return binding.get_outputs()[0].numpy()
 
     return step

@@ -35,8 +35,8 @@ def hold_to_contract(
     """Return the errors of what was exported and of the original, both against float64, over three draws of every case.
 
     `ways` are the ways of running it, by what is said of them behind the name of a case. GrapeError where the errors of
-    one are above 1.25 times those of the original or of `plain`, the same model exported without this library (asked for
-    only then), plus 1e-7; the message calls it a `kind`.
+    one are above 1.25 times those of the original or of `plain`, the same model exported without this library (asked
+    for only then), plus 1e-7; the message calls it a `kind`.
     """
     comparisons = compared(ways, captured, draw)
     over = _over(comparisons)
@@ -61,7 +61,7 @@ def hold_to_contract(
 def compared(
     ways: Mapping[str, Run], captured: Captured, draw: Callable[[int], Iterable[Case]]
 ) -> tuple[Comparison, ...]:
-    """Return the errors of what was exported and of the original by case and way of running, over three draws of each."""
+    """Return the errors of what was exported and of the original by case and way, over three draws of each."""
     found = measured(ways, captured, draw)
     return tuple(
         Comparison(f"{name}{way}", sums[way].relative, sums[_ORIGINAL].relative)

@@ -1,8 +1,8 @@
 """Attention over a cache of fixed size: all of the buffer with its empty end hidden, or a copy of the part in use.
 
-T queries over a buffer of C tokens, n of them in use, read T C keys and values. Cut out first, they are read and written
-once and then read T times: (T + 2) n. A step reads the buffer where it is, unless most of it is empty; a prompt reads
-what is there.
+T queries over a buffer of C tokens, n of them in use, read T C keys and values. Cut out first, those in use are read
+and written once and then read T times: (T + 2) n. A step reads the buffer where it is, unless most of it is empty; a
+prompt reads what is there.
 """
 
 from __future__ import annotations

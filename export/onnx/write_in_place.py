@@ -9,6 +9,8 @@ Ensures: present.N is past_key_values.N with the new tokens written behind the o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 
@@ -25,8 +27,12 @@ def write_in_place(graph: ir.Graph) -> int:
     inputs = {str(value.name): value for value in graph.inputs}
     tokens = _Tokens(Builder(graph, graph[0]), inputs["input_ids"], inputs["attention_mask"])
     caches = [value for name, value in inputs.items() if name.startswith(CACHE_IN)]
-    for cache in caches:
-        _write(graph, cache, _append(cache), tokens)
+    appends = [_append(cache) for cache in caches]
+    for cache, append in zip(caches, appends, strict=True):
+        # One builder for each place: names of nodes come from where it puts them.
+        builder = tokens.builder if append is tokens.builder.anchor else Builder(graph, append)
+        _write(builder, cache, append, tokens)
+    graph.remove(appends, safe=True)
     return len(caches)
 
 
@@ -68,32 +74,32 @@ def _append(cache: ir.Value) -> ir.Node:
     )
 
 
-def _write(graph: ir.Graph, cache: ir.Value, append: ir.Node, tokens: _Tokens) -> None:
+def _write(builder: Builder, cache: ir.Value, append: ir.Node, tokens: _Tokens) -> None:
     grown, new = append.outputs[0], append.inputs[1]
-    (batch, heads, _, width), builder = sizes(cache), Builder(graph, append)
+    batch, heads, _, width = sizes(cache)
     assert isinstance(heads, int)
     shape: tuple[Size, ...] = (batch, heads, CAPACITY, width)
-    cache.shape = ir.Shape(shape)
     buffer = builder.op("ScatterND", cache, tokens.places(heads), new, shape=shape)
-    _read_first(builder, grown, buffer, tokens.all)
+    own = {append, buffer.producer()}
+    _read_first(builder, list(grown.uses()), buffer, tokens.all)
     buffer.name, grown.name = grown.name, f"{grown.name}_apart"
     ir.convenience.replace_all_uses_with(grown, buffer, replace_graph_outputs=True)
-    graph.remove(append, safe=True)
-    _read_first(tokens.builder, cache, cache, tokens.old, but=buffer.producer())
+    _read_first(tokens.builder, [use for use in cache.uses() if use[0] not in own], cache, tokens.old)
+    cache.shape = ir.Shape(shape)
 
 
 def _read_first(
-    builder: Builder, old: ir.Value, buffer: ir.Value, count: ir.Value, but: ir.Node | None = None
+    builder: Builder, uses: Sequence[tuple[ir.Node, int]], buffer: ir.Value, count: ir.Value
 ) -> None:
-    """Let those who read `old` read the first `count` tokens of a buffer; who asks how many there are is told."""
-    users = [(user, at) for user, at in old.uses() if user is not but]
+    """Let these read the first `count` tokens of a buffer; who asks how many there are is told."""
     first: ir.Value | None = None
-    for user, at in users:
+    for user, at in uses:
         bounds = (user.attributes.get_int("start", 0), user.attributes.get_int("end", 4))
         if user.op_type == "Shape" and bounds == (2, 3):
             ir.convenience.replace_all_uses_with(user.outputs[0], count)
             continue
         if first is None:
             first = builder.part(buffer, builder.constant([0]), count, 2)
-            first.shape = old.shape if buffer is not old else first.shape
+            read = user.inputs[at]
+            first.shape = None if read is None else read.shape
         user.replace_input_with(at, first)
