@@ -45,14 +45,14 @@ def _tensors(key_heads: int, new: int, capacity: int) -> tuple[dict[str, Tensor]
 def _file(inputs: dict[str, Tensor], target: Target) -> tuple[File, list[ir.Value]]:
     """A graph that puts new keys and values behind a cache and returns them, as a model with a cache is translated."""
     file, grown = File(inputs, {}, target), []
-    sizes = {
+    sizes: dict[str, list[int | str]] = {
         "input_ids": ["rows", "new"],
         "attention_mask": ["rows", "all"],
         "query": ["rows", HEADS, "new", HEAD_DIM],
     }
     for name, value in file.values.items():
         heads = inputs[name].shape[1]
-        own = ["rows", heads, "new" if name.startswith("new_") else "past", HEAD_DIM]
+        own: list[int | str] = ["rows", heads, "new" if name.startswith("new_") else "past", HEAD_DIM]
         value.shape = ir.Shape(sizes.get(name, own))
     for at in range(len(file.anchor.inputs)):
         file.anchor.replace_input_with(at, None)
