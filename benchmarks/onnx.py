@@ -36,14 +36,14 @@ from torch import Tensor, nn
 from benchmarks.cases import keep
 from benchmarks.coverage.architectures import draw_parameters
 from benchmarks.measuring import machine
-from grape_compile.export.kv_cache import with_cache
+from grape_compile.export.kv_cache import CACHE_IN, CACHE_OUT, SHARED, with_cache
 from grape_compile.export.onnx import export
 
 VOCABULARY, LAYERS, HEADS, HIDDEN = 1000, 4, 8, 512
 FUSED = ("RotaryEmbedding", "Attention", "MultiHeadAttention", "GroupQueryAttention")
 PLAIN = "plain opset 20"
-#: Tokens in the cache of a step.
-CACHED = 2048
+#: Tokens in the cache of a step, and those that a buffer for it holds.
+CACHED, CAPACITY = 2048, 2304
 OURS = {f"ours, {target}": target for target in ("standard", "ort", "portable")}
 
 
@@ -284,11 +284,15 @@ def decoded(family: str, rounds: int) -> Iterator[dict[str, Any]]:
                 captured.program, f=str(paths[PLAIN]), dynamo=True, input_names=list(captured.input_names)
             )
         for name, target in OURS.items():
-            paths[name] = Path(folder) / f"{target}.onnx"
-            export(model, path=paths[name], target=target, kv_cache=True, verify=False)
+            for way, told in ((True, ""), (SHARED, f", {SHARED}")):
+                path = paths[f"{name}{told}"] = Path(folder) / f"{target}{told}.onnx"
+                export(model, path=path, target=target, kv_cache=way, verify=False)
         sessions = {name: open_file(path) for name, path in paths.items()}
         cache = _cache(sessions[PLAIN])
-        steps = {name: _step(session, cache) for name, session in sessions.items()}
+        steps = {
+            name: (_step_in_place if name.endswith(SHARED) else _step)(session, cache)
+            for name, session in sessions.items()
+        }
         right = steps[PLAIN]()
         times = processor_times(steps, 3 * rounds)
         for name, step in steps.items():
@@ -317,15 +321,41 @@ def _cache(session: Any) -> dict[str, Any]:
 
 
 def _step(session: Any, cache: dict[str, Any]) -> Callable[[], Any]:
-    feeds: dict[str, Any] = {}
-    for each in session.get_inputs():
-        if each.name in cache:
-            feeds[each.name] = cache[each.name]
-        elif each.name == "attention_mask":
-            feeds[each.name] = np.ones((1, CACHED + 1), np.int64)
-        else:
-            feeds[each.name] = np.full((1, 1), CACHED if each.name == "position_ids" else 7, np.int64)
+    feeds = {**_token(session), **cache}
     return lambda: session.run(None, feeds)[0]
+
+
+def _token(session: Any) -> dict[str, Any]:
+    """What a step is given beside its cache."""
+    given = {
+        "input_ids": np.full((1, 1), 7, np.int64),
+        "attention_mask": np.ones((1, CACHED + 1), np.int64),
+        "position_ids": np.full((1, 1), CACHED, np.int64),
+    }
+    asked = {each.name for each in session.get_inputs()}
+    return {name: numbers for name, numbers in given.items() if name in asked}
+
+
+def _step_in_place(session: Any, cache: dict[str, Any]) -> Callable[[], Any]:
+    """A step whose caches are buffers, bound as input and output."""
+    binding = session.io_binding()
+    for name, numbers in _token(session).items():
+        binding.bind_cpu_input(name, numbers)
+    binding.bind_output("logits")
+    buffers = []
+    for name, numbers in cache.items():
+        rows, heads, count, width = numbers.shape
+        buffer = np.zeros((rows, heads, CAPACITY, width), numbers.dtype)
+        buffer[:, :, :count] = numbers
+        buffers.append(held := onnxruntime.OrtValue.ortvalue_from_numpy(buffer))
+        binding.bind_ortvalue_input(name, held)
+        binding.bind_ortvalue_output(name.replace(CACHE_IN, CACHE_OUT), held)
+
+    def step(buffers: Any = buffers) -> Any:
+        session.run_with_iobinding(binding)  # it does not keep the buffers
+        return binding.get_outputs()[0].numpy()
+
+    return step
 
 
 def _errors(session: Any, model: nn.Module) -> dict[str, float | str]:

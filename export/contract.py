@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
 from torch import Tensor
@@ -19,13 +19,14 @@ SEEDS: Final = 3
 #: A file may be off by this much more than the original itself is, and by rounding near zero.
 FACTOR, FLOOR = 1.25, 1e-7
 
+_ORIGINAL: Final = "original"
 #: Inputs of a case in, tensors of the result out.
 Run = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
 def hold_to_contract(
     kind: str,
-    run: Run,
+    ways: Mapping[str, Run],
     captured: Captured,
     draw: Callable[[int], Iterable[Case]],
     *,
@@ -33,16 +34,18 @@ def hold_to_contract(
 ) -> tuple[Comparison, ...]:
     """Return the errors of what was exported and of the original, both against float64, over three draws of every case.
 
-    GrapeError where those of `run` are above 1.25 times those of the original or of `plain`, the same model exported
-    without this library (asked for only then), plus 1e-7; the message calls it a `kind`.
+    `ways` are the ways of running it, by what is said of them behind the name of a case. GrapeError where the errors of
+    one are above 1.25 times those of the original or of `plain`, the same model exported without this library (asked
+    for only then), plus 1e-7; the message calls it a `kind`.
     """
-    comparisons = compared(run, captured, draw)
+    comparisons = compared(ways, captured, draw)
     over = _over(comparisons)
     if over and plain is not None:
         bound = measured({"plain": plain()}, captured, draw)
+        others = [own["plain"].relative for own in bound.values() for _ in ways]
         comparisons = tuple(
-            Comparison(each.case, each.file, max(each.original, bound[each.case]["plain"].relative))
-            for each in comparisons
+            Comparison(each.case, each.file, max(each.original, other))
+            for each, other in zip(comparisons, others, strict=True)
         )
         over = _over(comparisons)
     if over:
@@ -55,26 +58,30 @@ def hold_to_contract(
     return comparisons
 
 
-def compared(run: Run, captured: Captured, draw: Callable[[int], Iterable[Case]]) -> tuple[Comparison, ...]:
-    """Return the errors of what was exported and of the original by case, over three draws of each."""
-    found = measured({"file": run}, captured, draw)
+def compared(
+    ways: Mapping[str, Run], captured: Captured, draw: Callable[[int], Iterable[Case]]
+) -> tuple[Comparison, ...]:
+    """Return the errors of what was exported and of the original by case and way, over three draws of each."""
+    found = measured(ways, captured, draw)
     return tuple(
-        Comparison(name, sums["file"].relative, sums["original"].relative) for name, sums in found.items()
+        Comparison(f"{name}{way}", sums[way].relative, sums[_ORIGINAL].relative)
+        for name, sums in found.items()
+        for way in ways
     )
 
 
 def measured(
-    runs: dict[str, Run], captured: Captured, draw: Callable[[int], Iterable[Case]]
+    runs: Mapping[str, Run], captured: Captured, draw: Callable[[int], Iterable[Case]]
 ) -> dict[str, dict[str, Deviation]]:
     """Return by case and run the errors against float64, those of the original among them."""
     eager, oracle = Eager(captured), Eager(captured, wide=True)
     found: dict[str, dict[str, Deviation]] = {}
     for seed in range(SEEDS):
         for case in draw(seed):
-            own = found.setdefault(case.name, {name: Deviation() for name in (*runs, "original")})
+            own = found.setdefault(case.name, {name: Deviation() for name in (*runs, _ORIGINAL)})
             right = oracle(case.inputs)
             _check_numbers(captured, case, right)
-            _add(own["original"], eager(case.inputs), right, case.counted)
+            _add(own[_ORIGINAL], eager(case.inputs), right, case.counted)
             for name, run in runs.items():
                 _add(own[name], run(case.inputs), right, case.counted)
     return found

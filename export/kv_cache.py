@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -15,7 +15,11 @@ from grape_compile.errors import CaptureError, ModelError
 from grape_compile.export.capturing import BATCH, SEQUENCE, Captured
 from grape_compile.export.cases import Case
 
-PAST, TOTAL = "past_sequence", "total_sequence"
+PAST, TOTAL, CAPACITY = "past_sequence", "total_sequence", "capacity"
+#: How the names of a file's caches begin, in and out.
+CACHE_IN, CACHE_OUT = "past_key_values.", "present."
+#: What `kv_cache` is for a file whose caches are of one size, in and out.
+SHARED: Final = "shared"
 #: Rows, new tokens and cached tokens of the call that is captured: different, so that no two sizes are taken for one.
 _ROWS, _NEW, _OLD = 2, 5, 7
 _POSITIONS: Final = "position_ids"
@@ -83,18 +87,24 @@ def with_cache(model: Any) -> Captured:
     return Captured(
         program,
         cached,
-        (*names, *(f"past_key_values.{part}" for part in parts)),
-        ("logits", *(f"present.{part}" for part in parts)),
+        (*names, *(f"{CACHE_IN}{part}" for part in parts)),
+        ("logits", *(f"{CACHE_OUT}{part}" for part in parts)),
         {
             "input_ids": (BATCH, SEQUENCE),
             "attention_mask": (BATCH, TOTAL),
             _POSITIONS: (BATCH, SEQUENCE),
-            **{f"past_key_values.{part}": (BATCH, None, PAST, None) for part in parts},
+            **{f"{CACHE_IN}{part}": (BATCH, None, PAST, None) for part in parts},
             "logits": (BATCH, SEQUENCE, None),
-            **{f"present.{part}": (BATCH, None, TOTAL, None) for part in parts},
+            **{f"{CACHE_OUT}{part}": (BATCH, None, TOTAL, None) for part in parts},
         },
         type(model).__name__,
     )
+
+
+def in_one_size(axes: Mapping[str, tuple[str | None, ...]]) -> dict[str, tuple[str | None, ...]]:
+    """Return names of sizes for caches that are as large going out as coming in."""
+    caches, sizes = (CACHE_IN, CACHE_OUT), (BATCH, None, CAPACITY, None)
+    return {name: sizes if name.startswith(caches) else own for name, own in axes.items()}
 
 
 def cached_cases(captured: Captured, seed: int) -> list[Case]:

@@ -160,6 +160,10 @@ def app() -> "typer.Typer":
         kv_cache: Annotated[
             bool, typer.Option("--kv-cache", help="A decoder that takes and returns its cache.")
         ] = False,
+        shared_cache: Annotated[
+            bool,
+            typer.Option("--shared-cache", help="The same with caches of one size: one buffer in and out."),
+        ] = False,
         verify: Annotated[
             bool, typer.Option("--verify/--no-verify", help="Run the file against the model.")
         ] = True,
@@ -175,7 +179,7 @@ def app() -> "typer.Typer":
             typer.echo(f"{step} ...", err=True)
 
         if model.endswith(".onnx"):
-            if kv_cache:
+            if kv_cache or shared_cache:
                 raise GrapeError(
                     "give a decoder a cache", f"the file {model}", "the model that it was exported from"
                 )
@@ -190,7 +194,7 @@ def app() -> "typer.Typer":
                 dict(named.kwargs),
                 out,
                 target=target,
-                kv_cache=kv_cache,
+                kv_cache="shared" if shared_cache else kv_cache,
                 verify=verify,
                 progress=tell,
             )

@@ -62,15 +62,20 @@ def defect(failure: Exception) -> Refusal:
 
 
 def rewrite_export(
-    program: ExportedProgram, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    program: ExportedProgram,
+    args: Sequence[Any] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    every_attention: bool = False,
 ) -> tuple[ExportedProgram, Outcome]:
     """An exported program with all passes done, and what they found; itself where they changed nothing.
 
+    `every_attention` as for `rewrite_program`.
     Raises UpgradeError for layers that were upgraded and cannot have their new encoding here.
     """
     captured = capture_export(program, args, kwargs)
     upgraded = bool(marks_of(captured.graph))
-    found = rewrite_program(captured)
+    found = rewrite_program(captured, every_attention=every_attention)
     if marks_of(captured.graph):
         raise unmoved(found.refusals)
     return (release_export(program, captured) if found.sites or upgraded else program), found

@@ -15,7 +15,7 @@ from grape_compile.errors import GrapeError
 from grape_compile.export.capturing import capture
 from grape_compile.export.cases import drawn_cases
 from grape_compile.export.comparison import Comparison
-from grape_compile.export.kv_cache import cached_cases, with_cache
+from grape_compile.export.kv_cache import SHARED, cached_cases, with_cache
 from grape_compile.export.onnx.runtime import CPU
 from grape_compile.export.onnx.verify import measure
 
@@ -27,7 +27,7 @@ def compare(
     kwargs: dict[str, Any] | None = None,
     *,
     dynamic_shapes: Any = "auto",
-    kv_cache: bool = False,
+    kv_cache: bool | str = False,
     providers: Sequence[str] = (CPU,),
 ) -> tuple[Comparison, ...]:
     """Return the errors of a file on `providers` and of the model, both against the model in float64; see `export`.
@@ -39,6 +39,7 @@ def compare(
         raise GrapeError(f"compare {place} with its model", "no such file", "the path that export wrote")
     if kv_cache:
         captured = with_cache(model)
-        return measure(place, captured, partial(cached_cases, captured), providers)
+        cases = partial(cached_cases, captured)
+        return measure(place, captured, cases, providers, is_shared=kv_cache == SHARED)
     captured = capture(model, args, kwargs or {}, dynamic_shapes)
     return measure(place, captured, partial(drawn_cases, captured), providers)

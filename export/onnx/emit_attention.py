@@ -5,6 +5,7 @@ Cases:
 1. rotations of the encoding turn queries and keys (`emit_rotation`);
 2. biases that are sums of products become columns of query and key (`emit_bias`), the others a float mask;
 3. where a file may hold loops, what the mask hides as a whole is left out by blocks of queries (`emit_blocks`);
+   keys in a cache of fixed size are read where they are, or cut out (`emit_buffer`);
 4. what is left is an operator of the target (`emit_operators`).
 """
 
@@ -39,7 +40,16 @@ from grape_compile.export.onnx.builder import (
 )
 from grape_compile.export.onnx.emit_bias import Column, Lengths, columns, is_lifted, seen, total, whole
 from grape_compile.export.onnx.emit_blocks import SMALLEST, bounded, in_blocks
-from grape_compile.export.onnx.emit_operators import Call, as_numbers, chosen, fitted, is_grown, repeated
+from grape_compile.export.onnx.emit_buffer import over_buffer
+from grape_compile.export.onnx.emit_operators import (
+    Call,
+    as_numbers,
+    buffer_of,
+    chosen,
+    fitted,
+    is_grown,
+    repeated,
+)
 from grape_compile.export.onnx.emit_rotation import Emitted, rotate
 from grape_compile.export.onnx.emit_tables import Slots, accumulated
 from grape_compile.export.onnx.targets import Target
@@ -60,7 +70,12 @@ def attend(builder: Builder, call: Call, target: Target) -> Emitted:
     call = fitted(builder, call, target)
     bounds = bounded(builder, call) if _has_blocks(call, target) else Reach()
     compute = partial(chosen, target=target)
-    emitted = in_blocks(builder, call, bounds, compute) if bounds.is_bounded else compute(builder, call)
+    if bounds.is_bounded:
+        emitted = in_blocks(builder, call, bounds, compute)
+    elif buffer_of(call.key) is not None and buffer_of(call.value) is not None:
+        emitted = over_buffer(builder, call, compute)
+    else:
+        emitted = compute(builder, call)
     (mixed,) = emitted.values
     assert isinstance(width, int)
     return Emitted((builder.slice(mixed, 0, width),), ", ".join((*told, emitted.how)))
@@ -146,6 +161,10 @@ def _count(builder: Builder, keys: ir.Value) -> ir.Value:
     source = keys.producer()
     if not is_grown(keys) or source is None:
         return builder.size(keys, 2)
+    if buffer_of(keys) is not None:
+        end = source.inputs[2]
+        assert end is not None
+        return end
     parts = [builder.size(part, 2) for part in source.inputs if part is not None]
     return total(builder, parts)
 

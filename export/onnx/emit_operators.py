@@ -37,6 +37,8 @@ from grape_compile.export.onnx.emit_rotation import Emitted
 from grape_compile.export.onnx.targets import Target
 
 _NOTHING: Final = Nope()
+#: What writes new tokens into a cache of fixed size.
+_WRITE: Final = "ScatterND"
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,11 @@ def chosen(builder: Builder, call: Call, target: Target) -> Emitted:
     if call.cap:
         return Emitted(
             (by_products(builder, call),), "two products and a softmax: MultiHeadAttention has no soft cap"
+        )
+    if _would_copy(call):
+        return Emitted(
+            (by_products(builder, call),),
+            "two products and a softmax: MultiHeadAttention would copy the cache at every step",
         )
     if dtype_of(call.query) != FLOAT:
         return Emitted(
@@ -143,7 +150,13 @@ def fitted(builder: Builder, call: Call, target: Target) -> Call:
 
 def _is_multi_head(call: Call, target: Target) -> bool:
     plain = not call.cap and call.sinks is None and dtype_of(call.query) == FLOAT
-    return target.microsoft and not target.fused and plain
+    return target.microsoft and not target.fused and plain and not _would_copy(call)
+
+
+def _would_copy(call: Call) -> bool:
+    """Whether MultiHeadAttention would have a cache laid out anew: it has no groups, and one width."""
+    width, value_width = _widths(call)
+    return is_grown(call.key) and (sizes(call.query)[1] != sizes(call.key)[1] or width != value_width)
 
 
 def _widths(call: Call) -> tuple[int, int]:
@@ -191,7 +204,8 @@ def by_products(builder: Builder, call: Call) -> ir.Value:
     dtype, own = compute_dtype(call.query), dtype_of(call.query)
     heads, key_heads = sizes(call.query)[1], sizes(call.key)[1]
     query, key, value = (builder.cast(part, dtype) for part in (call.query, call.key, call.value))
-    query = builder.binary("Mul", query, _factors(builder, call, dtype))
+    if call.factor != 1.0:
+        query = builder.binary("Mul", query, _factors(builder, call, dtype))
     mask = call.mask
     if call.is_causal:
         lengths = Lengths(builder.size(query, 2), builder.size(key, 2), sizes(query)[2], sizes(key)[2])
@@ -277,10 +291,19 @@ def _grouped(
 
 def is_grown(keys: ir.Value) -> bool:
     """Whether keys are a cache with new ones behind it: the operator appends them, columns would copy all."""
-    source = keys.producer()
-    if source is None or source.op_type != "Concat" or source.inputs[0] is None:
+    buffer = buffer_of(keys)
+    source = (keys if buffer is None else buffer).producer()
+    if source is None or source.op_type not in ("Concat", _WRITE) or source.inputs[0] is None:
         return False
     return source.inputs[0].is_graph_input()
+
+
+def buffer_of(keys: ir.Value) -> ir.Value | None:
+    """The buffer of fixed size that keys are the first tokens of (`write_in_place`), or None."""
+    cut = keys.producer()
+    buffer = None if cut is None or cut.op_type != "Slice" else cut.inputs[0]
+    writer = None if buffer is None else buffer.producer()
+    return buffer if writer is not None and writer.op_type == _WRITE else None
 
 
 def repeated(builder: Builder, heads: ir.Value, own: Size, wanted: Size) -> ir.Value:

@@ -19,7 +19,7 @@ from grape_compile.errors import GrapeError
 from grape_compile.export.capturing import Captured, capture
 from grape_compile.export.cases import Case, drawn_cases
 from grape_compile.export.comparison import Comparison
-from grape_compile.export.kv_cache import cached_cases, with_cache
+from grape_compile.export.kv_cache import SHARED, cached_cases, in_one_size, with_cache
 from grape_compile.export.onnx.clean import (
     drop_unread,
     finish,
@@ -40,10 +40,9 @@ from grape_compile.export.onnx.runtime import CPU
 from grape_compile.export.onnx.targets import Target, target_of
 from grape_compile.export.onnx.translate import silence, translate
 from grape_compile.export.onnx.verify import verify as verified
+from grape_compile.export.onnx.write_in_place import write_in_place
 from grape_compile.export.staging import staged
-from grape_compile.passes.base import Outcome
-from grape_compile.passes.capture import capture_export, release_export
-from grape_compile.passes.pipeline import rewrite_program
+from grape_compile.passes.pipeline import rewrite_export
 
 
 def export(
@@ -54,7 +53,7 @@ def export(
     *,
     target: str = "standard",
     dynamic_shapes: Any = "auto",
-    kv_cache: bool = False,
+    kv_cache: bool | str = False,
     verify: bool = True,
     providers: Sequence[str] = (CPU,),
     external_data_above: int | None = LIMIT,
@@ -64,7 +63,8 @@ def export(
 
     `target` is "standard" (opset 23, nothing outside ai.onnx), "ort" (com.microsoft) or "portable" (opset 18).
     `dynamic_shapes` are those of torch.export, or "auto": batch and sequence are open. `kv_cache` makes a decoder
-    of transformers take past_key_values.N.key and .value and return present.N.key and .value. `verify` runs the
+    of transformers take past_key_values.N.key and .value and return present.N.key and .value, longer by the new tokens;
+    "shared": of one size, so that a caller may bind one buffer as both and nothing is copied. `verify` runs the
     file on `providers` at three shapes, three draws each, against the model in float64; for the CPU alone causal
     attention is a loop over blocks of queries. Weights of more than `external_data_above` bytes go to `path` with
     .data behind it; None keeps them inside.
@@ -80,9 +80,10 @@ def export(
         captured, draw = _captured(model, args, kwargs or {}, dynamic_shapes, kv_cache)
         _check_types(captured, providers)
         progress("rewrite")
-        program, found = _rewritten(captured.program)
+        with torch.no_grad():
+            program, found = rewrite_export(captured.program)
         progress("translate")
-        graph, lowered = _lowered(replace(captured, program=program), wanted)
+        graph, lowered = _lowered(replace(captured, program=program), wanted, is_shared=kv_cache == SHARED)
         describe(graph, wanted.name, lowered)
         progress("write")
         operators = dict(Counter(node.op_type for node in graph.graph.all_nodes()))
@@ -95,7 +96,9 @@ def export(
                 # Two rounds at least.
                 draw = partial(draw, least=SMALLEST + 3)
             plain = partial(_plain, captured, draft.with_name("plain.onnx"))
-            comparisons = verified(draft, captured, draw, providers=providers, plain=plain)
+            comparisons = verified(
+                draft, captured, draw, providers=providers, is_shared=kv_cache == SHARED, plain=plain
+            )
             draft.with_name("plain.onnx").unlink(missing_ok=True)
             draft.with_name("plain.onnx.data").unlink(missing_ok=True)
         return OnnxReport(
@@ -115,8 +118,10 @@ def _captured(
     args: Sequence[Any],
     kwargs: dict[str, Any],
     shapes: Any,
-    kv_cache: bool,
+    kv_cache: bool | str,
 ) -> tuple[Captured, Callable[..., Iterable[Case]]]:
+    if kv_cache not in (False, True, SHARED):
+        raise GrapeError("an ONNX file", f"kv_cache={kv_cache!r}", f"False, True or {SHARED!r}")
     if kv_cache:
         captured = with_cache(model)
         return captured, partial(cached_cases, captured)
@@ -140,14 +145,7 @@ def _narrow(captured: Captured) -> list[str]:
     return [name for name, each in captured.program.state_dict.items() if each.dtype == torch.bfloat16]
 
 
-@torch.no_grad()
-def _rewritten(program: ExportedProgram) -> tuple[ExportedProgram, Outcome]:
-    captured = capture_export(program)
-    found = rewrite_program(captured)
-    return (release_export(program, captured) if found.sites else program), found
-
-
-def _lowered(captured: Captured, target: Target) -> tuple[ir.Model, list[Lowered]]:
+def _lowered(captured: Captured, target: Target, *, is_shared: bool) -> tuple[ir.Model, list[Lowered]]:
     graph = translate(
         fold_parameters(captured.program),
         target.opset,
@@ -157,6 +155,8 @@ def _lowered(captured: Captured, target: Target) -> tuple[ir.Model, list[Lowered
     simplify(graph)
     fuse_attention(graph.graph)
     share_heads(graph.graph)
+    if is_shared:
+        write_in_place(graph.graph)
     lowered = lower(graph, target)
     drop_unread(graph)
     hold_past(graph.graph)
@@ -165,7 +165,7 @@ def _lowered(captured: Captured, target: Target) -> tuple[ir.Model, list[Lowered
         widen_arithmetic(graph.graph)
     finish(graph, target)
     if captured.axes:
-        name_axes(graph.graph, captured.axes)
+        name_axes(graph.graph, in_one_size(captured.axes) if is_shared else captured.axes)
     return graph, lowered
 
 

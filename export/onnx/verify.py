@@ -14,6 +14,7 @@ from grape_compile.export.capturing import Captured
 from grape_compile.export.cases import Case
 from grape_compile.export.comparison import Comparison
 from grape_compile.export.contract import Run, compared, hold_to_contract
+from grape_compile.export.onnx.in_buffers import in_buffers
 from grape_compile.export.onnx.runtime import CPU, session
 
 
@@ -23,22 +24,36 @@ def verify(
     draw: Callable[[int], Iterable[Case]],
     *,
     providers: Sequence[str] = (CPU,),
+    is_shared: bool = False,
     plain: Callable[[], Path] | None = None,
 ) -> tuple[Comparison, ...]:
-    """Hold a file to the contract, beside the original and the file that `plain` writes; see `hold_to_contract`."""
-    other = None if plain is None else lambda: _running(session(plain(), providers), captured)
-    run = _running(session(path, providers), captured)
-    return hold_to_contract("an ONNX file", run, captured, draw, plain=other)
+    """Hold a file to the contract, beside the original and the file that `plain` writes; see `hold_to_contract`.
+
+    `is_shared`: its caches are buffers of fixed size.
+    """
+    other = None if plain is None else lambda: running(session(plain(), providers), captured)
+    ways = _ways(session(path, providers), captured, is_shared=is_shared)
+    return hold_to_contract("an ONNX file", ways, captured, draw, plain=other)
 
 
 def measure(
-    path: Path, captured: Captured, draw: Callable[[int], Iterable[Case]], providers: Sequence[str] = (CPU,)
+    path: Path,
+    captured: Captured,
+    draw: Callable[[int], Iterable[Case]],
+    providers: Sequence[str] = (CPU,),
+    *,
+    is_shared: bool = False,
 ) -> tuple[Comparison, ...]:
     """Return the errors of a file and of the original by case, over three draws of each."""
-    return compared(_running(session(path, providers), captured), captured, draw)
+    return compared(_ways(session(path, providers), captured, is_shared=is_shared), captured, draw)
 
 
-def _running(made: Any, captured: Captured) -> Run:
+def _ways(made: Any, captured: Captured, *, is_shared: bool) -> dict[str, Run]:
+    return in_buffers(made, captured) if is_shared else {"": running(made, captured)}
+
+
+def running(made: Any, captured: Captured) -> Run:
+    """Run a session on the inputs of a case."""
     asked = [each.name for each in made.get_inputs()]
     names = [each.name for each in made.get_outputs()]
 

@@ -29,8 +29,7 @@ from grape_compile.export.tvm.operators import Operators, places
 from grape_compile.kernels.tensorir.engine import IRModule, Target, to_target, tvm, versions
 from grape_compile.kernels.tensorir.replay import Recorded
 from grape_compile.passes.base import Outcome
-from grape_compile.passes.capture import capture_export, release_export
-from grape_compile.passes.pipeline import rewrite_program
+from grape_compile.passes.pipeline import rewrite_export
 
 
 def build(
@@ -63,7 +62,8 @@ def build(
     captured, draw = _captured(_of_dtype(model, dtype), args, kwargs or {}, dynamic_shapes, kv_cache)
     _check_types(captured)
     progress("rewrite")
-    program, found = _rewritten(captured.program)
+    with torch.no_grad():
+        program, found = rewrite_export(captured.program, every_attention=True)
     progress("import")
     way = _imported(captured, program, Operators(wanted, Recorded(wanted, records)))
     progress("compile")
@@ -73,7 +73,7 @@ def build(
     if obstacle:
         return replace(artifact, about=replace(about, notes=(*about.notes, f"not verified: {obstacle}")))
     progress("verify")
-    comparisons = hold_to_contract("a library", _running(artifact), captured, draw)
+    comparisons = hold_to_contract("a library", {"": _running(artifact)}, captured, draw)
     return replace(artifact, about=replace(about, comparisons=comparisons))
 
 
@@ -111,13 +111,6 @@ def _check_types(captured: Captured) -> None:
             f"{len(narrow)} tensors in bfloat16, {narrow[0]} among them",
             "dtype=torch.float16 or torch.float32",
         )
-
-
-@torch.no_grad()
-def _rewritten(program: ExportedProgram) -> tuple[ExportedProgram, Outcome]:
-    captured = capture_export(program)
-    found = rewrite_program(captured, every_attention=True)
-    return (release_export(program, captured) if found.sites else program), found
 
 
 @dataclass(frozen=True)

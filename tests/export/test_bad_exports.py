@@ -39,6 +39,7 @@ X = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
         (_Line(), {"target": "coreml"}, GrapeError, "target='standard' or target='ort'"),
         (3, {}, ModelError, "a int"),
         (_Line(), {"kv_cache": True}, ModelError, "a causal language model of transformers"),
+        (_Line(), {"kv_cache": "static"}, GrapeError, "False, True or 'shared'"),
         (_Line(torch.bfloat16), {}, GrapeError, "no bfloat16"),
         (_Unknown(), {}, CaptureError, "bessel_j0"),
         (_Line(), {"providers": ["CUDAExecutionProvider"]}, GrapeError, "CUDAExecutionProvider"),

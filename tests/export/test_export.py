@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +33,9 @@ LONG = (
 )  # fmt: skip
 
 
-def _rows(*lean: str, of: Callable[[str], bool] = lambda _: True) -> list[object]:
-    """Some architectures, and after them those of all others that count, slow."""
-    others = [name for name in (*LEAN, *LONG) if name not in lean and of(name)]
+def _rows(*lean: str) -> list[object]:
+    """Some architectures, and after them all others, slow."""
+    others = [name for name in (*LEAN, *LONG) if name not in lean]
     return [*lean, *(pytest.param(name, marks=pytest.mark.slow) for name in others)]
 
 
@@ -78,32 +77,42 @@ def test_a_model_is_exported_and_verified(name: str, target: str, tmp_path: Path
     assert [str(parse(text)) for text in texts] == texts
 
 
+DECODERS = (*(name for name in (*LEAN, *LONG) if ARCHITECTURES[name].decoder), "falcon-alibi")
+QUICK = (("llama", True), ("gptj", "shared"), ("bloom", "shared"))
+
+
 @pytest.mark.parametrize(
-    "name",
+    ("name", "way"),
     [
-        *_rows("llama", "gptj", "bloom", of=lambda name: ARCHITECTURES[name].decoder),
-        pytest.param("falcon-alibi", marks=pytest.mark.slow),
+        *QUICK,
+        *(
+            pytest.param(name, way, marks=pytest.mark.slow)
+            for name in DECODERS
+            for way in (True, "shared")
+            if (name, way) not in QUICK
+        ),
     ],
 )
-def test_a_decoder_generates_what_the_model_does(name: str, tmp_path: Path) -> None:
+def test_a_decoder_generates_what_the_model_does(name: str, way: bool | str, tmp_path: Path) -> None:
     row = ARCHITECTURES[name]
     model: Any = row.build()
     path = tmp_path / "model.onnx"
-    export(model, path=path, kv_cache=True)
+    export(model, path=path, kv_cache=way)
     ids = torch.randint(3, VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(5))
     mask = torch.ones_like(ids)
     mask[0, :3], mask[1, :1] = 0, 0
     ids = ids.where(mask.bool(), 0)
     with torch.no_grad():
         expected = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)[:, 7:]
-    assert np.array_equal(_generated(path, ids.numpy(), mask.numpy(), 12), expected.numpy())
+    room = 7 + 12 if way == "shared" else 0
+    assert np.array_equal(_generated(path, ids.numpy(), mask.numpy(), 12, room), expected.numpy())
 
 
-def _generated(path: Path, ids: np.ndarray, mask: np.ndarray, count: int) -> np.ndarray:
-    """Greedy tokens with the file and its cache alone."""
+def _generated(path: Path, ids: np.ndarray, mask: np.ndarray, count: int, room: int) -> np.ndarray:
+    """Greedy tokens with the file and its cache alone, which has room for so many tokens at the start."""
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     held = {
-        each.name: np.zeros((ids.shape[0], each.shape[1], 0, each.shape[3]), np.float32)
+        each.name: np.zeros((ids.shape[0], each.shape[1], room, each.shape[3]), np.float32)
         for each in session.get_inputs()
         if each.name.startswith("past_key_values")
     }

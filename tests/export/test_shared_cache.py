@@ -1,0 +1,111 @@
+"""Caches of one size: new tokens are written where they belong, and nobody reads what lies behind them."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from onnx_samples import File
+from torch import Tensor
+
+from grape_compile.encoding import alibi
+from grape_compile.errors import GrapeError
+from grape_compile.export.onnx.builder import Builder
+from grape_compile.export.onnx.emit_attention import attend
+from grape_compile.export.onnx.emit_operators import Call
+from grape_compile.export.onnx.emit_rotation import Emitted
+from grape_compile.export.onnx.targets import TARGETS, Target
+from grape_compile.export.onnx.write_in_place import write_in_place
+from grape_compile.operators import reference_attend
+from grape_compile.operators.samples import BATCH, HEAD_DIM, HEADS, tensor
+
+TOKENS = 12
+#: What lies in a buffer where no token is.
+LEFT = 1e3
+
+
+def _tensors(key_heads: int, new: int, capacity: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Inputs of a file whose caches hold all tokens but the new ones, and queries, keys and values of all."""
+    query = tensor(BATCH, HEADS, new, HEAD_DIM, dtype=torch.float32, seed=1)
+    inputs = {
+        "query": query,
+        "input_ids": torch.zeros(BATCH, new, dtype=torch.int64),
+        "attention_mask": torch.ones(BATCH, TOKENS, dtype=torch.int64),
+    }
+    whole = {"query": query}
+    for seed, part in ((2, "key"), (3, "value")):
+        whole[part] = tensor(BATCH, key_heads, TOKENS, HEAD_DIM, dtype=torch.float32, seed=seed)
+        buffer = torch.full((BATCH, key_heads, capacity, HEAD_DIM), LEFT)
+        buffer[:, :, : TOKENS - new] = whole[part][:, :, : TOKENS - new]
+        inputs |= {f"past_key_values.0.{part}": buffer, f"new_{part}": whole[part][:, :, TOKENS - new :]}
+    return inputs, whole
+
+
+def _file(inputs: dict[str, Tensor], target: Target) -> tuple[File, list[ir.Value]]:
+    """A graph that puts new keys and values behind a cache and returns them, as a model with a cache is translated."""
+    file, grown = File(inputs, {}, target), []
+    sizes: dict[str, list[int | str]] = {
+        "input_ids": ["rows", "new"],
+        "attention_mask": ["rows", "all"],
+        "query": ["rows", HEADS, "new", HEAD_DIM],
+    }
+    for name, value in file.values.items():
+        heads = inputs[name].shape[1]
+        own: list[int | str] = ["rows", heads, "new" if name.startswith("new_") else "past", HEAD_DIM]
+        value.shape = ir.Shape(sizes.get(name, own))
+    for at in range(len(file.anchor.inputs)):
+        file.anchor.replace_input_with(at, None)
+    for part in ("key", "value"):
+        present = file.builder.concat(
+            [file.values[f"past_key_values.0.{part}"], file.values[f"new_{part}"]], 2
+        )
+        present.name = f"present.0.{part}"
+        present.shape = ir.Shape(["rows", inputs[f"new_{part}"].shape[1], "all", HEAD_DIM])
+        file.graph.outputs.append(present)
+        grown.append(present)
+    return file, grown
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=list(TARGETS))
+@pytest.mark.parametrize("capacity", [TOKENS, TOKENS + 1, 4 * TOKENS])
+@pytest.mark.parametrize("new", [1, 3, TOKENS])
+@pytest.mark.parametrize("key_heads", [HEADS, 1])
+def test_attention_over_a_buffer_is_attention_over_its_tokens(
+    key_heads: int, new: int, capacity: int, target: Target
+) -> None:
+    inputs, whole = _tensors(key_heads, new, capacity)
+    file, grown = _file(inputs, target)
+    mixing = file.builder.op("Concat", file.values["query"], *grown, shape=None, axis=0)
+    producer = mixing.producer()
+    assert producer is not None
+    assert write_in_place(file.graph) == 2
+    query, key, value = producer.inputs
+    assert query is not None
+    assert key is not None
+    assert value is not None
+    call = Call(query, key, value, alibi(HEADS), is_causal=True)
+    emitted = attend(Builder(file.graph, producer), call, target)
+    file.graph.remove(producer)
+    assert emitted.how.endswith("over a cache in place")
+    presents = list(file.graph.outputs)
+    file.graph.outputs.clear()
+    found, *held = file.run(Emitted((*emitted.values, *presents), emitted.how))
+    queries, keys, values = (each.double() for each in whole.values())
+    expected = reference_attend(queries, keys, values, alibi(HEADS), is_causal=True)
+    assert float((torch.from_numpy(found).double() - expected).abs().max()) <= 5e-6
+    for part, buffer in zip(("key", "value"), held, strict=True):
+        assert np.array_equal(buffer[:, :, :TOKENS], whole[part].numpy())
+        assert (buffer[:, :, TOKENS:] == LEFT).all()
+
+
+def test_a_cache_that_is_cut_is_no_buffer() -> None:
+    inputs, _ = _tensors(HEADS, 1, TOKENS)
+    file, (key, _) = _file(inputs, TARGETS["standard"])
+    name, key.name = key.name, "grown"
+    cut = file.builder.slice(key, 1, 5, axis=3)
+    cut.name, file.graph.outputs[0] = name, cut
+    with pytest.raises(
+        GrapeError, match=r"present.0.key is not past_key_values.0.key with new tokens behind it"
+    ):
+        write_in_place(file.graph)
