@@ -201,7 +201,8 @@ class Namer:
         """The clock of |clock_j - clock_t|, or of a difference cut off at zero that is whole for every key seen."""
         name = op_name(pair.node)
         try:
-            cut = name == "aten::abs" or cut_off(pair.node)
+            sign = cut_off(pair.node)
+            cut = name == "aten::abs" or sign
             inside = self.reader.operand(pair, self.lead, operand_of(pair.node, 0)) if cut else []
         except Unreadable:
             return None
@@ -220,7 +221,7 @@ class Namer:
         past = clock.view is None and self.causal.hide_the_future(self.masks)
         if name == "aten::abs":
             return replace(clock, number=-abs(number)), Signed() if past else Absolute()
-        return (replace(clock, number=number), Signed()) if past and number < 0 else None
+        return (replace(clock, number=number), Signed()) if past and number * sign < 0 else None
 
     def _apart_in_space(self, rest: list[Addend]) -> tuple[BiasPart, list[Addend]] | None:
         """-slope * |place_j - place_t|, on several axes."""

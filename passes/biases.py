@@ -28,7 +28,7 @@ from grape_compile.passes.paths import PathPart
 from grape_compile.passes.plans import Miss
 from grape_compile.passes.replay import Replay
 from grape_compile.passes.score_terms import ScoreTerm
-from grape_compile.passes.scores import DEAD, KEY, QUERY, Scores, hides_and_adds
+from grape_compile.passes.scores import DEAD, KEY, QUERY, Scores
 
 NEVER = -1e9
 """A value this low removes an entry whatever the scores are; only such a mask may be replaced by `is_causal`."""
@@ -61,11 +61,7 @@ def detect_biases(
     replay = Replay(program)
     for layer in find_attention(program, plain):
         try:
-            result = (
-                _plan(Scores(program, replay, layer), unbiased(layer))
-                if require_fake(layer.softmax).dim() <= 4
-                else _wide(program, replay, layer)
-            )
+            result = _plan(Scores(program, replay, layer), unbiased(layer))
         except Unreadable as reason:
             result = Miss("readable", f"what is added to the scores cannot be read: {reason}", 1)
         if isinstance(result, BiasPlan):
@@ -135,13 +131,6 @@ def _with_masks(
     return BiasPlan(scores.layer, scores, tuple(masks), tuple(parts), causal, window)
 
 
-def _wide(program: Program, replay: Replay, layer: Attention) -> Miss | None:
-    """Layers of more axes than the operator's: a bias in one is told of."""
-    added = [term.node for term in layer.terms if term.dead is None]
-    told = (program.taints[node] is Taint.DATA or hides_and_adds(replay.tensor(node))[1] for node in added)
-    return _obstacle(layer) if any(told) else None
-
-
 def _obstacle(layer: Attention) -> Miss:
     return Miss("attention", f"the layer adds a position bias, but {layer.obstacle}", 3)
 
@@ -151,6 +140,9 @@ def _parts(
 ) -> list[BiasPart | PathPart | TablePart] | Miss:
     """The biases as sums of products, read and named."""
     reader = AddendReader(scores)
+    causal = CausalMasks(scores, reader)
+    if causal.hide_the_future(masks):
+        reader.kept = lambda pair, at, lead: causal.kept(pair, at, lead)[0]
     try:
         addends = reader.read(biases)
     except Unreadable as reason:
