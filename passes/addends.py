@@ -39,7 +39,7 @@ class Addend:
     pairs: tuple[Operand, ...] = ()
 
 
-Kept = Callable[[Operand, Index, Index], fx.Node | None]
+Kept = Callable[[Operand, Index, Index], fx.Node | float | None]
 """What a value that sees query and key, through a view and at the elements it reads for places, is for keys seen."""
 
 
@@ -85,6 +85,8 @@ class AddendReader:
         view = self.scores.view(Factor(node, index), places)
         if self.kept is not None and view is not None and {QUERY, KEY} <= set(view.token_axes):
             inner = self.kept(view, index, places)
+            if isinstance(inner, float):
+                return [unit(rows).scaled(inner)] if inner else []
             if inner is not None:
                 return self._back(inner, broadcast(index, self.scores.sizes.shape(inner)), rows, lead)
         leaf = None if view is None else [unit(rows, Factor(node, index))]

@@ -143,7 +143,9 @@ class Layout:
             for axis in axes
         )
 
-    def ordered(self, do: Do, value: Any, axes: Axes, roles: Sequence[int], needed: Sequence[int] = ()) -> Any:
+    def ordered(
+        self, do: Do, value: Any, axes: Axes, roles: Sequence[int], needed: Sequence[int] = ()
+    ) -> Any:
         """The value with one axis for each role, of one entry where it has none of its letters and is not `needed` to.
 
         Of heads a value that is needed has those it tells apart: keys may be shared among the last of them. A value

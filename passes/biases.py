@@ -142,7 +142,7 @@ def _parts(
     reader = AddendReader(scores)
     causal = CausalMasks(scores, reader)
     if causal.hide_the_future(masks):
-        reader.kept = lambda pair, at, lead: causal.kept(pair, at, lead)[0]
+        reader.kept = causal.for_seen
     try:
         addends = reader.read(biases)
     except Unreadable as reason:

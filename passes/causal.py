@@ -92,6 +92,14 @@ class CausalMasks:
             return None
         return self._seen(view)
 
+    def for_seen(self, pair: Operand, at: Index, lead: Index) -> fx.Node | float | None:
+        """What a value is for seen keys: a triangle is a number, what one is cut out of is whole."""
+        if self.program.taints[pair.node] is Taint.STRUCTURE and self.scores.is_full(pair):
+            seen = self.seen(pair)
+            if seen is not None:
+                return float(seen)
+        return self.kept(pair, at, lead)[0]
+
     def kept(self, pair: Operand, at: Index, lead: Index) -> tuple[fx.Node | None, object]:
         """What a value is for seen keys, where a triangle is cut out of it, and what it is for later ones.
 
@@ -191,14 +199,14 @@ class CausalMasks:
         if value is None or value.dim() < 2 or any(not isinstance(size, int) for size in value.shape):
             return None
         try:
-            held = self.scores.replay.tensor(node).bool()
+            held = self.scores.replay.tensor(node).double()
         except Unreadable:
             return None
         held = held.mT if exchanged else held
-        behind = torch.ones(held.shape[-2:], dtype=torch.bool).tril()
+        behind = torch.ones(held.shape[-2:], dtype=torch.float64).tril()
         if bool((held == behind).all()):
             return True
-        return False if bool((held == ~behind).all()) else None
+        return False if bool((held == 1 - behind).all()) else None
 
 
 def _exchanged(view: Operand) -> bool | None:

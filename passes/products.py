@@ -1,7 +1,8 @@
 """The two products of an attention layer, and what their axes stand for.
 
-Of `scores = sum over channels of query * key` the key axis is the one the softmax runs along; the query axis is one that
-only the other operand has; all others are batch and heads, heads being the last of them and those that share a key.
+Of `scores = sum over channels of query * key` the key axis is the one the softmax runs along; the query axis is one
+that only the other operand has; all others are batch and heads, heads being the last of them and those that share a
+key.
 """
 
 from __future__ import annotations
@@ -106,7 +107,9 @@ def _named(
             sizes[letter] = size if str(sizes.get(letter, 1)) == "1" else sizes[letter]
     if not set(out) <= set(sizes):
         return None
-    axes = {letter: known[letter] if letter in known else (letters.new(size),) for letter, size in sizes.items()}
+    axes = {
+        letter: known[letter] if letter in known else (letters.new(size),) for letter, size in sizes.items()
+    }
     sides = [
         tuple(
             () if str(size) == "1" and str(sizes[letter]) != "1" else axes[letter]
@@ -153,7 +156,7 @@ def _mixed_by_name(
     """`einsum("bhtj,bhjd->bhtd", weights, value)`, in any order of axes."""
     operands = product.args[1]
     assert isinstance(operands, list | tuple)
-    first, second = operands
+    first, second = (each for each in operands if isinstance(each, fx.Node))
     found = letters_of(str(product.args[0]), (require_fake(first).dim(), require_fake(second).dim()))
     if found is None:
         return None
@@ -163,7 +166,9 @@ def _mixed_by_name(
     if named is None:
         return None
     sides, out, summed = named
-    if [known.get(letter) for letter in summed] != [(key,)] or sum(letter not in known for letter in found[2]) != 1:
+    if [known.get(letter) for letter in summed] != [(key,)] or sum(
+        letter not in known for letter in found[2]
+    ) != 1:
         return None
     letters.sizes[key] = require_fake(value).shape[found[1 - which].index(next(iter(summed)))]
     return sides[1 - which], out
@@ -195,7 +200,9 @@ def layout_of(
     batch, heads = tuple(outside[:start]), tuple(outside[start:])
     roles = (batch, heads, tokens, (product.along,), tuple(channels), tuple(width))
     names = {
-        letter: f"{'bhtjdw'[role]}{place}" for role, axis in enumerate(roles) for place, letter in enumerate(axis)
+        letter: f"{'bhtjdw'[role]}{place}"
+        for role, axis in enumerate(roles)
+        for place, letter in enumerate(axis)
     }
     layout = Layout(
         tuple(tuple(names[letter] for letter in axis) for axis in roles),

@@ -88,9 +88,9 @@ class Scores:
 
     def value(self, term: ScoreTerm, replay: Replay | None = None) -> Tensor:
         """What a term adds, with four axes: [B or 1, H or 1, Tq or 1, Tk or 1], without its factor."""
-        value = (replay or self.replay).tensor(term.node)
-        axes = own_axes(value, term.axes)
-        value = self.layer.layout.ordered(on_tensors, value, axes, (BATCH, HEAD, QUERY, KEY))
+        held = (replay or self.replay).tensor(term.node)
+        axes = own_axes(held, term.axes)
+        value: Tensor = self.layer.layout.ordered(on_tensors, held, axes, (BATCH, HEAD, QUERY, KEY))
         return value[(None,) * (4 - value.dim())]
 
     def alive(self, masks: list[ScoreTerm]) -> Tensor:
