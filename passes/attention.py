@@ -45,6 +45,8 @@ _BENDING = {
 class Attention:
     """One attention layer: `output` is its value; `axes` are those of scores, query, key, value and output.
 
+    `product` is the one of query and key, or the fused call.
+
     A `plain` one is wanted as an operator even where it adds nothing.
     """
 
@@ -56,6 +58,7 @@ class Attention:
     scale: float
     layout: Layout
     axes: dict[str, Axes]
+    product: fx.Node
     terms: list[ScoreTerm] = field(default_factory=list)
     is_causal: bool = False
     obstacle: str = ""
@@ -64,9 +67,14 @@ class Attention:
     plain: bool = False
 
 
-def find_attention(program: Program, plain: Callable[[Attention], bool] = lambda _: False) -> list[Attention]:
-    """Every attention layer whose scores carry terms beside the product of query and key, and `plain` ones."""
-    found = []
+def find_attention(
+    program: Program, plain: Callable[[Attention], bool] = lambda _: False
+) -> tuple[list[Attention], set[fx.Node]]:
+    """Every attention layer whose scores carry terms beside the product of query and key, and `plain` ones.
+
+    With them the products of all layers that were read.
+    """
+    found, products = [], set()
     for node in program.graph.nodes:
         try:
             layer = _layer_at(program, node)
@@ -74,8 +82,9 @@ def find_attention(program: Program, plain: Callable[[Attention], bool] = lambda
             continue
         if layer is not None:
             layer.plain = plain(layer)
+            products.add(layer.product)
             found += [layer] if layer.plain or _adds(layer) else []
-    return found
+    return found, products
 
 
 def _layer_at(program: Program, node: fx.Node) -> Attention | None:
@@ -103,7 +112,8 @@ def _fused(program: Program, node: fx.Node) -> Attention | None:
     assert isinstance(query, fx.Node)
     assert isinstance(key, fx.Node)
     assert isinstance(value, fx.Node)
-    if require_fake(query).dim() < 4:
+    added = mask is not None and require_fake(mask).dtype is not torch.bool
+    if require_fake(query).dim() < (3 if added else 4):
         return None
     scale = given.get("scale")
     if scale is not None and not isinstance(scale, int | float):
@@ -115,9 +125,8 @@ def _fused(program: Program, node: fx.Node) -> Attention | None:
         return None
     terms: list[ScoreTerm] = []
     if mask is not None:
-        chosen = require_fake(mask).dtype is torch.bool
         hidden = ScoreTerm(mask, dead=False, value=-torch.inf, axes=product.axes)
-        terms = [hidden] if chosen else split_terms(program, mask, 1.0, product.axes)
+        terms = split_terms(program, mask, 1.0, product.axes) if added else [hidden]
     width = int(require_fake(query).shape[-1])
     layer = _layer(
         program, letters, product, node, (product.axes, *both), value, node,
@@ -149,7 +158,7 @@ def _layer(
     own = dict(zip(("scores", "value", "output"), map(renamed, axes), strict=True))
     own |= {"query": query[1], "key": key[1]}
     terms = [term.along(renamed(term.axes)) for term in terms]
-    return Attention(softmax, output, query[0], key[0], value, scale, layout, own, terms)
+    return Attention(softmax, output, query[0], key[0], value, scale, layout, own, product.node, terms)
 
 
 @dataclass

@@ -29,6 +29,7 @@ from grape_compile.passes.plans import Miss
 from grape_compile.passes.replay import Replay
 from grape_compile.passes.score_terms import ScoreTerm
 from grape_compile.passes.scores import DEAD, KEY, QUERY, Scores
+from grape_compile.passes.unread import unread_biases
 
 NEVER = -1e9
 """A value this low removes an entry whatever the scores are; only such a mask may be replaced by `is_causal`."""
@@ -59,7 +60,8 @@ def detect_biases(
     plans: list[BiasPlan] = []
     misses: list[tuple[fx.Node, Miss]] = []
     replay = Replay(program)
-    for layer in find_attention(program, plain):
+    layers, products = find_attention(program, plain)
+    for layer in layers:
         try:
             result = _plan(Scores(program, replay, layer), unbiased(layer))
         except Unreadable as reason:
@@ -68,7 +70,7 @@ def detect_biases(
             plans.append(result)
         elif result is not None and result.depth > 0:
             misses.append((layer.softmax, result))
-    return plans, misses
+    return plans, misses + unread_biases(program, replay, products)
 
 
 def _plan(scores: Scores, unbiased: bool) -> BiasPlan | Miss | None:

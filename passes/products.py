@@ -31,6 +31,7 @@ class Product:
     query: Named
     key: Named
     axes: Axes
+    node: fx.Node
     along: str = ""
 
     def seen_from(self, key: str, letters: Letters) -> Product:
@@ -59,7 +60,7 @@ def product_of(node: fx.Node, left: fx.Node, right: fx.Node, letters: Letters) -
         (*_had(shared, first[:-2], letters), (query,), (channel,)),
         (*_had(shared, second[:-2], letters), *(((key,), (channel,)) if fused else ((channel,), (key,)))),
     )
-    return Product((left, sides[0]), (right, sides[1]), (*shared, (query,), (key,)), key)
+    return Product((left, sides[0]), (right, sides[1]), (*shared, (query,), (key,)), node, key)
 
 
 def _shared(sizes: Sequence[Any], letters: Letters) -> Axis:
@@ -89,7 +90,7 @@ def _by_name(node: fx.Node, left: fx.Node, right: fx.Node, letters: Letters) -> 
     if named is None:
         return None
     (first, second), axes, summed = named
-    return Product((left, first), (right, second), axes) if len(summed) == 1 else None
+    return Product((left, first), (right, second), axes, node) if len(summed) == 1 else None
 
 
 def _named(
