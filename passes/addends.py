@@ -12,7 +12,7 @@ so what is found holds for activations as for constants, and at every length.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,7 @@ from grape_compile.passes.movement import SINGLE, SPLITS, is_frozen, keeps_numbe
 from grape_compile.passes.operands import Operand
 from grape_compile.passes.score_terms import ScoreTerm
 from grape_compile.passes.scores import KEY, QUERY, Scores
-from grape_compile.passes.terms import Factor, Index, Term, unit
+from grape_compile.passes.terms import Factor, Index, Term, broadcast, unit
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,16 @@ class Addend:
     pairs: tuple[Operand, ...] = ()
 
 
+Kept = Callable[[Operand, Index, Index], fx.Node | float | None]
+"""What a value that sees query and key, through a view and at the elements it reads for places, is for keys seen."""
+
+
 class AddendReader:
-    """Reads the terms of one layer."""
+    """Reads the terms of one layer; with `kept`, as what they are for the keys that a query sees."""
 
     def __init__(self, scores: Scores) -> None:
         self.scores = scores
+        self.kept: Kept | None = None
         self.program = scores.program
         self.reader = Reader(scores.program, scores.replay)
 
@@ -76,7 +81,14 @@ class AddendReader:
         return [self._addend(term, len(rows), lead) for term in back(node, index, rows)]
 
     def _back(self, node: fx.Node, index: Index, rows: Tensor, lead: Index) -> list[Term]:
-        view = self.scores.view(Factor(node, index), tuple(axis[rows] for axis in lead))
+        places = tuple(axis[rows] for axis in lead)
+        view = self.scores.view(Factor(node, index), places)
+        if self.kept is not None and view is not None and {QUERY, KEY} <= set(view.token_axes):
+            inner = self.kept(view, index, places)
+            if isinstance(inner, float):
+                return [unit(rows).scaled(inner)] if inner else []
+            if inner is not None:
+                return self._back(inner, broadcast(index, self.scores.sizes.shape(inner)), rows, lead)
         leaf = None if view is None else [unit(rows, Factor(node, index))]
         if leaf is not None and view is not None and not self._opens(node, view):
             return leaf
@@ -160,7 +172,7 @@ class AddendReader:
     def stripped(self, view: Operand, lead: Index, plane: Tensor | None = None, planes: int = 1) -> Operand:
         """The same elements seen in the earliest value that holds them and nothing beside them: what it is known by."""
         while True:
-            moved = self._moved(view.node, self.scores.along(view, lead, plane))
+            moved = self.moved(view.node, self.scores.along(view, lead, plane))
             if moved is None:
                 return view
             operand, index = moved
@@ -169,7 +181,7 @@ class AddendReader:
                 return view
             view = earlier
 
-    def _moved(self, node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
+    def moved(self, node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
         """One movement back, at any size."""
         name = op_name(node)
         if name not in SINGLE:

@@ -1,7 +1,8 @@
 """Read an attention layer around its softmax: query, key, value, scale, and everything added to the scores.
 
-What: `softmax(scale * q k^T + terms) v`, written with matmul, bmm, baddbmm or `scaled_dot_product_attention`; a soft
-    cap on the scaled product below all terms, and sinks behind the keys.
+What: `softmax(scale * q k^T + terms) v`, written with matmul, bmm, baddbmm, einsum or `scaled_dot_product_attention`,
+    with axes in any order, heads folded into the batch or split into groups that share a key; a soft cap on the scaled
+    product below all terms, and sinks behind the keys.
 Leaves alone: layers whose weights leave the layer, are dropped out at random, or pass a non-linear operation.
 """
 
@@ -14,13 +15,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from grape_compile.passes.contractions import einsum_letters
-from grape_compile.passes.graph import Program, Taint, fake, op_name, require_fake
+from grape_compile.passes.axes import Axes, Layout, Letters
+from grape_compile.passes.graph import Program, Taint, Unreadable, fake, op_name, require_fake
+from grape_compile.passes.movement import PERMUTES, RESHAPES
+from grape_compile.passes.products import Product, layout_of, mixed, product_of
 from grape_compile.passes.safe_softmax import guarded
 from grape_compile.passes.score_terms import PASSED, ScoreTerm, constant, split_terms
 from grape_compile.passes.sinks import joined_sinks, without_sinks
+from grape_compile.passes.softmaxes import Softmax, softmax_at
 
-_RESHAPED = {"aten::view", "aten::reshape", "aten::_unsafe_view", "aten::flatten", "aten::unflatten"}
 _BENDING = {
     "aten::max",
     "aten::maximum",
@@ -40,7 +43,9 @@ _BENDING = {
 
 @dataclass
 class Attention:
-    """One attention layer: `output` is its value, `scores` the [B, H, Tq, Tk] argument of the softmax.
+    """One attention layer: `output` is its value; `axes` are those of scores, query, key, value and output.
+
+    `product` is the one of query and key, or the fused call.
 
     A `plain` one is wanted as an operator even where it adds nothing.
     """
@@ -50,43 +55,43 @@ class Attention:
     query: fx.Node
     key: fx.Node
     value: fx.Node
-    key_transposed: bool
     scale: float
+    layout: Layout
+    axes: dict[str, Axes]
+    product: fx.Node
     terms: list[ScoreTerm] = field(default_factory=list)
     is_causal: bool = False
     obstacle: str = ""
-    batch_heads: tuple[Any, Any] | None = None
-    orders: dict[str, tuple[int, ...]] = field(default_factory=dict)
     cap: float | None = None
     sinks: fx.Node | None = None
     plain: bool = False
 
-    def is_folded(self, term: ScoreTerm) -> bool:
-        """Whether a term's first axis is [B * H]: it was added below the view to four axes, or there is none."""
-        return term.folded or (self.batch_heads is None and require_fake(self.query).dim() == 3)
 
-    def size(self, part: str, axis: int) -> Any:
-        """Size of an axis of query, key or value, counted as in [B, H, T, D] whatever order the model has."""
-        shape = require_fake({"query": self.query, "key": self.key, "value": self.value}[part]).shape
-        order = self.orders.get(part)
-        return shape[axis] if order is None else shape[order[axis]]
+def find_attention(
+    program: Program, plain: Callable[[Attention], bool] = lambda _: False
+) -> tuple[list[Attention], set[fx.Node]]:
+    """Every attention layer whose scores carry terms beside the product of query and key, and `plain` ones.
 
-
-def find_attention(program: Program, plain: Callable[[Attention], bool] = lambda _: False) -> list[Attention]:
-    """Every attention layer whose scores carry terms beside the product of query and key, and `plain` ones."""
-    found = []
+    With them the products of all layers that were read.
+    """
+    found, products = [], set()
     for node in program.graph.nodes:
-        name = op_name(node)
-        if name in ("aten::softmax", "aten::_softmax", "aten::special_softmax"):
-            layer = _Reader(program).around_softmax(node)
-        elif name == "aten::scaled_dot_product_attention":
-            layer = _fused(program, node)
-        else:
+        try:
+            layer = _layer_at(program, node)
+        except Unreadable:
             continue
         if layer is not None:
             layer.plain = plain(layer)
+            products.add(layer.product)
             found += [layer] if layer.plain or _adds(layer) else []
-    return found
+    return found, products
+
+
+def _layer_at(program: Program, node: fx.Node) -> Attention | None:
+    if op_name(node) == "aten::scaled_dot_product_attention":
+        return _fused(program, node)
+    softmax = softmax_at(node)
+    return None if softmax is None else _Reader(program).around(softmax)
 
 
 def _adds(layer: Attention) -> bool:
@@ -107,92 +112,127 @@ def _fused(program: Program, node: fx.Node) -> Attention | None:
     assert isinstance(query, fx.Node)
     assert isinstance(key, fx.Node)
     assert isinstance(value, fx.Node)
-    rank = require_fake(query).dim()
-    if rank < 4:
+    added = mask is not None and require_fake(mask).dtype is not torch.bool
+    if require_fake(query).dim() < (3 if added else 4):
         return None
     scale = given.get("scale")
     if scale is not None and not isinstance(scale, int | float):
         return None
-    width = int(require_fake(query).shape[-1])
-    layer = Attention(
-        node, node, query, key, value, False, float(scale) if scale is not None else width**-0.5
-    )
-    layer.is_causal = bool(given.get("is_causal", False))
+    letters = Letters()
+    product = product_of(node, query, key, letters)
+    both = None if product is None else mixed(product.axes, value, letters)
+    if product is None or both is None:
+        return None
+    terms: list[ScoreTerm] = []
     if mask is not None:
-        chosen = require_fake(mask).dtype is torch.bool
-        hidden = ScoreTerm(mask, dead=False, value=-torch.inf)
-        layer.terms = [hidden] if chosen else split_terms(program, mask, 1.0)
-    if rank > 4:
-        layer.obstacle = _too_many_axes(rank)
-    elif given.get("dropout_p", 0.0):
-        layer.obstacle = f"attention weights are dropped out with probability {given['dropout_p']}"
+        hidden = ScoreTerm(mask, dead=False, value=-torch.inf, axes=product.axes)
+        terms = split_terms(program, mask, 1.0, product.axes) if added else [hidden]
+    width = int(require_fake(query).shape[-1])
+    layer = _layer(
+        program, letters, product, node, (product.axes, *both), value, node,
+        float(scale) if scale is not None else width**-0.5, terms,
+    )  # fmt: skip
+    if layer is not None:
+        layer.is_causal = bool(given.get("is_causal", False))
+        if given.get("dropout_p", 0.0):
+            layer.obstacle = f"attention weights are dropped out with probability {given['dropout_p']}"
     return layer
 
 
-def _too_many_axes(rank: int) -> str:
-    """Why a layer cannot be an operator."""
-    return f"its scores have {rank} axes, where an operator takes batch, head, query and key"
+def _layer(
+    program: Program,
+    letters: Letters,
+    product: Product,
+    softmax: fx.Node,
+    axes: tuple[Axes, Axes, Axes],
+    value: fx.Node,
+    output: fx.Node,
+    scale: float,
+    terms: list[ScoreTerm],
+) -> Attention | None:
+    """The layer with the letters of its axes told apart; `axes` are those of its weights, its values and its output."""
+    told = layout_of(program, letters, product, axes, terms)
+    if told is None:
+        return None
+    layout, renamed, query, key = told
+    own = dict(zip(("scores", "value", "output"), map(renamed, axes), strict=True))
+    own |= {"query": query[1], "key": key[1]}
+    terms = [term.along(renamed(term.axes)) for term in terms]
+    return Attention(softmax, output, query[0], key[0], value, scale, layout, own, product.node, terms)
+
+
+@dataclass
+class _Core:
+    """The product of query and key under the scores, the factor before it, and the axes of the scores so far."""
+
+    product: Product
+    scale: float
+    axes: Axes
 
 
 class _Reader:
     def __init__(self, program: Program) -> None:
         self.program = program
+        self.letters = Letters()
         self.terms: list[ScoreTerm] = []
         self.obstacle = ""
-        self.batch_heads: tuple[Any, Any] | None = None
-        self.folded = False
-        self.orders: dict[str, tuple[int, ...]] = {}
         self.cap: float | None = None
         self.sinks: fx.Node | None = None
 
-    def around_softmax(self, softmax: fx.Node) -> Attention | None:
-        scores = softmax.args[0]
-        if not isinstance(scores, fx.Node) or self.program.taints[scores] is not Taint.DATA:
+    def around(self, softmax: Softmax) -> Attention | None:
+        scores = softmax.scores
+        if self.program.taints[scores] is not Taint.DATA:
             return None
         rank = require_fake(scores).dim()
-        if rank < 3 or softmax.args[1] not in (-1, rank - 1):
+        if rank < 3:
             return None
-        if rank > 4:
-            self.obstacle = _too_many_axes(rank)
-        joined = joined_sinks(self.program, scores) if rank == 4 else None
+        joined = joined_sinks(self.program, scores) if rank == 4 and softmax.dim == 3 else None
         if joined is not None:
             scores, self.sinks = joined.scores, joined.sinks
         core = self._scores(scores, 1.0)
-        if core is None:
+        if core is None or not self._hide(softmax, core.axes):
             return None
-        query, key, transposed, scale = core
-        consumed = self._consumer(softmax)
-        if consumed is None:
+        key = self.letters.split(core.axes[softmax.dim])
+        if len(key) != 1:
             return None
-        output, value = consumed
-        return Attention(
-            softmax,
-            output,
-            query,
-            key,
-            value,
-            transposed,
-            scale,
-            self.terms,
-            False,
-            self.obstacle,
-            self.batch_heads,
-            self.orders,
-            self.cap,
-            self.sinks,
-        )
+        if softmax.product is not None:
+            operands = softmax.product.args
+            output, value = softmax.weights, operands[1]
+            both = mixed(core.axes, value, self.letters) if isinstance(value, fx.Node) else None
+        else:
+            consumed = self._consumer(softmax, core.axes, key[0])
+            if consumed is None:
+                return None
+            output, value, both = consumed
+        if both is None or not isinstance(value, fx.Node):
+            return None
+        layer = _layer(
+            self.program, self.letters, core.product.seen_from(key[0], self.letters), softmax.weights,
+            (core.axes, *both), value, output, core.scale, self.terms,
+        )  # fmt: skip
+        if layer is not None:
+            if self.sinks is not None and layer.axes["scores"] != layer.layout.roles[:4]:
+                self._hinder("sinks stand beside scores whose axes are not batch, head, query and key")
+            layer.obstacle, layer.cap, layer.sinks = self.obstacle, self.cap, self.sinks
+        return layer
+
+    def _hide(self, softmax: Softmax, axes: Axes) -> bool:
+        """Masks that set weights to zero hide keys as fills of the scores do."""
+        for mask, dead in softmax.hidden:
+            if self.program.taints[mask] >= Taint.PARAMETER:
+                return False
+            self.terms.insert(0, ScoreTerm(mask, dead=dead, value=-torch.inf, whole=True, axes=axes))
+        return True
 
     # -- before the softmax ------------------------------------------------------------------------------------------
 
-    def _scores(self, node: fx.Node, factor: float) -> tuple[fx.Node, fx.Node, bool, float] | None:
+    def _scores(self, node: fx.Node, factor: float) -> _Core | None:
         """Walk from the softmax back to the product of query and key, collecting what was added on the way."""
         name, args = op_name(node), node.args
         operands = [arg for arg in args if isinstance(arg, fx.Node) and fake(arg) is not None]
         data = [operand for operand in operands if self.program.taints[operand] is Taint.DATA]
-        if name in ("aten::matmul", "aten::bmm", "aten::baddbmm"):
+        if name in ("aten::matmul", "aten::bmm", "aten::baddbmm", "aten::einsum"):
             return self._product(node, name, factor)
-        if name == "aten::einsum":
-            return self._contraction(node, factor)
         if name in ("aten::add", "aten::sub") and data:
             return self._sum(node, name, data, factor)
         if len(data) != 1:
@@ -201,8 +241,8 @@ class _Reader:
             return self._scores(data[0], factor)
         if name == "aten::neg":
             return self._scores(data[0], -factor)
-        if name in _RESHAPED:
-            return self._unfold(node, data[0], factor)
+        if name in RESHAPES | PERMUTES:
+            return self._moved(node, self._scores(data[0], factor))
         if name in ("aten::mul", "aten::div") and len(operands) == 1 and isinstance(args[1], int | float):
             return self._scores(data[0], factor * args[1] if name == "aten::mul" else factor / args[1])
         if name in ("aten::masked_fill", "aten::where"):
@@ -214,24 +254,24 @@ class _Reader:
             return self._scores(data[0], factor)
         return None
 
-    def _capped(self, data: fx.Node, factor: float) -> tuple[fx.Node, fx.Node, bool, float] | None:
+    def _moved(self, node: fx.Node, core: _Core | None) -> _Core | None:
+        axes = None if core is None else self.letters.moved(node, core.axes)
+        return None if core is None or axes is None else _Core(core.product, core.scale, axes)
+
+    def _capped(self, data: fx.Node, factor: float) -> _Core | None:
         """`factor * tanh(s q k^T)` is the product scaled by `factor * s` under a soft cap of that size."""
-        above = len(self.terms)
         self.cap = abs(factor)
         core = self._scores(data, 1.0)
         if core is None:
             return None
-        if len(self.terms) > above:
+        if self.terms:
             self._hinder("something is added to the scores below their soft cap, not above it")
-        query, key, transposed, scale = core
-        return query, key, transposed, factor * scale
+        return _Core(core.product, factor * core.scale, core.axes)
 
     def _hinder(self, obstacle: str) -> None:
         self.obstacle = self.obstacle or obstacle
 
-    def _sum(
-        self, node: fx.Node, name: str, data: list[fx.Node], factor: float
-    ) -> tuple[fx.Node, fx.Node, bool, float] | None:
+    def _sum(self, node: fx.Node, name: str, data: list[fx.Node], factor: float) -> _Core | None:
         """A sum with the scores on one side: of two activations, the one that leads to a product of query and key."""
         found = []
         held = self._state()
@@ -247,31 +287,36 @@ class _Reader:
         return found[0][0]
 
     def _state(self) -> tuple[Any, ...]:
-        return list(self.terms), self.obstacle, self.batch_heads, self.folded, dict(self.orders), self.cap
+        return list(self.terms), self.obstacle, self.letters.copy(), self.cap
 
     def _restore(self, state: tuple[Any, ...]) -> None:
-        terms, self.obstacle, self.batch_heads, self.folded, orders, self.cap = state
-        self.terms, self.orders = list(terms), dict(orders)
+        terms, self.obstacle, letters, self.cap = state
+        self.terms, self.letters = list(terms), letters.copy()
 
-    def _added(
-        self, node: fx.Node, name: str, data: fx.Node, factor: float
-    ) -> tuple[fx.Node, fx.Node, bool, float] | None:
+    def _added(self, node: fx.Node, name: str, data: fx.Node, factor: float) -> _Core | None:
         other = node.args[1] if node.args[0] is data else node.args[0]
         alpha = float(node.kwargs.get("alpha", 1))  # type: ignore[arg-type] # a number by the operator's schema
         second = -alpha if name == "aten::sub" else alpha
         own, others = (second, 1.0) if node.args[1] is data else (1.0, second)
-        if isinstance(other, fx.Node) and fake(other) is not None:
-            self.terms += split_terms(self.program, other, factor * others, self.folded)
-        elif isinstance(other, int | float):
-            if self.cap is not None:
-                self._hinder("a number is added to the scores below their soft cap")
-        else:
+        added = isinstance(other, fx.Node) and fake(other) is not None
+        if not added and not isinstance(other, int | float):
             return None
-        return self._scores(data, factor * own)
+        if not added and self.cap is not None:
+            self._hinder("a number is added to the scores below their soft cap")
+        core = self._spread(node, data, self._scores(data, factor * own))
+        if core is not None and isinstance(other, fx.Node):
+            self.terms = split_terms(self.program, other, factor * others, core.axes) + self.terms
+        return core
 
-    def _masked(
-        self, node: fx.Node, name: str, data: fx.Node, factor: float
-    ) -> tuple[fx.Node, fx.Node, bool, float] | None:
+    def _spread(self, node: fx.Node, data: fx.Node, core: _Core | None) -> _Core | None:
+        """The scores after something was done to each of them, which may have put axes of one entry before them."""
+        before, after = require_fake(data).shape, require_fake(node).shape
+        extra = len(after) - len(before)
+        if core is None or list(map(str, after)) != ["1"] * extra + list(map(str, before)):
+            return None
+        return _Core(core.product, core.scale, ((),) * extra + core.axes)
+
+    def _masked(self, node: fx.Node, name: str, data: fx.Node, factor: float) -> _Core | None:
         mask, filled, dead = (
             (node.args[1], node.args[2], True)
             if name == "aten::masked_fill"
@@ -284,72 +329,44 @@ class _Reader:
             return None
         if value * factor > 0:  # such entries are chosen, not hidden
             return None
-        self.terms.append(ScoreTerm(mask, dead=dead, value=value * factor, folded=self.folded, whole=True))
-        return self._scores(data, factor)
+        core = self._spread(node, data, self._scores(data, factor))
+        if core is not None:
+            term = ScoreTerm(mask, dead=dead, value=value * factor, whole=True, axes=core.axes)
+            self.terms.insert(0, term)
+        return core
 
-    def _unfold(
-        self, node: fx.Node, data: fx.Node, factor: float
-    ) -> tuple[fx.Node, fx.Node, bool, float] | None:
-        """The view from [B * H, Tq, Tk] to [B, H, Tq, Tk]."""
-        shape, inner = require_fake(node).shape, require_fake(data).shape
-        if len(shape) == 4 and len(inner) == 3:
-            self.batch_heads, self.folded = (shape[0], shape[1]), True
-        elif len(shape) != len(inner) and len(shape) <= 4:
-            return None
-        return self._scores(data, factor)
-
-    def _product(
-        self, node: fx.Node, name: str, factor: float
-    ) -> tuple[fx.Node, fx.Node, bool, float] | None:
+    def _product(self, node: fx.Node, name: str, factor: float) -> _Core | None:
         operands = list(node.args)
+        if name == "aten::einsum":
+            given = node.args[1]
+            if not isinstance(given, list | tuple) or len(given) != 2:
+                return None
+            operands = list(given)
+        bias, number = None, 0.0
         if name == "aten::baddbmm":
             bias = operands.pop(0)
             numbers = [node.kwargs.get(key, 1) for key in ("beta", "alpha")]
             if not all(isinstance(number, int | float) for number in numbers):
                 return None
-            beta, alpha = (float(number) for number in numbers)  # type: ignore[arg-type] # checked above
-            if beta != 0 and isinstance(bias, fx.Node):
-                self.terms += split_terms(self.program, bias, factor * beta, self.folded)
-            factor *= alpha
+            number, alpha = (float(number) for number in numbers)  # type: ignore[arg-type] # checked above
+            number, factor = number * factor, factor * alpha
         query, key = operands[0], operands[1]
         if not isinstance(query, fx.Node) or not isinstance(key, fx.Node):
             return None
-        swapped = self._untransposed(key)
-        return query, swapped or key, swapped is None, factor
-
-    def _contraction(self, node: fx.Node, factor: float) -> tuple[fx.Node, fx.Node, bool, float] | None:
-        """`einsum("bhtd,bhjd->bhtj", query, key)`, in any order of the operands' axes."""
-        letters = einsum_letters(node)
-        if letters is None:
+        product = product_of(node, query, key, self.letters)
+        if product is None:
             return None
-        (query, key), (left, right, out) = letters
-        if (
-            len(out) != 4
-            or len(left) != 4
-            or len(right) != 4
-            or set(left) & set(right) - set(out) != set(left) - set(out)
-        ):
-            return None
-        if out[2] in right or out[3] in left:
-            return None
-        (summed,) = set(left) - set(out)
-        self.orders["query"] = tuple(left.index(letter) for letter in (*out[:3], summed))
-        self.orders["key"] = tuple(right.index(letter) for letter in (*out[:2], out[3], summed))
-        return query, key, False, factor
-
-    def _untransposed(self, key: fx.Node) -> fx.Node | None:
-        rank = require_fake(key).dim()
-        if op_name(key) in ("aten::transpose", "aten::swapaxes", "aten::swapdims"):
-            dims = {int(dim) % rank for dim in key.args[1:3]}  # type: ignore[arg-type] # dimensions are ints
-            if dims == {rank - 1, rank - 2} and isinstance(key.args[0], fx.Node):
-                return key.args[0]
-        return None
+        if number and isinstance(bias, fx.Node):
+            self.terms = split_terms(self.program, bias, number, product.axes)
+        return _Core(product, factor, product.axes)
 
     # -- behind the softmax ------------------------------------------------------------------------------------------
 
-    def _consumer(self, softmax: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-        """The product with the values, and the values, when nothing else looks at the weights."""
-        node, whole = guarded(softmax), self.sinks is not None
+    def _consumer(
+        self, softmax: Softmax, axes: Axes, key: str
+    ) -> tuple[fx.Node, fx.Node, tuple[Axes, Axes] | None] | None:
+        """The product with the values, the values and the axes of both, when nothing else looks at the weights."""
+        node, whole = guarded(softmax.weights, softmax.scores), self.sinks is not None
         while True:
             users = [user for user in node.users if op_name(user) != "aten::_assert_tensor_metadata"]
             if not users:
@@ -357,56 +374,34 @@ class _Reader:
             if whole and len(users) == 1 and without_sinks(users[0], node):
                 node, whole = users[0], False
                 continue
-            product = next(
-                (
-                    user
-                    for user in users
-                    if op_name(user) in ("aten::matmul", "aten::bmm") and user.args[0] is node
-                ),
-                None,
-            )
-            contraction = next((user for user in users if op_name(user) == "aten::einsum"), None)
+            product = next((user for user in users if _multiplies(user)), None)
             if len(users) > 1:
                 self._hinder("the attention weights are used elsewhere (returned, masked or averaged)")
-            if whole and (product is not None or contraction is not None):
-                return None  # the sinks have values
             if product is not None:
-                value = product.args[1]
-                return (product, value) if isinstance(value, fx.Node) else None
-            if contraction is not None:
-                return self._mixed_values(contraction, node)
+                given = product.args[1] if op_name(product) == "aten::einsum" else product.args
+                assert isinstance(given, list | tuple)
+                values = [each for each in given if each is not node]
+                if whole or len(values) != 1 or not isinstance(values[0], fx.Node):
+                    return None  # the sinks have values, or the weights are multiplied with themselves
+                return product, values[0], mixed(axes, values[0], self.letters, product, node, key)
             user = users[0]
             if op_name(user) == "aten::dropout":
                 if user.args[2] and user.args[1]:
                     self._hinder(
                         f"attention weights are dropped out with probability {user.args[1]} in training"
                     )
-            elif op_name(user) not in PASSED | _RESHAPED and not _keeps_shape(user):
-                return None
+            elif op_name(user) not in PASSED:
+                found = self.letters.moved(user, axes) if _moves(user) else None
+                if found is None:
+                    return None
+                axes = found
             node = user
 
-    def _mixed_values(self, node: fx.Node, weights: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-        """`einsum("bhtj,bhjd->bhtd", weights, value)`, the result in any order of axes."""
-        letters = einsum_letters(node)
-        if letters is None or letters[0][0] is not weights:
-            return None
-        (_, value), (left, right, out) = letters
-        if (
-            len(left) != 4
-            or len(right) != 4
-            or set(out) != set(left[:3]) | (set(right) - set(left))
-            or len(out) != 4
-        ):
-            return None
-        (width,) = set(right) - set(left)
-        self.orders["value"] = tuple(right.index(letter) for letter in (*left[:2], left[3], width))
-        self.orders["output"] = tuple((*left[:3], width).index(letter) for letter in out)
-        return node, value
+
+def _multiplies(node: fx.Node) -> bool:
+    return op_name(node) in ("aten::matmul", "aten::bmm", "aten::einsum")
 
 
-def _keeps_shape(node: fx.Node) -> bool:
-    """An expand to the shape the value has already, as decompositions of a product leave it."""
-    before, after = fake(node.args[0]) if isinstance(node.args[0], fx.Node) else None, fake(node)
-    if op_name(node) != "aten::expand" or before is None or after is None:
-        return False
-    return list(map(str, before.shape)) == list(map(str, after.shape))
+def _moves(node: fx.Node) -> bool:
+    """A movement of axes, or an expand to the shape a value has already, as decompositions of a product leave it."""
+    return op_name(node) in {"aten::expand", *RESHAPES, *PERMUTES}

@@ -24,7 +24,7 @@ from torch import fx
 from grape_compile.encoding import Absolute, Distance, Euclidean, Signed
 from grape_compile.passes.addends import Addend, AddendReader
 from grape_compile.passes.causal import CausalMasks, same_count
-from grape_compile.passes.clocks import counted_by, counts, is_given
+from grape_compile.passes.clocks import counted_by, counts, is_given, is_positional
 from grape_compile.passes.distances import cut_off, places_of
 from grape_compile.passes.graph import Program, Role, Taint, Unreadable, op_name
 from grape_compile.passes.movement import operand_of
@@ -201,7 +201,8 @@ class Namer:
         """The clock of |clock_j - clock_t|, or of a difference cut off at zero that is whole for every key seen."""
         name = op_name(pair.node)
         try:
-            cut = name == "aten::abs" or cut_off(pair.node)
+            sign = cut_off(pair.node)
+            cut = name == "aten::abs" or sign
             inside = self.reader.operand(pair, self.lead, operand_of(pair.node, 0)) if cut else []
         except Unreadable:
             return None
@@ -220,7 +221,7 @@ class Namer:
         past = clock.view is None and self.causal.hide_the_future(self.masks)
         if name == "aten::abs":
             return replace(clock, number=-abs(number)), Signed() if past else Absolute()
-        return (replace(clock, number=number), Signed()) if past and number < 0 else None
+        return (replace(clock, number=number), Signed()) if past and number * sign < 0 else None
 
     def _apart_in_space(self, rest: list[Addend]) -> tuple[BiasPart, list[Addend]] | None:
         """-slope * |place_j - place_t|, on several axes."""
@@ -316,7 +317,7 @@ class Namer:
     def _miss(self, rest: list[Addend]) -> Miss:
         """The sentence for addends that are no bias; depth 0 where nothing about them speaks of positions."""
         nodes = [view.node for addend in rest for view in (*addend.queries, *addend.keys, *addend.pairs)]
-        near = any(map(self._is_positional, nodes))
+        near = any(map(is_positional, nodes))
         names = ", ".join(sorted({_said(node) for node in nodes}))
         return Miss(
             "terms",
@@ -325,23 +326,6 @@ class Namer:
             3 if near else 0,
             "a bias by steps, by given positions or by a running sum",
         )
-
-    def _is_positional(self, node: fx.Node) -> bool:
-        """Whether a value is made of positions or of a running sum."""
-        seen, stack = {node}, [(node, 0)]
-        while stack:
-            step, depth = stack.pop()
-            if op_name(step) in ("aten::cumsum", "aten::arange") or is_given(step):
-                return True
-            if depth < _LOOK:
-                new = [each for each in step.all_input_nodes if each not in seen]
-                seen.update(new)
-                stack += [(each, depth + 1) for each in new]
-        return False
-
-
-_LOOK = 8
-"""Operations to look back for positions, for the sake of a sentence."""
 
 
 def _weights(program: Program, nodes: set[fx.Node]) -> set[fx.Node]:

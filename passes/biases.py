@@ -28,7 +28,8 @@ from grape_compile.passes.paths import PathPart
 from grape_compile.passes.plans import Miss
 from grape_compile.passes.replay import Replay
 from grape_compile.passes.score_terms import ScoreTerm
-from grape_compile.passes.scores import DEAD, KEY, QUERY, Scores, hides_and_adds
+from grape_compile.passes.scores import DEAD, KEY, QUERY, Scores
+from grape_compile.passes.unread import unread_biases
 
 NEVER = -1e9
 """A value this low removes an entry whatever the scores are; only such a mask may be replaced by `is_causal`."""
@@ -59,20 +60,17 @@ def detect_biases(
     plans: list[BiasPlan] = []
     misses: list[tuple[fx.Node, Miss]] = []
     replay = Replay(program)
-    for layer in find_attention(program, plain):
+    layers, products = find_attention(program, plain)
+    for layer in layers:
         try:
-            result = (
-                _plan(Scores(program, replay, layer), unbiased(layer))
-                if require_fake(layer.softmax).dim() <= 4
-                else _wide(program, replay, layer)
-            )
+            result = _plan(Scores(program, replay, layer), unbiased(layer))
         except Unreadable as reason:
             result = Miss("readable", f"what is added to the scores cannot be read: {reason}", 1)
         if isinstance(result, BiasPlan):
             plans.append(result)
         elif result is not None and result.depth > 0:
             misses.append((layer.softmax, result))
-    return plans, misses
+    return plans, misses + unread_biases(program, replay, products)
 
 
 def _plan(scores: Scores, unbiased: bool) -> BiasPlan | Miss | None:
@@ -135,13 +133,6 @@ def _with_masks(
     return BiasPlan(scores.layer, scores, tuple(masks), tuple(parts), causal, window)
 
 
-def _wide(program: Program, replay: Replay, layer: Attention) -> Miss | None:
-    """Layers of more axes than the operator's: a bias in one is told of."""
-    added = [term.node for term in layer.terms if term.dead is None]
-    told = (program.taints[node] is Taint.DATA or hides_and_adds(replay.tensor(node))[1] for node in added)
-    return _obstacle(layer) if any(told) else None
-
-
 def _obstacle(layer: Attention) -> Miss:
     return Miss("attention", f"the layer adds a position bias, but {layer.obstacle}", 3)
 
@@ -151,6 +142,9 @@ def _parts(
 ) -> list[BiasPart | PathPart | TablePart] | Miss:
     """The biases as sums of products, read and named."""
     reader = AddendReader(scores)
+    causal = CausalMasks(scores, reader)
+    if causal.hide_the_future(masks):
+        reader.kept = causal.for_seen
     try:
         addends = reader.read(biases)
     except Unreadable as reason:

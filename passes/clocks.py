@@ -176,3 +176,21 @@ def _steps_by_one(replay: Replay, clock: Operand, may_rest: bool) -> bool:
 def is_given(node: fx.Node) -> bool:
     """True for positions that are an input of the graph."""
     return node.op == "placeholder" and _is_index(node)
+
+
+_LOOK = 8
+"""Operations to look back for positions, for the sake of a sentence."""
+
+
+def is_positional(node: fx.Node) -> bool:
+    """Whether a value is made of positions or of a running sum."""
+    seen, stack = {node}, [(node, 0)]
+    while stack:
+        step, depth = stack.pop()
+        if op_name(step) in ("aten::cumsum", "aten::arange") or is_given(step):
+            return True
+        if depth < _LOOK:
+            new = [each for each in step.all_input_nodes if each not in seen]
+            seen.update(new)
+            stack += [(each, depth + 1) for each in new]
+    return False

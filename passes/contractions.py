@@ -64,7 +64,7 @@ def _einsum(node: fx.Node, sizes: Sizes) -> Contraction | None:
     if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
         return None
     shapes = sizes.shape(left), sizes.shape(right)
-    letters = _letters(str(node.args[0]), tuple(map(len, shapes)))
+    letters = letters_of(str(node.args[0]), tuple(map(len, shapes)))
     if letters is None or any(len(set(name)) != len(name) for name in letters):
         return None
     *names, out = letters
@@ -85,7 +85,7 @@ def _einsum(node: fx.Node, sizes: Sizes) -> Contraction | None:
     return Contraction(left, right, size, *map(pick, names, shapes))
 
 
-def _letters(equation: str, ranks: tuple[int, ...]) -> tuple[str, ...] | None:
+def letters_of(equation: str, ranks: tuple[int, ...]) -> tuple[str, ...] | None:
     """A letter for every axis of the two operands and of the result; "..." are axes counted from the last."""
     inputs, arrow, out = equation.replace(" ", "").partition("->")
     names = inputs.split(",")
@@ -120,24 +120,3 @@ def renamed(node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
     if not isinstance(operands, list | tuple) or not isinstance(operands[0], fx.Node):
         return None
     return operands[0], tuple(index[out.index(letter)] for letter in inputs)
-
-
-def einsum_letters(node: fx.Node) -> tuple[tuple[fx.Node, fx.Node], tuple[str, str, str]] | None:
-    """The two operands of an einsum and the letters of both and of the result; None for other forms."""
-    inputs, arrow, out = str(node.args[0]).replace(" ", "").partition("->")
-    left, comma, right = inputs.partition(",")
-    operands = node.args[1]
-    if (
-        not arrow
-        or not comma
-        or "." in inputs
-        or not isinstance(operands, list | tuple)
-        or len(operands) != 2
-    ):
-        return None
-    first, second = operands
-    return (
-        ((first, second), (left, right, out))
-        if isinstance(first, fx.Node) and isinstance(second, fx.Node)
-        else None
-    )

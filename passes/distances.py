@@ -11,6 +11,7 @@ from grape_compile.passes.addends import Addend, AddendReader
 from grape_compile.passes.graph import fake, op_name
 from grape_compile.passes.movement import ints, is_symbolic, operand_of
 from grape_compile.passes.operands import Operand
+from grape_compile.passes.score_terms import constant
 from grape_compile.passes.scores import as_key
 from grape_compile.passes.terms import Index
 
@@ -86,16 +87,19 @@ def _place(apart: list[Addend]) -> Operand | None:
     return key.keys[0] if same and not any((key.heads, key.pairs, query.heads, query.pairs)) else None
 
 
-def cut_off(node: fx.Node) -> bool:
-    """max(x, 0): what it is for x above zero."""
+def cut_off(node: fx.Node) -> int:
+    """1 for max(x, 0) and -1 for min(x, 0): the sign of the x that are left as they are; 0 for anything else."""
     name, args = op_name(node), node.args[1:]
     if name == "aten::relu":
-        return True
-    if name == "aten::clamp_min":
-        return len(args) == 1 and _is_zero(args[0])
+        return 1
+    if name in _BOUNDS:
+        return _BOUNDS[name] if len(args) == 1 and constant(args[0]) == 0 else 0
     given = dict(zip(("min", "max"), args, strict=False)) | node.kwargs
-    return name == "aten::clamp" and _is_zero(given.get("min")) and given.get("max") is None
+    bounds = [given.get("min"), given.get("max")] if name == "aten::clamp" else []
+    if len(bounds) != 2 or bounds.count(None) != 1:
+        return 0
+    sign = 1 if bounds[1] is None else -1
+    return sign if constant(bounds[0] if sign == 1 else bounds[1]) == 0 else 0
 
 
-def _is_zero(value: Any) -> bool:
-    return isinstance(value, int | float) and value == 0
+_BOUNDS = {"aten::clamp_min": 1, "aten::maximum": 1, "aten::clamp_max": -1, "aten::minimum": -1}

@@ -150,13 +150,13 @@ class Paths:
         if len(addends) != 1 or addends[0].keys or addends[0].queries:
             return None
         addend = addends[0]
-        held = [pair for pair in addend.pairs if self.causal.seen(pair.node) is not True]
+        held = [pair for pair in addend.pairs if self.causal.seen(pair) is not True]
         masked = masked or len(held) < len(addend.pairs)
         if len(held) != 1:
             return None
         (pair,) = held
         at = self.scores.along(pair, self.lead)
-        inner = self._unmasked(pair.node)
+        inner = self._unmasked(pair, at)
         if inner is None:
             return self._linked(addend, pair, at, masked)
         found = self._edges(inner, broadcast(at, self.scores.sizes.shape(inner)), True)
@@ -165,18 +165,10 @@ class Paths:
         joined = self.reader.product(replace(addend, pairs=()), Addend(found.number, found.heads))
         return replace(found, number=joined.number, heads=joined.heads)
 
-    def _unmasked(self, node: fx.Node) -> fx.Node | None:
+    def _unmasked(self, pair: Operand, at: Index) -> fx.Node | None:
         """What a value is for seen keys, where it is zero for later ones."""
-        name, args = op_name(node), node.args
-        if name == "aten::tril" and (args[1] if len(args) > 1 else node.kwargs.get("diagonal", 0)) == 0:
-            return operand_of(node, 0)
-        if name == "aten::masked_fill" and constant(args[2]) == 0:
-            return operand_of(node, 0) if self.causal.seen(operand_of(node, 1)) is False else None
-        if name == "aten::where":
-            seen = self.causal.seen(operand_of(node, 0))
-            kept, filled = (args[1], args[2]) if seen else (args[2], args[1])
-            return kept if seen is not None and constant(filled) == 0 and isinstance(kept, fx.Node) else None
-        return None
+        kept, filled = self.causal.kept(pair, at, self.lead)
+        return kept if constant(filled) == 0 else None
 
     def _linked(self, addend: Addend, pair: Operand, at: Index, masked: bool) -> _Edges | None:
         """The link of an edge, with its sign: log sigmoid(x) = -softplus(-x)."""

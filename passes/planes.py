@@ -56,7 +56,14 @@ class _Planes:
         )
         reading = self.reading
         return RotationPlan(
-            reading.source, reading.output, encoding, operator, named.operands, named.evidence, reading.region
+            reading.source,
+            reading.output,
+            encoding,
+            operator,
+            named.operands,
+            named.evidence,
+            reading.region,
+            reading.order,
         )
 
     def _pairs(self) -> list[tuple[int, int]] | Miss:

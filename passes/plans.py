@@ -19,7 +19,8 @@ class RotationPlan:
     """A rotation found: `output` equals `encoding` applied to `input` with `operands` in the slots of `operator`.
 
     `encoding` describes, `operator` is what is called: it reads frequencies and positions from slots, so that a model
-    may change them. Plans of equal `key` compute the same function of their input.
+    may change them. Plans of equal `key` compute the same function of their input. `order` puts the channels last,
+    where they are not.
     """
 
     input: fx.Node
@@ -29,7 +30,13 @@ class RotationPlan:
     operands: tuple[Operand, ...]
     evidence: str
     region: tuple[fx.Node, ...]
+    order: tuple[int, ...]
     key: object = None
+
+    @property
+    def inverse(self) -> list[int]:
+        """What undoes `order`."""
+        return [self.order.index(axis) for axis in range(len(self.order))]
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Reading:
-    """A candidate as it was read: the sampled target positions `lead` of a map from `source` to `output` of `shape`."""
+    """A candidate as it was read: the sampled target positions `lead` of a map from `source` to `output`.
+
+    `lead` and `shape` are those of both with their axes in `order`, which puts the channels last.
+    """
 
     program: Program
     replay: Replay
@@ -64,3 +74,4 @@ class Reading:
     region: tuple[fx.Node, ...]
     lead: Index
     shape: tuple[int, ...]
+    order: tuple[int, ...]

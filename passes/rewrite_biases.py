@@ -19,6 +19,7 @@ from torch import fx
 from grape_compile.operators.attention import attend_call
 from grape_compile.operators.providers import attend_lowering
 from grape_compile.passes.attention import Attention
+from grape_compile.passes.axes import BATCH, CHANNEL, HEAD, KEY, QUERY, WIDTH
 from grape_compile.passes.base import Outcome, Pass
 from grape_compile.passes.bias_slots import BiasSlots
 from grape_compile.passes.biases import BiasPlan, detect_biases
@@ -31,11 +32,20 @@ from grape_compile.passes.plans import Miss
 from grape_compile.passes.replay import Replay
 from grape_compile.passes.rewrite_rotations import overwritten, refusal, remove_unused
 from grape_compile.passes.score_terms import ScoreTerm
-from grape_compile.passes.scores import DEAD
+from grape_compile.passes.scores import DEAD, own_axes
 from grape_compile.passes.site import Site
 from grape_compile.passes.verify_biases import verify_bias
 
 aten = torch.ops.aten
+
+ROLES = {
+    "query": (BATCH, HEAD, QUERY, CHANNEL),
+    "key": (BATCH, HEAD, KEY, CHANNEL),
+    "value": (BATCH, HEAD, KEY, WIDTH),
+    "output": (BATCH, HEAD, QUERY, WIDTH),
+}
+NEEDED = {"query": (BATCH, HEAD, QUERY), "key": (BATCH, KEY), "value": (BATCH, KEY)}
+"""What each part has of its own; keys and values may be shared among heads."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +112,6 @@ class _Layer:
         self.program, self.plan, self.layer = program, plan, plan.layer
         self.emitter, self.replay, self.verified = emitter, replay, verified
         self.turned: list[fx.Node] = []
-        self.folded = require_fake(self.layer.query).dim() == 3
 
     def replace(self) -> Site:
         """Emit, verify, and only then redirect the consumers."""
@@ -140,11 +149,9 @@ class _Layer:
         error = self.verified[same]
         result = self.emitter.call(call, operator.getitem, (call, 0))
         if hidden is not None:
-            mean = self.emitter.call(result, aten.mean.dim, (value, [2], True))
+            mean = self._mean(value, result)
             result = self.emitter.call(result, aten.where.self, (hidden, mean, result))
-        result = self._ordered(result, "output")
-        if self.folded:
-            result = self.emitter.call(result, aten.reshape.default, (result, self._folded_sizes()))
+        result = layer.layout.restored(self._do, result, layer.axes["output"], ROLES["output"])
         if require_fake(result).dtype != output.dtype:
             result = self.emitter.call(result, aten.to.dtype, (result, output.dtype))
         for name in ("stack_trace", "nn_module_stack"):
@@ -177,59 +184,37 @@ class _Layer:
         with query.fake_mode:
             return attend_lowering(attend_call(query, key, value, list(slots), encoding, **options))
 
-    def _folded_sizes(self) -> list[Any]:
-        """Sizes of the output [B * H, Tq, Dv]; symbolic ones are read from query and value at run time."""
-        sizes: list[Any] = list(require_fake(self.layer.output).shape)
-        for axis, size in enumerate(sizes):
-            if isinstance(size, torch.SymInt):
-                source = self.layer.query if axis < 2 else self.layer.value
-                sizes[axis] = self.emitter.call(source, aten.sym_size.int, (source, axis))
-        return sizes
-
     # -- operands ------------------------------------------------------------------------------------------------------
 
     def _four_axes(self) -> tuple[fx.Node, fx.Node, fx.Node]:
         layer = self.layer
-        key = layer.key
-        if layer.key_transposed:
-            key = self.emitter.call(key, aten.transpose.int, (key, -1, -2))
-        parts = [
-            self._ordered(node, part)
-            for node, part in ((layer.query, "query"), (key, "key"), (layer.value, "value"))
-        ]
-        if self.folded:
-            parts = [self._unfold(part) for part in parts]
         dtype = require_fake(layer.value).dtype
-        query, key, value = (
-            part
-            if require_fake(part).dtype == dtype
-            else self.emitter.call(part, aten.to.dtype, (part, dtype))
-            for part in parts
-        )
+        parts = ((layer.query, "query"), (layer.key, "key"), (layer.value, "value"))
+        query, key, value = (self._typed(self._ordered(node, part), dtype) for node, part in parts)
+        if str(require_fake(key).shape[1]) != str(require_fake(value).shape[1]):
+            raise Unreadable("keys and values have different numbers of heads")
         return query, key, value
 
-    def _ordered(self, node: fx.Node, part: str) -> fx.Node:
-        order = self.layer.orders.get(part, (0, 1, 2, 3))
-        return (
-            node
-            if order == (0, 1, 2, 3)
-            else self.emitter.call(node, aten.permute.default, (node, list(order)))
-        )
+    def _typed(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        if require_fake(node).dtype == dtype:
+            return node
+        return self.emitter.call(node, aten.to.dtype, (node, dtype))
 
-    def _unfold(self, node: fx.Node) -> fx.Node:
-        """[B * H, T, D] as [B, H, T, D]; -1 stands for one symbolic size."""
-        shape = require_fake(node).shape
-        batch, heads = self.layer.batch_heads or (1, shape[0])
-        if isinstance(heads, torch.SymInt):
-            raise Unreadable("the number of heads is symbolic")
-        target: list[Any] = [batch, heads, shape[1], shape[2]]
-        symbolic = [axis for axis, size in enumerate(target) if isinstance(size, torch.SymInt)]
-        if not symbolic:
-            return self.emitter.call(node, aten.reshape.default, (node, target))
-        tokens = self.emitter.call(node, aten.sym_size.int, (node, 1)) if 2 in symbolic else target[2]
-        return self.emitter.call(
-            node, aten.reshape.default, (node, [-1 if 0 in symbolic else batch, heads, tokens, target[3]])
-        )
+    def _ordered(self, node: fx.Node, part: str) -> fx.Node:
+        layout, axes = self.layer.layout, self.layer.axes[part]
+        ordered: fx.Node = layout.ordered(self._do, node, axes, ROLES[part], NEEDED[part])
+        return ordered
+
+    def _do(self, operator: Any, node: fx.Node, *args: Any) -> fx.Node:
+        return self.emitter.call(node, operator, (node, *args))
+
+    def _mean(self, value: fx.Node, result: fx.Node) -> fx.Node:
+        """The mean of all values, for each head of the queries."""
+        mean = self.emitter.call(result, aten.mean.dim, (value, [2], True))
+        heads, own = (require_fake(node).shape[1] for node in (result, mean))
+        if own in (1, heads):
+            return mean
+        return self.emitter.call(mean, aten.repeat_interleave.self_int, (mean, heads // own, 1))
 
     def _scaled(self, node: fx.Node, number: float) -> fx.Node:
         return node if number == 1.0 else self.emitter.call(node, aten.mul.Tensor, (node, number))
@@ -292,16 +277,6 @@ class _Layer:
         )
 
     def _unfolded_mask(self, term: ScoreTerm) -> fx.Node:
-        shape = require_fake(term.node).shape
-        if not self.layer.is_folded(term):
-            return term.node
-        if len(shape) == 3 and shape[0] != 1:
-            batch, heads = self.layer.batch_heads or (1, shape[0])
-            if any(isinstance(size, torch.SymInt) for size in (batch, heads, *shape)):
-                raise Unreadable("a mask per head of symbolic size")
-            return self.emitter.call(term.node, aten.reshape.default, (term.node, [batch, heads, *shape[1:]]))
-        return (
-            self.emitter.call(term.node, aten.unsqueeze.default, (term.node, 0))
-            if len(shape) == 3
-            else term.node
-        )
+        axes = own_axes(require_fake(term.node), term.axes)
+        mask: fx.Node = self.layer.layout.ordered(self._do, term.node, axes, (BATCH, HEAD, QUERY, KEY))
+        return mask

@@ -10,7 +10,7 @@ Cost: one reading and one replay per distinct region.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +41,10 @@ from grape_compile.passes.verify import verify_rotation
 
 @dataclass
 class _Ready:
+    """A rotation to be called with `input`, what the plan turns with its channels last."""
+
     plan: RotationPlan
+    input: fx.Node
     operands: tuple[fx.Node, ...]
     error: float
 
@@ -89,9 +92,7 @@ def _lowering(group: list[_Ready]) -> str:
     """What turns the tensors of a group, which share one call."""
     encoding = group[0].plan.operator
     slots = zip(encoding.slots, map(require_fake, group[0].operands), strict=True)
-    return turn_lowering(
-        TurnCall(tuple(require_fake(item.plan.input) for item in group), encoding, dict(slots))
-    )
+    return turn_lowering(TurnCall(tuple(require_fake(item.input) for item in group), encoding, dict(slots)))
 
 
 def _site(item: _Ready, lowering: str) -> Site:
@@ -114,14 +115,21 @@ def _prepare(
     if hazard is not None:
         raise Unreadable(f"{hazard.name} changes a value in place while it is being rotated")
     planes = plan.operator.planes.count
-    operands = tuple(emitter.rotated(operand, plan.input, planes) for operand in plan.operands)
+    source = _permuted(emitter, plan.input, plan.order)
+    operands = tuple(emitter.rotated(operand, source, planes) for operand in plan.operands)
     hazard = overwritten(program, operands, plan.output)
     if hazard is not None:
         raise Unreadable(f"{hazard.name} changes the angles in place before they are used")
     key = (plan.key, operands)
     if key not in verified:
         verified[key] = verify_rotation(plan, operands, replay)
-    return _Ready(plan, operands, verified[key])
+    return _Ready(plan, source, operands, verified[key])
+
+
+def _permuted(emitter: Emitter, node: fx.Node, order: Sequence[int]) -> fx.Node:
+    if list(order) == sorted(order):
+        return node
+    return emitter.call(node, torch.ops.aten.permute.default, (node, list(order)))
 
 
 def mutation_between(program: Program, region: Iterable[fx.Node], output: fx.Node) -> fx.Node | None:
@@ -179,18 +187,18 @@ def _fits(emitter: Emitter, group: list[_Ready]) -> bool:
         item.plan.operator != first.plan.operator or item.operands != first.operands for item in group[1:]
     ):
         return False
-    if any(require_fake(item.plan.input).dim() != require_fake(first.plan.input).dim() for item in group[1:]):
+    if any(item.plan.order != first.plan.order for item in group[1:]):
         return False
     if any(marks[item.plan.output] is not marks[first.plan.output] for item in group[1:]):
         return False
-    start = max(emitter.position(item.plan.input) for item in group)
+    start = max(emitter.position(item.input) for item in group)
     uses = [emitter.position(user) for item in group for user in item.plan.output.users]
     return all(start < use for use in uses) and len({item.plan.input for item in group}) == len(group)
 
 
 def _replace(program: Program, emitter: Emitter, group: list[_Ready], sites: list[Site]) -> None:
     """Call the operator and redirect the consumers; the program notes what was turned and what it stands for."""
-    tensors = [_cast(emitter, item.plan.input, require_fake(item.plan.output).dtype) for item in group]
+    tensors = [_cast(emitter, item.input, require_fake(item.plan.output).dtype) for item in group]
     place = emitter.last([*tensors, *group[0].operands, program.marks[group[0].plan.output]])
     call = emitter.call(
         place, torch.ops.grape.rotate.default, (tensors, list(group[0].operands), str(group[0].plan.operator))
@@ -199,6 +207,7 @@ def _replace(program: Program, emitter: Emitter, group: list[_Ready], sites: lis
         output = item.plan.output
         value = emitter.call(call, operator.getitem, (call, position))
         program.rotated[value] = site
+        value = _permuted(emitter, value, item.plan.inverse)
         value = _cast(emitter, value, require_fake(output).dtype)
         for name in ("stack_trace", "nn_module_stack"):
             if name in output.meta:

@@ -20,7 +20,7 @@ from torch import fx
 from grape_compile.passes.chosen_tables import turned_by_chosen_tables
 from grape_compile.passes.contractions import CONTRACTIONS
 from grape_compile.passes.elements import COMPLEX, PICKS, PRODUCTS, SCATTERS, SUMS, Reader
-from grape_compile.passes.graph import Program, Taint, Unreadable, fake, is_pure, op_name
+from grape_compile.passes.graph import Program, Taint, Unreadable, fake, is_pure, op_name, require_fake
 from grape_compile.passes.movement import JOINS, LIKE, MOVEMENTS, operand_of
 from grape_compile.passes.planes import name_rotation
 from grape_compile.passes.plans import Entry, Miss, Reading, RotationPlan
@@ -263,20 +263,51 @@ class _Reading:
 
     def plan(self) -> RotationPlan | Miss:
         shape = self.reader.shape(self.output)
-        if len(shape) < 2 or self.reader.shape(self.source) != shape or shape[-1] < 2:
+        if len(shape) < 2 or self.reader.shape(self.source) != shape:
             return Miss("shape", "input and output differ in shape", 0)
         if not _same_shape(self.source, self.output):
             return Miss("shape", "input and output have different symbolic shapes", 0)
         if 0 in shape:
             return Miss("shape", "the example has no elements", 0)
-        self.shape = shape
-        self.width = shape[-1]
-        self.lead, self.index = _sample(shape)
-        self.rows = torch.arange(self.index[-1].numel())
-        entries = self._entries(self.reader.linear(self.output, self.source, self.index, self.rows))
+        terms = self._read(len(shape) - 1)
+        channel = self._mixed_axis(terms)
+        if channel is not None and channel != len(shape) - 1:
+            terms = self._read(channel)
+        if self.width < 2:
+            return Miss("shape", "there is one channel", 0)
+        entries = self._entries(terms)
         if isinstance(entries, Miss):
             return entries
         return self._classify(entries)
+
+    def _read(self, channel: int) -> list[Term]:
+        """The terms of all channels, on this axis, at sampled tokens."""
+        shape = self.reader.shape(self.output)
+        self.order = (*(axis for axis in range(len(shape)) if axis != channel), channel)
+        self.shape = tuple(shape[axis] for axis in self.order)
+        self.width = self.shape[-1]
+        self.lead, self.index = _sample(self.shape)
+        self.rows = torch.arange(self.index[-1].numel())
+        where = tuple(self.index[self.order.index(axis)] for axis in range(len(shape)))
+        terms = self.reader.linear(self.output, self.source, where, self.rows)
+        return [
+            term
+            if term.source is None
+            else replace(term, source=(term.source[0], tuple(term.source[1][axis] for axis in self.order)))
+            for term in terms
+        ]
+
+    def _mixed_axis(self, terms: list[Term]) -> int | None:
+        """The one axis, of a size known beforehand, along which elements are made of others."""
+        axes = {
+            axis
+            for term in terms
+            if term.source is not None
+            for axis, at in enumerate(term.source[1])
+            if not torch.equal(at, self.index[axis][term.rows])
+        }
+        alone = len(axes) == 1 and isinstance(require_fake(self.output).shape[min(axes)], int)
+        return axes.pop() if alone else None
 
     def _entries(self, terms: list[Term]) -> list[list[Entry]] | Miss:
         """The per-token matrix, one list of entries per output channel, the same for every sampled token."""
@@ -346,6 +377,7 @@ class _Reading:
             self.region,
             self.lead,
             self.shape,
+            self.order,
         )
         try:
             return name_rotation(reading, mixed, through)

@@ -17,8 +17,8 @@ from grape_compile.passes.score_terms import constant
 _ZEROS = {"aten::full_like", "aten::zeros_like"}
 
 
-def guarded(softmax: fx.Node) -> fx.Node:
-    """The weights behind the guard around this softmax; the softmax itself where there is none."""
+def guarded(softmax: fx.Node, scores: fx.Node) -> fx.Node:
+    """The weights behind the guard around this softmax of scores; the softmax itself where there is none."""
     users = [user for user in softmax.users if op_name(user) != "aten::_assert_tensor_metadata"]
     guards = [user for user in users if op_name(user) not in _ZEROS]
     if len(guards) != 1 or op_name(guards[0]) != "aten::where" or guards[0].args[2] is not softmax:
@@ -30,7 +30,7 @@ def guarded(softmax: fx.Node) -> fx.Node:
         and op_name(zero) in _ZEROS
         and (op_name(zero) == "aten::zeros_like" or zero.args[1] == 0)
     )
-    return guard if is_zero and _without_live_key(dead, softmax.args[0]) else softmax
+    return guard if is_zero and _without_live_key(dead, scores) else softmax
 
 
 def _without_live_key(node: object, scores: object) -> bool:

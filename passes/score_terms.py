@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
+from grape_compile.passes.axes import Axes
 from grape_compile.passes.graph import Program, Role, Taint, fake, op_name, require_fake
 
 PASSED = {"aten::to", "aten::_to_copy", "aten::clone", "aten::contiguous", "aten::type_as", "aten::alias"}
@@ -22,8 +23,8 @@ _LOWEST = -1e4
 class ScoreTerm:
     """Something added to the scores: `factor * node`, or where `dead` the entries of a boolean mask set to `value`.
 
-    `dead` is None for an additive term, else the truth value that marks dead entries. `folded` is the batch and heads
-    of a term that still lives in the folded [B * H, ...] layout. A `finished` term holds mask and bias at once: as
+    `dead` is None for an additive term, else the truth value that marks dead entries. `axes` are those of the
+    scores where it is added: the last of them are the term's own. A `finished` term holds mask and bias at once: as
     a mask only its dead entries count. A `whole` one fills the scores, not only what is added to them.
     """
 
@@ -31,19 +32,23 @@ class ScoreTerm:
     factor: float = 1.0
     dead: bool | None = None
     value: float = 0.0
-    folded: bool = False
+    axes: Axes = ()
     finished: bool = False
     whole: bool = False
 
+    def along(self, axes: Axes) -> ScoreTerm:
+        """The same term, the axes of the scores told by other letters."""
+        return replace(self, axes=axes)
 
-def split_terms(program: Program, node: fx.Node, factor: float, folded: bool = False) -> list[ScoreTerm]:
+
+def split_terms(program: Program, node: fx.Node, factor: float, axes: Axes) -> list[ScoreTerm]:
     """Split a value along its sums and fills, so that a bias and a mask added together are seen apart."""
     name, args = op_name(node), node.args
     inner = _passed(node)
     if inner is not None:
-        found = split_terms(program, inner[0], factor * inner[1], folded)
+        found = split_terms(program, inner[0], factor * inner[1], axes)
         # A product that holds no sum is a term as it stands: `-1e9 * hidden` is a mask, `hidden` is none.
-        return found if inner[1] == 1.0 or len(found) > 1 else [ScoreTerm(node, factor, folded=folded)]
+        return found if inner[1] == 1.0 or len(found) > 1 else [ScoreTerm(node, factor, axes=axes)]
     if (
         name in ("aten::add", "aten::sub")
         and all(isinstance(arg, fx.Node) for arg in args[:2])
@@ -55,8 +60,8 @@ def split_terms(program: Program, node: fx.Node, factor: float, folded: bool = F
             assert isinstance(first, fx.Node)
             assert isinstance(second, fx.Node)
             sign = -1.0 if name == "aten::sub" else 1.0
-            return split_terms(program, first, factor, folded) + split_terms(
-                program, second, factor * sign, folded
+            return split_terms(program, first, factor, axes) + split_terms(
+                program, second, factor * sign, axes
             )
     if name in ("aten::masked_fill", "aten::where"):
         mask, kept, filled, dead = (
@@ -70,16 +75,16 @@ def split_terms(program: Program, node: fx.Node, factor: float, folded: bool = F
         if (
             value_of is not None
             and value_of * factor <= _LOWEST
-            and kept_of is None
+            and kept_of in (None, 0.0)
             and isinstance(mask, fx.Node)
-            and isinstance(kept, fx.Node)
             and program.taints[mask] < Taint.PARAMETER
         ):
-            hidden = ScoreTerm(mask, dead=dead, value=value_of * factor, folded=folded)
+            hidden = ScoreTerm(mask, dead=dead, value=value_of * factor, axes=axes)
             # Where everything but zero is hidden, nothing is left to add.
-            rest = [] if dead and _is_truth_of(mask, kept) else split_terms(program, kept, factor, folded)
-            return [hidden, *rest]
-    return [ScoreTerm(node, factor, folded=folded)]
+            if not isinstance(kept, fx.Node) or kept_of == 0 or (dead and _is_truth_of(mask, kept)):
+                return [hidden]
+            return [hidden, *split_terms(program, kept, factor, axes)]
+    return [ScoreTerm(node, factor, axes=axes)]
 
 
 def _is_truth_of(mask: fx.Node, value: fx.Node) -> bool:

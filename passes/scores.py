@@ -11,6 +11,11 @@ import torch
 from torch import Tensor
 
 from grape_compile.passes.attention import Attention
+from grape_compile.passes.axes import BATCH as BATCH
+from grape_compile.passes.axes import HEAD as HEAD
+from grape_compile.passes.axes import KEY as KEY
+from grape_compile.passes.axes import QUERY as QUERY
+from grape_compile.passes.axes import Axes, on_tensors
 from grape_compile.passes.graph import Program, Sizes, Taint, require_fake
 from grape_compile.passes.movement import is_symbolic
 from grape_compile.passes.operands import Axis, Operand, fit
@@ -18,7 +23,6 @@ from grape_compile.passes.replay import Found, Replay
 from grape_compile.passes.score_terms import ScoreTerm
 from grape_compile.passes.terms import Factor, Index, broadcast
 
-BATCH, HEAD, QUERY, KEY = range(4)
 DEAD = -1e4
 """An added value this low marks a dead entry."""
 
@@ -29,24 +33,9 @@ class Scores:
     def __init__(self, program: Program, replay: Replay, layer: Attention) -> None:
         self.program, self.replay, self.layer = program, replay, layer
         self.sizes = Sizes()
-        self.symbolic = self._symbolic()
+        self.symbolic = tuple(layer.layout.size(role) for role in (BATCH, HEAD, QUERY, KEY))
         batch, heads, queries, keys = (self.sizes(size) for size in self.symbolic)
         self.shape = (batch, heads, queries, keys)
-
-    def _symbolic(self) -> tuple[Any, Any, Any, Any]:
-        """Batch, heads, queries, keys, as the graph has them."""
-        layer = self.layer
-        query, value = require_fake(layer.query).shape, require_fake(layer.value).shape
-        if len(query) == 4:
-            return (
-                layer.size("query", 0),
-                layer.size("query", 1),
-                layer.size("query", 2),
-                layer.size("value", 2),
-            )
-        if layer.batch_heads is None:
-            return 1, query[0], query[1], value[-2]
-        return layer.batch_heads[0], layer.batch_heads[1], query[1], value[-2]
 
     @property
     def is_square(self) -> bool:
@@ -93,24 +82,16 @@ class Scores:
 
     def once(self, fact: str, terms: Sequence[ScoreTerm], find: Callable[[], Found]) -> Found:
         """What `find` tells of the values of terms, found once for the layers that add the same."""
-        kinds = tuple((term.factor, term.dead, term.value, self.layer.is_folded(term)) for term in terms)
+        kinds = tuple((term.factor, term.dead, term.value, term.axes) for term in terms)
         key = fact, self.shape, self.layer.is_causal, kinds
         return self.replay.once(key, [term.node for term in terms], find)
 
     def value(self, term: ScoreTerm, replay: Replay | None = None) -> Tensor:
         """What a term adds, with four axes: [B or 1, H or 1, Tq or 1, Tk or 1], without its factor."""
-        value = (replay or self.replay).tensor(term.node)
-        if self.layer.is_folded(term):
-            while value.dim() < 3:
-                value = value.unsqueeze(0)
-            return (
-                value.unsqueeze(0)
-                if value.shape[0] == 1
-                else value.reshape(*self.shape[:2], *value.shape[1:])
-            )
-        while value.dim() < 4:
-            value = value.unsqueeze(0)
-        return value
+        held = (replay or self.replay).tensor(term.node)
+        axes = own_axes(held, term.axes)
+        value: Tensor = self.layer.layout.ordered(on_tensors, held, axes, (BATCH, HEAD, QUERY, KEY))
+        return value[(None,) * (4 - value.dim())]
 
     def alive(self, masks: list[ScoreTerm]) -> Tensor:
         """Entries a query can see."""
@@ -155,9 +136,7 @@ class Scores:
     def samples(self, term: ScoreTerm) -> tuple[Index, Index, Tensor]:
         """Sampled (batch, head, query, key), and the element of the term each of them sees."""
         lead = self.places()
-        full: Index = lead
-        if self.layer.is_folded(term):
-            full = (lead[0] * self.shape[HEAD] + lead[1], lead[2], lead[3])
+        full = self.layer.layout.index(term.axes, lead)
         return lead, broadcast(full, self.sizes.shape(term.node)), torch.arange(lead[0].numel())
 
     def view(
@@ -206,6 +185,13 @@ class Scores:
             if role not in kept:
                 value = value.unsqueeze(role)
         return value.double()
+
+
+def own_axes(value: Tensor, axes: Axes) -> Axes:
+    """The axes of what is added to scores with these: the last of them, () where one entry is added to all."""
+    shape = value.shape
+    tail = axes[len(axes) - len(shape) :]
+    return tuple(() if str(size) == "1" else axis for axis, size in zip(tail, shape, strict=True))
 
 
 def hides_and_adds(value: Tensor) -> tuple[bool, bool]:

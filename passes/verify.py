@@ -36,8 +36,8 @@ def verify_rotation(plan: RotationPlan, operands: tuple[fx.Node, ...], replay: R
         replay = Replay(replay.program, replay.sizes, phases)
     original = replay.branch({plan.input: query, **phases}).tensor(plan.output)
     slots = dict(zip(plan.operator.slots, (replay.tensor(node) for node in operands), strict=True))
-    (rewritten,) = reference_rotate([query], plan.operator, slots)
-    return difference(original, rewritten)
+    (rewritten,) = reference_rotate([query.permute(plan.order)], plan.operator, slots)
+    return difference(original, rewritten.permute(plan.inverse))
 
 
 def _phases(plan: RotationPlan, program: Program) -> list[fx.Node]:

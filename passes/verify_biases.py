@@ -9,12 +9,13 @@ from torch import Tensor, fx
 
 from grape_compile.operators import reference_attend
 from grape_compile.operators.reference import reference_bias
+from grape_compile.passes.axes import BATCH, HEAD, KEY, QUERY, WIDTH, on_tensors
 from grape_compile.passes.bias_slots import Emitted
 from grape_compile.passes.biases import BiasPlan
 from grape_compile.passes.evaluated_biases import TablePart
 from grape_compile.passes.graph import Taint, Unreadable
 from grape_compile.passes.replay import Replay
-from grape_compile.passes.scores import DEAD, KEY, QUERY
+from grape_compile.passes.scores import DEAD
 from grape_compile.passes.verify import difference
 
 _LARGEST_REPLAY = 1 << 25
@@ -82,8 +83,11 @@ class _Check:
             sinks=None if self.sinks is None else self.replay.tensor(self.sinks),
         )  # fmt: skip
         if self.hidden is not None:
-            rewritten = torch.where(self.replay.tensor(self.hidden), value.mean(2, keepdim=True), rewritten)
-        rewritten = rewritten.permute(layer.orders.get("output", (0, 1, 2, 3))).reshape(original.shape)
+            mean = value.mean(2, keepdim=True).repeat_interleave(heads // value.shape[1], 1)
+            rewritten = torch.where(self.replay.tensor(self.hidden), mean, rewritten)
+        rewritten = layer.layout.restored(
+            on_tensors, rewritten, layer.axes["output"], (BATCH, HEAD, QUERY, WIDTH)
+        )
         return difference(original, rewritten, self.evaluated)
 
     def _slots(self) -> Mapping[str, Tensor]:

@@ -1,0 +1,121 @@
+"""Recognise a softmax, be it one operator or written out with its exponentials.
+
+    exp(x) / sum(exp(x)),   exp(x - logsumexp(x)),   exp(log_softmax(x))
+
+With entries of exp(x) set to zero in between, keys are hidden as by a fill of x with minus infinity. What is taken off
+from x beforehand is the same along a row, and for whoever reads x to see.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from grape_compile.passes.graph import Unreadable, fake, op_name, require_fake
+from grape_compile.passes.movement import ints, keeps_numbers, operand_of
+from grape_compile.passes.score_terms import PASSED, constant
+
+_SOFTMAXES = {"aten::softmax", "aten::_softmax", "aten::special_softmax"}
+_LOG_SOFTMAXES = {"aten::log_softmax", "aten::_log_softmax", "aten::special_log_softmax"}
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """`weights` are the softmax of `scores` along the axis `dim`, but for the keys that masks set to zero behind it.
+
+    A mask comes with its truth value that hides. `product` is what the exponentials were multiplied with before they
+    were divided by their sum, and `weights` the quotient, where the model divides as late.
+    """
+
+    weights: fx.Node
+    scores: fx.Node
+    dim: int
+    hidden: tuple[tuple[fx.Node, bool], ...] = ()
+    product: fx.Node | None = None
+
+
+def softmax_at(node: fx.Node) -> Softmax | None:
+    """The softmax whose weights a node is."""
+    name = op_name(node)
+    try:
+        if name in _SOFTMAXES:
+            return _of(node, node)
+        if name == "aten::exp":
+            return _of_logarithms(node)
+        return _quotient(node) if name == "aten::div" and "rounding_mode" not in node.kwargs else None
+    except Unreadable:
+        return None
+
+
+def _of(weights: fx.Node, softmax: fx.Node) -> Softmax | None:
+    scores, dim = operand_of(softmax, 0), softmax.args[1]
+    return Softmax(weights, scores, dim % require_fake(scores).dim()) if isinstance(dim, int) else None
+
+
+def _of_logarithms(node: fx.Node) -> Softmax | None:
+    inside = _passed(operand_of(node, 0))
+    if op_name(inside) in _LOG_SOFTMAXES:
+        return _of(node, inside)
+    if op_name(inside) != "aten::sub" or inside.kwargs:
+        return None
+    scores, total = operand_of(inside, 0), operand_of(inside, 1)
+    dim = _reduced(total, "aten::logsumexp", scores)
+    return None if dim is None else Softmax(node, scores, dim)
+
+
+def _quotient(node: fx.Node) -> Softmax | None:
+    above, below = _passed(operand_of(node, 0)), operand_of(node, 1)
+    parts, hidden = _exponentials(above)
+    if op_name(parts) == "aten::exp":
+        dim = _reduced(below, "aten::sum", above)
+        return None if dim is None else Softmax(node, operand_of(parts, 0), dim, hidden)
+    if op_name(above) not in ("aten::matmul", "aten::bmm"):
+        return None
+    weights = _passed(operand_of(above, 0))
+    parts, hidden = _exponentials(weights)
+    if op_name(parts) != "aten::exp":
+        return None
+    dim, rank = _reduced(below, "aten::sum", weights), require_fake(weights).dim()
+    same = require_fake(node).dim() == rank and dim == rank - 1
+    return Softmax(node, operand_of(parts, 0), rank - 1, hidden, above) if same else None
+
+
+def _exponentials(node: fx.Node) -> tuple[fx.Node, tuple[tuple[fx.Node, bool], ...]]:
+    """What is behind zeros that were filled in, and where they were."""
+    hidden: list[tuple[fx.Node, bool]] = []
+    while True:
+        name, args = op_name(node), node.args
+        if name in PASSED and keeps_numbers(node):
+            node = operand_of(node, 0)
+        elif name == "aten::masked_fill" and constant(args[2]) == 0:
+            node, mask = operand_of(node, 0), operand_of(node, 1)
+            hidden.append((mask, True))
+        elif name == "aten::where" and constant(args[2]) == 0:
+            node, mask = operand_of(node, 1), operand_of(node, 0)
+            hidden.append((mask, False))
+        else:
+            return node, tuple(hidden)
+
+
+def _reduced(node: fx.Node, name: str, source: fx.Node) -> int | None:
+    """The one axis along which a value sums up `source`, an axis of one entry in the result."""
+    node, added = _passed(node), None
+    if op_name(node) == "aten::unsqueeze":
+        added, node = node.args[1], _passed(operand_of(node, 0))
+    rank = require_fake(source).dim()
+    if op_name(node) != name or _passed(operand_of(node, 0)) is not _passed(source) or len(node.args) < 2:
+        return None
+    given = node.args[1]
+    dims = [dim % rank for dim in ints(given)] if isinstance(given, int | list | tuple) else []
+    keeps = bool(node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False))
+    if len(dims) != 1 or keeps is (added is not None) or fake(node) is None:
+        return None
+    return dims[0] if keeps or (isinstance(added, int) and added % rank == dims[0]) else None
+
+
+def _passed(node: fx.Node) -> fx.Node:
+    """A value before it was cast or copied."""
+    while op_name(node) in PASSED and keeps_numbers(node):
+        node = operand_of(node, 0)
+    return node

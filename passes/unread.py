@@ -1,0 +1,82 @@
+"""Tell of positions that meet activations where nothing was read: what came near must not be missed in silence.
+
+What: a product of two activations to which something made of positions is added, and no attention around it was read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+from torch import fx
+
+from grape_compile.passes.clocks import is_positional
+from grape_compile.passes.contractions import CONTRACTIONS
+from grape_compile.passes.graph import Program, Taint, Unreadable, fake, op_name
+from grape_compile.passes.movement import MOVEMENTS
+from grape_compile.passes.plans import Miss
+from grape_compile.passes.replay import Replay
+from grape_compile.passes.score_terms import PASSED
+from grape_compile.passes.scores import DEAD
+
+_SCALED = {*PASSED, *MOVEMENTS, "aten::mul", "aten::div", "aten::neg"}
+_MASKED = {*_SCALED, "aten::add", "aten::sub", "aten::masked_fill", "aten::where"}
+
+
+def unread_biases(program: Program, replay: Replay, known: Container[fx.Node]) -> list[tuple[fx.Node, Miss]]:
+    """Products of two activations, none of those `known`, with a bias made of positions, and what becomes of them."""
+    products: dict[fx.Node, fx.Node | None] = {}
+    told: dict[fx.Node, tuple[fx.Node, Miss]] = {}
+    for node in program.graph.nodes:
+        products[node] = product = _product(program, node, products)
+        if (
+            product is None
+            or product in known
+            or product in told
+            or op_name(node) not in ("aten::add", "aten::sub")
+        ):
+            continue
+        others = [
+            each
+            for each in node.all_input_nodes
+            if products.get(each) is not product and fake(each) is not None
+        ]
+        if len(others) == 1 and is_positional(others[0]) and _differs(program, replay, others[0]):
+            told[product] = node, _miss(node)
+    return list(told.values())
+
+
+def _product(program: Program, node: fx.Node, products: dict[fx.Node, fx.Node | None]) -> fx.Node | None:
+    """The product of two activations a value is, scaled and shifted."""
+    name = op_name(node)
+    if program.taints[node] is not Taint.DATA:
+        return None
+    data = [each for each in node.all_input_nodes if program.taints[each] is Taint.DATA]
+    if name in CONTRACTIONS | {"aten::baddbmm"}:
+        return node if len(data) >= 2 else None
+    found = {products.get(each) for each in data} - {None} if name in _MASKED else set()
+    return found.pop() if len(found) == 1 and (len(data) == 1 or name in ("aten::add", "aten::sub")) else None
+
+
+def _differs(program: Program, replay: Replay, node: fx.Node) -> bool:
+    """Whether a value adds more than one number to what it does not hide."""
+    if program.taints[node] is Taint.DATA:
+        return True
+    try:
+        value = replay.tensor(node)
+    except Unreadable:
+        return True
+    live = value[value > DEAD]
+    return live.numel() > 0 and bool((live != live[0]).any())
+
+
+def _miss(node: fx.Node) -> Miss:
+    while len(users := [user for user in node.users if op_name(user) in _MASKED]) == 1:
+        node = users[0]
+    uses = ", ".join(sorted({op_name(user).removeprefix("aten::") or user.name for user in node.users}))
+    return Miss(
+        "attention",
+        "a position bias is added to a product of two activations, but no softmax over keys and mean of values was "
+        f"read behind it: what it goes on to is {uses}",
+        3,
+        "a bias by steps, by given positions or by a running sum",
+    )
