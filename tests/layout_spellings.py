@@ -54,7 +54,7 @@ def exponential_of_log_softmax(query: Tensor, key: Tensor, value: Tensor, slopes
 def keys_before_queries(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
     length = key.shape[-2]
     scores = key @ query.mT / HEAD_DIM**0.5 + by_distance(slopes, length).mT
-    weights = scores.masked_fill(~causal(length).T, float("-inf")).softmax(-2)
+    weights: Tensor = scores.masked_fill(~causal(length).T, float("-inf")).softmax(-2)
     return weights.mT @ value
 
 
