@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from grape_compile.errors import CaptureError, first_line
 from grape_compile.passes.batches import flatten_batches, has_batches
+from grape_compile.passes.facts import is_watched, keep
 from grape_compile.passes.graph import Program, Role, clean_path, op_name
 from grape_compile.passes.origins import mark_on
 from grape_compile.passes.regions import inline_regions, outline_regions, without_gradient
@@ -36,6 +37,7 @@ _KINDS = {
     InputKind.CONSTANT_TENSOR: Role.BUFFER,
     InputKind.USER_INPUT: Role.INPUT,
 }
+_STORED = (InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 
 def capture_dynamo(module: fx.GraphModule, examples: Sequence[Any]) -> Program:
@@ -72,6 +74,7 @@ def capture_dynamo(module: fx.GraphModule, examples: Sequence[Any]) -> Program:
     }
     values = dict(zip(placeholders, examples, strict=True))
     program = program_of(traced, roles, values)
+    keep(program, (node for node in placeholders if roles[node] is Role.BUFFER and is_watched(values[node])))
     # What a module keeps is read as it is; only what is handed over needs to be known by its origin.
     handed = (node for node in values if roles.get(node) is Role.INPUT)
     marks = {node: mark for node in handed if (mark := mark_on(values[node]))}
@@ -171,9 +174,16 @@ def parameter_paths(module: fx.GraphModule) -> dict[int, str]:
 
 
 def capture_export(
-    program: ExportedProgram, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    program: ExportedProgram,
+    args: Sequence[Any] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    is_final: bool = True,
 ) -> Program:
-    """A program from a copy of an exported program's graph, its regions inlined."""
+    """A program from a copy of an exported program's graph, its regions inlined.
+
+    Its buffers keep their numbers; unless it `is_final`, those of the state dict do not, as another may be loaded.
+    """
     module = copy.copy(program.graph_module)
     module = fx.GraphModule(module, copy.deepcopy(program.graph_module.graph))
     module.meta.update(program.graph_module.meta)
@@ -188,14 +198,19 @@ def capture_export(
     examples = _flat_examples(program, args, kwargs)
     roles: dict[fx.Node, Role] = {}
     values: dict[fx.Node, Any] = {}
+    kept: list[fx.Node] = []
     for spec in program.graph_signature.input_specs:
         node = placeholders[spec.arg.name]
+        if spec.kind in _STORED and (is_final or not spec.persistent):
+            kept.append(node)
         roles[node] = Role.LITERAL if _is_literal(spec) else _KINDS.get(spec.kind, Role.INPUT)
         if spec.kind is InputKind.USER_INPUT:
             values[node] = examples.pop(0) if examples else None
         elif spec.target is not None:
             values[node] = program.state_dict.get(spec.target, program.constants.get(spec.target))
-    return program_of(module, roles, values)
+    captured = program_of(module, roles, values)
+    keep(captured, kept)
+    return captured
 
 
 def release_export(program: ExportedProgram, captured: Program) -> ExportedProgram:

@@ -8,19 +8,21 @@ Leaves alone: windows, padding, anything that depends on an input.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from grape_compile.passes.addends import Addend, AddendReader
 from grape_compile.passes.clocks import counted_by
-from grape_compile.passes.graph import Taint, Unreadable, fake, op_name
-from grape_compile.passes.movement import CUTS, EXPANDS, IDENTITIES, RESHAPES, operand_of
+from grape_compile.passes.graph import Unreadable, fake, op_name, require_fake
+from grape_compile.passes.movement import CUTS, EXPANDS, IDENTITIES, REPEATS, RESHAPES, operand_of
 from grape_compile.passes.score_terms import ScoreTerm, constant
 from grape_compile.passes.scores import DEAD, KEY, QUERY, Scores, as_key
 from grape_compile.passes.terms import broadcast
 
 _ONES = {"aten::ones", "aten::ones_like", "aten::new_ones"}
+_MOVED = IDENTITIES | EXPANDS | RESHAPES | CUTS | REPEATS
 _RELATIONS = {"aten::gt": (1, True), "aten::lt": (-1, True), "aten::ge": (-1, False), "aten::le": (1, False)}
 """Which sign of (key - query) and which truth value make a relation say "in the future"."""
 
@@ -39,40 +41,75 @@ class CausalMasks:
 
     def say_causal(self, masks: Sequence[ScoreTerm], never: float) -> bool:
         """Whether the masks are causal and nothing else, at every length; `never` is what removes an entry for good."""
-        return self.scores.is_square and all(
-            term.dead is not None and term.value <= never and self.seen(term.node) is (not term.dead)
-            for term in masks
-        )
+        return self.scores.is_square and all(self._says_causal(term, never) for term in masks)
+
+    def _says_causal(self, term: ScoreTerm, never: float) -> bool:
+        if term.dead is not None:
+            return term.value <= never and self.seen(term.node) is (not term.dead)
+        if not self._is_of_the_scores(term.node):
+            return False
+        filled, diagonal = self._triangle(term)
+        if filled <= never and diagonal == 1:
+            return True
+        node = self._cut_from(term.node)
+        fact = Future(term.factor, never, term.finished)
+        made_of = self.program.made_of(node)
+        if made_of is None or require_fake(node).dim() < 2 or not fact(self._numbers(node)):
+            return False
+        if node in self.program.kept:
+            self.scores.rely(node, fact)
+        else:
+            self.scores.rely_on_numbers([node])
+        return True
 
     def _hides_the_future(self, term: ScoreTerm) -> bool:
         if term.dead is not None and term.value <= DEAD:
             seen = self.seen(term.node)
             if seen is not None:
                 return seen is not term.dead
-        if term.dead is None and op_name(term.node) == "aten::triu" and self._diagonal(term.node) <= 1:
-            filled = operand_of(term.node, 0)
-            value = constant(filled.args[1]) if op_name(filled) == "aten::full" else None
-            if value is not None and value * term.factor <= DEAD:
-                return True
-        if not self.scores.is_static or self.program.taints[term.node] is not Taint.STRUCTURE:
+        filled, diagonal = self._triangle(term)
+        if filled <= DEAD and diagonal <= 1:
+            return True
+        if not self.scores.is_static or not self.scores.are_known([term]):
             return False
         alive = self.scores.alive([term])
-        return not bool(alive.expand(*alive.shape[:-2], *self.scores.shape[QUERY:]).triu(1).any())
+        if bool(alive.expand(*alive.shape[:-2], *self.scores.shape[QUERY:]).triu(1).any()):
+            return False
+        self.scores.rely_on_numbers([term.node])
+        return True
+
+    def _triangle(self, term: ScoreTerm) -> tuple[float, int]:
+        """What an additive mask adds from which diagonal on, and zero elsewhere; zero where it is made otherwise."""
+        node = term.node
+        if term.dead is not None or op_name(node) != "aten::triu":
+            return 0.0, 0
+        filled = operand_of(node, 0)
+        value = constant(filled.args[1]) if op_name(filled) == "aten::full" else None
+        return (value or 0.0) * term.factor, self._diagonal(node)
 
     def seen(self, node: fx.Node) -> bool | None:
         """True where a value is true exactly for keys not after the query, False for the opposite, None for neither."""
-        value = fake(node)
-        sizes = [str(size) for size in self.scores.symbolic[QUERY:]]
-        if value is None or [str(size) for size in value.shape[-2:]] != sizes:
-            return None
-        return self._seen(node)
+        return self._seen(node) if self._is_of_the_scores(node) else None
+
+    def _is_of_the_scores(self, node: fx.Node) -> bool:
+        """Whether the last axes of a value are queries and keys."""
+        value, sizes = fake(node), list(map(str, self.scores.symbolic[QUERY:]))
+        return value is not None and list(map(str, value.shape[-2:])) == sizes
+
+    def _cut_from(self, node: fx.Node) -> fx.Node:
+        """The earliest value whose triangles are those of this one."""
+        while (name := op_name(node)) in _MOVED and self._keeps_triangles(node, name):
+            node = operand_of(node, 0)
+        return node
+
+    def _numbers(self, node: fx.Node) -> Tensor:
+        held = self.program.values[node] if node in self.program.kept else self.scores.replay.tensor(node)
+        assert isinstance(held, Tensor)
+        return held
 
     def _seen(self, node: fx.Node) -> bool | None:
-        while True:
-            name = op_name(node)
-            if name not in IDENTITIES | EXPANDS | RESHAPES | CUTS or not self._keeps_triangles(node, name):
-                break
-            node = operand_of(node, 0)
+        node = self._cut_from(node)
+        name = op_name(node)
         if name in ("aten::logical_not", "aten::bitwise_not"):
             return _opposite(self._seen(operand_of(node, 0)))
         if (
@@ -136,20 +173,39 @@ class CausalMasks:
         return views[0].token_axes == (role,) and axis.stride == 1 and counted_by(views[0].node) == 1
 
     def _by_value(self, node: fx.Node) -> bool | None:
-        """A constant triangle, looked at as a whole."""
-        if self.program.taints[node] is not Taint.STRUCTURE:
-            return None
+        """A triangle of constants or in a kept tensor, looked at as a whole."""
         value = fake(node)
-        if value is None or value.dim() < 2 or any(not isinstance(size, int) for size in value.shape):
+        if self.program.made_of(node) is None or value is None or value.dim() < 2:
             return None
         try:
-            held = self.scores.replay.tensor(node).bool()
+            held = self._numbers(node).bool()
         except Unreadable:
             return None
-        behind = torch.ones(held.shape[-2:], dtype=torch.bool).tril()
-        if bool((held == behind).all()):
-            return True
-        return False if bool((held == ~behind).all()) else None
+        behind = torch.ones(held.shape[-2:], dtype=torch.bool, device=held.device).tril()
+        seen = True if bool((held == behind).all()) else False if bool((held == ~behind).all()) else None
+        if seen is not None:
+            self.scores.rely_on_numbers([node])
+        return seen
+
+
+@dataclass(frozen=True)
+class Future:
+    """The fact that a tensor, times a factor, is as low as `never` at all later keys and nowhere else.
+
+    There it adds nothing, or (`finished`) a bias.
+    """
+
+    factor: float
+    never: float
+    finished: bool
+
+    def __call__(self, tensor: Tensor) -> bool:
+        later = torch.ones(tensor.shape[-2:], dtype=torch.bool, device=tensor.device).triu(1)
+        for each in tensor.reshape(-1, *tensor.shape[-2:]):
+            hidden = each * self.factor <= self.never
+            if not torch.equal(hidden, later) or not (self.finished or bool((each[~later] == 0).all())):
+                return False
+        return True
 
 
 def _opposite(truth: bool | None) -> bool | None:

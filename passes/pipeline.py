@@ -62,13 +62,18 @@ def defect(failure: Exception) -> Refusal:
 
 
 def rewrite_export(
-    program: ExportedProgram, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    program: ExportedProgram,
+    args: Sequence[Any] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    is_final: bool = False,
 ) -> tuple[ExportedProgram, Outcome]:
     """An exported program with all passes done, and what they found; itself where they changed nothing.
 
+    `is_final`: nobody will load another state into it.
     Raises UpgradeError for layers that were upgraded and cannot have their new encoding here.
     """
-    captured = capture_export(program, args, kwargs)
+    captured = capture_export(program, args, kwargs, is_final=is_final)
     upgraded = bool(marks_of(captured.graph))
     found = rewrite_program(captured)
     if marks_of(captured.graph):

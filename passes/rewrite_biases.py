@@ -22,7 +22,7 @@ from grape_compile.passes.attention import Attention
 from grape_compile.passes.base import Outcome, Pass
 from grape_compile.passes.bias_slots import BiasSlots
 from grape_compile.passes.biases import BiasPlan, detect_biases
-from grape_compile.passes.evaluated_biases import TablePart
+from grape_compile.passes.finished_tables import TablePart
 from grape_compile.passes.graph import Program, Sizes, Unreadable, module_path, require_fake, source_line
 from grape_compile.passes.hidden_rows import hidden_rows
 from grape_compile.passes.marks import Marked
@@ -162,6 +162,9 @@ class _Layer:
             error,
             self._lowering(call),
         )
+        for kept, facts in plan.scores.facts.items():
+            known = self.program.facts.setdefault(kept, [])
+            known += [fact for fact in dict.fromkeys(facts) if fact not in known]
         self.program.attended[call] = site
         self.program.replaced[layer.output] = (result, site)
         return site
