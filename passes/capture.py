@@ -37,7 +37,6 @@ _KINDS = {
     InputKind.CONSTANT_TENSOR: Role.BUFFER,
     InputKind.USER_INPUT: Role.INPUT,
 }
-_STORED = (InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 
 def capture_dynamo(module: fx.GraphModule, examples: Sequence[Any]) -> Program:
@@ -74,7 +73,9 @@ def capture_dynamo(module: fx.GraphModule, examples: Sequence[Any]) -> Program:
     }
     values = dict(zip(placeholders, examples, strict=True))
     program = program_of(traced, roles, values)
-    keep(program, (node for node in placeholders if roles[node] is Role.BUFFER and is_watched(values[node])))
+    keep(
+        program, (node for node in placeholders if roles[node] is not Role.INPUT and is_watched(values[node]))
+    )
     # What a module keeps is read as it is; only what is handed over needs to be known by its origin.
     handed = (node for node in values if roles.get(node) is Role.INPUT)
     marks = {node: mark for node in handed if (mark := mark_on(values[node]))}
@@ -182,7 +183,7 @@ def capture_export(
 ) -> Program:
     """A program from a copy of an exported program's graph, its regions inlined.
 
-    Its buffers keep their numbers; unless it `is_final`, those of the state dict do not, as another may be loaded.
+    What is not trained keeps its numbers; unless it `is_final`, a state dict does not, as another may be loaded.
     """
     module = copy.copy(program.graph_module)
     module = fx.GraphModule(module, copy.deepcopy(program.graph_module.graph))
@@ -201,13 +202,18 @@ def capture_export(
     kept: list[fx.Node] = []
     for spec in program.graph_signature.input_specs:
         node = placeholders[spec.arg.name]
-        if spec.kind in _STORED and (is_final or not spec.persistent):
-            kept.append(node)
         roles[node] = Role.LITERAL if _is_literal(spec) else _KINDS.get(spec.kind, Role.INPUT)
         if spec.kind is InputKind.USER_INPUT:
             values[node] = examples.pop(0) if examples else None
         elif spec.target is not None:
             values[node] = program.state_dict.get(spec.target, program.constants.get(spec.target))
+        stays = is_final or spec.target not in program.state_dict
+        if (
+            stays
+            and spec.kind is not InputKind.USER_INPUT
+            and not getattr(values[node], "requires_grad", True)
+        ):
+            kept.append(node)
     captured = program_of(module, roles, values)
     keep(captured, kept)
     return captured

@@ -53,8 +53,9 @@ class CausalMasks:
             return True
         node = self._cut_from(term.node)
         fact = Future(term.factor, never, term.finished)
-        made_of = self.program.made_of(node)
-        if made_of is None or require_fake(node).dim() < 2 or not fact(self._numbers(node)):
+        if self.program.made_of(node) is None or require_fake(node).dim() < 2:
+            return False
+        if not self.scores.replay.once(fact, [node], lambda: fact(self._numbers(node))):
             return False
         if node in self.program.kept:
             self.scores.rely(node, fact)
@@ -178,14 +179,20 @@ class CausalMasks:
         if self.program.made_of(node) is None or value is None or value.dim() < 2:
             return None
         try:
-            held = self._numbers(node).bool()
+            seen = self.scores.replay.once("triangle", [node], lambda: _triangle(self._numbers(node).bool()))
         except Unreadable:
             return None
-        behind = torch.ones(held.shape[-2:], dtype=torch.bool, device=held.device).tril()
-        seen = True if bool((held == behind).all()) else False if bool((held == ~behind).all()) else None
         if seen is not None:
             self.scores.rely_on_numbers([node])
         return seen
+
+
+def _triangle(held: Tensor) -> bool | None:
+    """True for the lower triangle, False for what lies above it, None for anything else."""
+    behind = torch.ones(held.shape[-2:], dtype=torch.bool, device=held.device).tril()
+    if bool((held == behind).all()):
+        return True
+    return False if bool((held == ~behind).all()) else None
 
 
 @dataclass(frozen=True)

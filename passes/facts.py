@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import ref
 
@@ -19,6 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from grape_compile.passes.graph import Fact, Program
 from grape_compile.passes.memory import owner, written
+from grape_compile.passes.replay import Replay, has_value
 
 _LARGEST_COPY = 1 << 24
 """Bytes of a tensor that is worth a copy, to know its numbers again in another."""
@@ -31,10 +33,14 @@ def keep(program: Program, nodes: Iterable[fx.Node]) -> None:
     program.kept = frozenset(
         node
         for node in nodes
-        if node not in roots
-        and isinstance(program.values.get(node), Tensor)
-        and _memory(program.values[node]) not in overwritten
+        if node not in roots and has_value(program, node) and _memory(program.values[node]) not in overwritten
     )
+
+
+def numbers_of(program: Program, node: fx.Node, replay: Replay) -> list[tuple[fx.Node, Same]]:
+    """The facts that a value made of constants and kept inputs is what it is."""
+    leaves = program.made_of(node) or ()
+    return [(leaf, replay.once("same", [leaf], partial(Same.as_in, program.values[leaf]))) for leaf in leaves]
 
 
 def _memory(value: Any) -> int | None:
@@ -45,13 +51,14 @@ def _memory(value: Any) -> int | None:
 
 
 def is_watched(value: Any) -> bool:
-    """Whether writes into a tensor can be told afterwards."""
-    return type(value) in (Tensor, torch.nn.Buffer) and _state(value) is not None
+    """Whether a tensor is not trained, and writes into it can be told afterwards."""
+    return isinstance(value, Tensor) and not value.requires_grad and _state(value) is not None
 
 
 def _state(tensor: Tensor) -> tuple[int, int] | None:
-    """What changes when a tensor is written into or given other memory; tensors of inference do not tell."""
-    return None if tensor.is_inference() else (tensor._version, tensor.data_ptr())
+    """What changes when a tensor is written into or given other memory; those of inference and wrappers do not tell."""
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+    return (tensor._version, tensor.data_ptr()) if plain and not tensor.is_inference() else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +105,7 @@ def still_hold(
     """Whether the facts about inputs, by their place, hold in a call; they do of the examples as they are now."""
     inputs: list[tuple[int, _Input]] = []
     for place, known in facts.items():
-        seen = WeakTensorKeyDictionary()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        seen = WeakTensorKeyDictionary()
         seen[examples[place]] = _state(examples[place]), True
         inputs.append((place, _Input(known, seen)))
     return lambda args: all(each.holds(args[place]) for place, each in inputs)

@@ -6,7 +6,7 @@ A `Program` is a flat pre-dispatch ATen graph with the real values of its inputs
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -163,6 +163,11 @@ class Program:
     def is_constant(self, node: fx.Node) -> bool:
         """True when a value is made of constants alone: it cannot change from call to call."""
         return self.made_of(node) == frozenset()
+
+    def rely(self, node: fx.Node, facts: Iterable[Fact]) -> None:
+        """What was rewritten holds as long as these are true of a kept input."""
+        known = self.facts.setdefault(node, [])
+        known += [fact for fact in dict.fromkeys(facts) if fact not in known]
 
     def made_of(self, node: fx.Node) -> frozenset[fx.Node] | None:
         """The kept inputs a value is made of beside constants; None where anything else goes into it."""

@@ -163,8 +163,7 @@ class _Layer:
             self._lowering(call),
         )
         for kept, facts in plan.scores.facts.items():
-            known = self.program.facts.setdefault(kept, [])
-            known += [fact for fact in dict.fromkeys(facts) if fact not in known]
+            self.program.rely(kept, facts)
         self.program.attended[call] = site
         self.program.replaced[layer.output] = (result, site)
         return site

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from grape_compile.passes.attention import Attention
-from grape_compile.passes.facts import Same
+from grape_compile.passes.facts import numbers_of
 from grape_compile.passes.graph import Fact, Program, Sizes, Taint, require_fake
 from grape_compile.passes.movement import is_symbolic
 from grape_compile.passes.operands import Axis, Operand, fit
@@ -79,10 +79,8 @@ class Scores:
     def rely_on_numbers(self, nodes: Iterable[fx.Node]) -> None:
         """What is found in this layer holds as long as values made of constants and kept inputs are what they are."""
         for node in nodes:
-            for leaf in self.program.made_of(node) or ():
-                self.rely(
-                    leaf, self.replay.once("same", [leaf], partial(Same.as_in, self.program.values[leaf]))
-                )
+            for leaf, fact in numbers_of(self.program, node, self.replay):
+                self.rely(leaf, fact)
 
     def are_known(self, masks: Sequence[ScoreTerm]) -> bool:
         """Whether masks are made of constants and kept inputs alone: their numbers may be relied on."""

@@ -31,7 +31,8 @@ class Kept(nn.Module):
         batch, length, _ = x.shape
         query, key, value = self.qkv(x).view(batch, length, 3, HEADS, HEAD_DIM).permute(2, 0, 3, 1, 4)
         scores = self.cut(self, query @ key.transpose(-1, -2) / HEAD_DIM**0.5, length)
-        return (scores.softmax(-1) @ value).transpose(1, 2).flatten(-2)
+        mixed: Tensor = scores.softmax(-1) @ value
+        return mixed.transpose(1, 2).flatten(-2)
 
 
 @dataclass(frozen=True)

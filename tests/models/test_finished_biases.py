@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -59,19 +60,19 @@ def test_a_finished_bias_is_found_until_it_is_changed(spelling: FinishedBias) ->
     assert pair.attended(12) == 1
 
 
-@spellings
-def test_a_table_with_one_entry_off(spelling: FinishedBias) -> None:
+@pytest.mark.parametrize("name", ["mpt", "baichuan", "jina", "distances"])
+def test_a_table_with_one_entry_off(name: str) -> None:
     """It is none that the example cuts out."""
-    layer = spelling.make()
+    layer = BY_CUT[name].make()
     layer.table[..., KEPT // 2] *= 1.001 if layer.table.is_floating_point() else 2
     pair = Pair(layer)
-    assert [pair.attended(length) for length in (12, KEPT)] == [int(spelling is BY_CUT["steps"])] * 2
-    assert {refusal.rule for refusal in report(pair.ours).refusals} <= {"table"}
+    assert [pair.attended(length) for length in (12, KEPT)] == [0, 0]
+    assert [refusal.rule for refusal in report(pair.ours).refusals] == ["table"]
 
 
 @pytest.mark.parametrize("spelling", [BY_CUT["mpt"], BY_CUT["baichuan"], BY_CUT["jina"]])
 @pytest.mark.parametrize("shapes", [None, ANY])
-def test_an_exported_program(spelling: FinishedBias, shapes: object) -> None:
+def test_an_exported_program(spelling: FinishedBias, shapes: Any) -> None:
     """What a state dict may replace is not relied on."""
     for persistent in (False, True):
         plain = sharpen(spelling.make(persistent=persistent))
@@ -100,10 +101,11 @@ def test_another_table_in_its_place() -> None:
     for layer in (pair.plain, pair.ours):
         layer.double()
     assert pair.attended(12) == 1
-    again = copy.deepcopy(pair.ours)
-    again.get_buffer("table")[..., 2] = 5.0
+    copies = [copy.deepcopy(layer) for layer in (pair.plain, pair.ours)]
+    for each in copies:
+        each.get_buffer("table")[..., -2] = 5.0
+    torch.testing.assert_close(copies[1](example().double()), copies[0](example().double()))
     assert pair.attended(12) == 1
-    torch.testing.assert_close(again(example().double()), sharpen(again)(example().double()))
 
 
 def test_a_table_that_grows() -> None:
@@ -115,9 +117,9 @@ def test_a_table_that_grows() -> None:
         return scores + layer.table[:, :length, :length]
 
     pair = Pair(Kept(BY_CUT["press"].table(16), growing), dynamic=None)
-    # A call that makes the table has it as no buffer.
-    assert [pair.attended(length) for length in (12, 14, 20, 21, 50, 51, 60)][:2] == [1, 1]
-    assert pair.attended(61) == 1, str(report(pair.ours))
+    assert pair.attended(12) == 1
+    pair.attended(20)  # the call that makes the table has it in no buffer
+    assert [pair.attended(21), pair.attended(23)] == [1, 1], str(report(pair.ours))
 
 
 @pytest.mark.parametrize(
@@ -133,13 +135,13 @@ def test_tables_of_few_bits(slope: float, size: int, found: bool) -> None:
 
 
 def test_learned_slopes_keep_their_gradients() -> None:
-    pair = Pair(BY_CUT["distances"].make())
+    pair = Pair(BY_CUT["distances"].make().double())
     for layer in (pair.plain, pair.ours):
-        torch.autograd.backward(layer(example()), example(seed=1))
+        torch.autograd.backward(layer(example().double()), example(seed=1).double())
     wanted, found = (
         {name: p.grad for name, p in layer.named_parameters()} for layer in (pair.plain, pair.ours)
     )
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
     assert pair.calls.attended == 1
 
 
@@ -173,6 +175,44 @@ def test_a_mask_in_a_buffer_is_a_mask_for_as_long_as_it_holds() -> None:
     assert not call.kwargs["is_causal"]
 
 
+def test_a_parameter_that_is_not_trained() -> None:
+    for trained in (False, True):
+        layer = BY_CUT["mpt"].make()
+        table = layer.table
+        del layer.table
+        layer.table = nn.Parameter(table, requires_grad=trained)
+        pair = Pair(layer)
+        assert pair.attended(12) == (not trained)
+
+
+def test_tables_whose_halves_were_seen_to_be_equal() -> None:
+    """Both halves of a table of cosines are one operand for as long as they are equal."""
+
+    class Turned(nn.Module):
+        cos: Tensor
+        sin: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            angle = torch.outer(torch.arange(32.0), 100.0 ** -torch.arange(0, 1, 0.25)).repeat(1, 2)
+            self.register_buffer("cos", angle.cos())
+            self.register_buffer("sin", angle.sin())
+
+        def forward(self, x: Tensor) -> Tensor:
+            half = torch.cat((-x[..., 4:], x[..., :4]), -1)
+            return x * self.cos[: x.shape[-2]] + half * self.sin[: x.shape[-2]]
+
+    calls = GrapeCalls()
+    plain, ours = Turned(), grape_compile(Turned(), backend=calls)
+    x = torch.randn(2, 3, 12, 8)
+    for rotated, place in ((1, None), (2, (slice(None), slice(None))), (2, (slice(5), slice(2)))):
+        for layer in (plain, ours):
+            if place is not None:
+                layer.get_buffer("cos")[place] *= 0.5
+        torch.testing.assert_close(ours(x), plain(x), rtol=1e-5, atol=1e-6)
+        assert calls.rotated == rotated, str(report(ours))
+
+
 def test_distances_that_are_given_are_read_at_every_query() -> None:
     """One row of a matrix stands for the others only where the matrix cannot be another one."""
 
@@ -189,10 +229,12 @@ def test_distances_that_are_given_are_read_at_every_query() -> None:
 
 def test_entries_that_only_the_example_hides() -> None:
     class Padded(nn.Module):
+        bias: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("bias", 0.25 * torch.arange(12.0), persistent=False)
-            self.get_buffer("bias")[5] = 7.0
+            self.bias[5] = 7.0
 
         def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
             scores = (x @ x.transpose(-1, -2) + self.bias).masked_fill(hidden[:, None, None], -torch.inf)
