@@ -154,7 +154,7 @@ def _named(
 ) -> Captured:
     if is_marked(program.graph_module):
         # The code of an upgraded model has its old encoding: what is compared with is the program that has the new one.
-        program, _ = rewrite_export(program)
+        program, _ = rewrite_export(program, is_final=True)
         model = program.module()
     inputs = [node.name for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
     tensors = [

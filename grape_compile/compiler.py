@@ -26,7 +26,6 @@ from grape_compile.passes.marks import is_marked
 from grape_compile.passes.origins import marking
 from grape_compile.passes.pipeline import defect, unmoved
 from grape_compile.passes.site import Refusal
-from grape_compile.passes.stand_ins import guarded
 from grape_compile.reporting import GraphReport, Report, over_graphs
 
 Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
@@ -48,8 +47,9 @@ class _Compiled:
 
 
 _OTHER_TABLES = (
-    "in a later call the tables came from elsewhere than in the call this graph was read with, and the original code "
-    "ran: make them in the same way in every call, or in the same graph"
+    "in a later call the tables came from elsewhere than in the call this graph was read with, or a buffer held other "
+    "numbers than it was rewritten by, and the original code ran: make tables in the same way in every call, or in the "
+    "same graph, and leave buffers as they are"
 )
 _OWN_GRAPH = (
     "a module compiled by grape_compile keeps its own graphs: an outer torch.compile cannot be a full graph"
@@ -172,9 +172,11 @@ def _compile_graph(
             raise unmoved(found.refusals)
         return graph.watched(inner(module, examples))
     compiled = inner(rewritten.module if rewritten.is_changed else module, examples)
-    if rewritten.is_given_tables and found.sites:
+    if rewritten.holds:
+        # Tables often come from elsewhere; what a model keeps is seldom written to.
+        original = inner(module, examples) if rewritten.is_given_tables else module.forward
         missed = functools.partial(_note_other_tables, record, found)
-        compiled = guarded(compiled, inner(module, examples), examples, missed)
+        compiled = _guarded(compiled, original, rewritten.holds, missed)
     compiled = graph.watched(compiled)
     return marking(compiled, rewritten.tables) if rewritten.tables else compiled
 
@@ -191,6 +193,23 @@ def _with_tuned(module: fx.GraphModule, found: Report, records: Path | str | boo
         for site in found.sites
     )
     return Report(tuple(sites), found.refusals)
+
+
+def _guarded(
+    compiled: Callable[..., Any],
+    original: Callable[..., Any],
+    holds: Sequence[Callable[[Sequence[Any]], bool]],
+    missed: Callable[[], None],
+) -> Callable[..., Any]:
+    """A compiled graph where all that it was read with holds, and the original elsewhere, which `missed` tells."""
+
+    def call(*args: Any) -> Any:
+        if all(hold(args) for hold in holds):
+            return compiled(*args)
+        missed()
+        return original(*args)
+
+    return call
 
 
 def _note_other_tables(record: _Compiled, found: Report) -> None:

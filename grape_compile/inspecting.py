@@ -20,6 +20,7 @@ from grape_compile.passes.capture import (
     has_unknown_sizes,
     parameter_paths,
 )
+from grape_compile.passes.facts import still_hold
 from grape_compile.passes.fuse_norms import FuseNorms
 from grape_compile.passes.graph import Program
 from grape_compile.passes.lower import ShareAngles
@@ -28,7 +29,7 @@ from grape_compile.passes.origins import Origin, marking, origins_of
 from grape_compile.passes.pipeline import rewrite_export, rewrite_program
 from grape_compile.passes.regions import outline_regions
 from grape_compile.passes.site import Refusal
-from grape_compile.passes.stand_ins import settle
+from grape_compile.passes.stand_ins import marked_as, settle
 from grape_compile.passes.trace_run import capture_run, untouched
 from grape_compile.passes.turn_in_place import TurnInPlace
 from grape_compile.passes.turn_into_caches import TurnIntoCaches
@@ -50,7 +51,7 @@ def inspect(
     the model.
     """
     if isinstance(model, ExportedProgram):
-        return _rewrite_program(capture_export(model, args, kwargs))
+        return _rewrite_program(capture_export(model, args, kwargs, is_final=False))
     require_module(model)
     with untouched(model):
         try:
@@ -104,14 +105,16 @@ def rewrite(
 
 @dataclass(frozen=True)
 class Rewritten:
-    """A graph after all passes; the tables it returns, and whether it was read with tables of an earlier graph.
+    """A graph after all passes, the tables it returns, and when it may run instead of the one it was made of.
 
-    `is_changed`: places of it were rewritten, or layers of it upgraded.
+    It may where all of `holds` are true of the inputs; one of them (`is_given_tables`) where it was read with tables of
+    an earlier graph. `is_changed`: places of it were rewritten, or layers of it upgraded.
     """
 
     module: fx.GraphModule
     report: Report
     tables: Mapping[int, Origin]
+    holds: Sequence[Callable[[Sequence[Any]], bool]]
     is_given_tables: bool
     is_changed: bool
 
@@ -131,7 +134,14 @@ def rewritten_graph(module: fx.GraphModule, examples: Sequence[Any]) -> Rewritte
         TurnInPlace()(program)
         ShareAngles()(program)
         outline_regions(program.module)
-    return Rewritten(program.module, found, tables, bool(program.stands), changed)
+    given, holds = bool(program.stands) and bool(found.sites), []
+    if given:
+        holds.append(marked_as(examples))
+    places = {node: place for place, node in enumerate(program.graph.find_nodes(op="placeholder"))}
+    facts = {places[node]: known for node, known in program.facts.items()}
+    if facts:
+        holds.append(still_hold(facts, examples))
+    return Rewritten(program.module, found, tables, holds, given, changed)
 
 
 def _rewrite_program(program: Program) -> Report:

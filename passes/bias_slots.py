@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +30,7 @@ from grape_compile.encoding import (
 from grape_compile.passes.absorbed import Turn, turn_of
 from grape_compile.passes.bias_parts import BiasPart
 from grape_compile.passes.biases import BiasPlan
-from grape_compile.passes.evaluated_biases import TablePart
+from grape_compile.passes.finished_tables import TablePart
 from grape_compile.passes.graph import Taint, require_fake
 from grape_compile.passes.operands import Emitter, Operand
 from grape_compile.passes.paths import PathPart
@@ -94,12 +95,17 @@ class BiasSlots:
         if not part.slopes:
             return Uniform(part.number), Uniform(part.number)
         node = self.emitter.operand(part.slopes[0], [BATCH, HEAD], self.counts)
-        for view in part.slopes[1:]:
+        node = self._times(node, part.slopes[1:])
+        return self._named_slopes(self._scaled(node, part.number), self._learned(part))
+
+    def _times(self, node: fx.Node, slopes: Sequence[Operand]) -> fx.Node:
+        for view in slopes:
             other = self.emitter.operand(view, [BATCH, HEAD], self.counts)
             node = self.emitter.call(node, aten.mul.Tensor, (node, other))
-        node = self._scaled(node, part.number)
-        learned = any(self.program.taints[view.node] >= Taint.PARAMETER for view in part.slopes)
-        return self._named_slopes(node, learned)
+        return node
+
+    def _learned(self, part: BiasPart | PathPart | TablePart) -> bool:
+        return any(self.program.taints[view.node] >= Taint.PARAMETER for view in part.slopes)
 
     def _named_slopes(self, node: fx.Node, learned: bool) -> tuple[Slopes, Slopes]:
         name = self._fill("slopes", node)
@@ -176,15 +182,18 @@ class BiasSlots:
         return node
 
     def _table(self, part: TablePart) -> tuple[Encoding, Encoding]:
-        """The slope as the mean rise over the last row of a finished table, by steps."""
-        row = self.emitter.operand(part.table, [BATCH, HEAD, KEY], {**self.counts, KEY: part.keys})
-        if require_fake(row).dim() == 1:
-            row = self.emitter.call(row, aten.unsqueeze.default, (row, 0))
-        first = self.emitter.call(row, aten.select.int, (row, -1, 0))
-        last = self.emitter.call(row, aten.select.int, (row, -1, part.keys - 1))
+        """The slopes as the rise of a finished table, read off two of its entries, by steps."""
+        first, last = (
+            self.emitter.operand(view, [BATCH, HEAD], self.counts) for view in (part.first, part.last)
+        )
+        if require_fake(first).dtype not in (torch.float32, torch.float64):
+            first, last = (
+                self.emitter.call(node, aten.to.dtype, (node, torch.float32)) for node in (first, last)
+            )
         rise = self.emitter.call(last, aten.sub.Tensor, (last, first))
-        called, told = self._named_slopes(self._scaled(rise, part.number / (part.keys - 1)), learned=False)
-        return Bias(called, Steps()), Bias(told, Steps())
+        node = self._times(rise, part.slopes)
+        called, told = self._named_slopes(self._scaled(node, part.number / part.steps), self._learned(part))
+        return Bias(called, Steps(), None, part.distance), Bias(told, Steps(), None, part.distance)
 
     def _fill(self, name: str, node: fx.Node) -> str:
         """Put a tensor into a slot of this name, numbered where there is one already."""

@@ -21,8 +21,9 @@ from grape_compile.passes.addends import AddendReader
 from grape_compile.passes.attention import Attention, find_attention
 from grape_compile.passes.bias_parts import BiasPart, Namer
 from grape_compile.passes.causal import CausalMasks
-from grape_compile.passes.evaluated_biases import TablePart, evaluated
-from grape_compile.passes.graph import Program, Role, Taint, Unreadable, require_fake
+from grape_compile.passes.evaluated_biases import evaluated
+from grape_compile.passes.finished_tables import TablePart
+from grape_compile.passes.graph import Program, Role, Taint, Unreadable
 from grape_compile.passes.memory import owner
 from grape_compile.passes.paths import PathPart
 from grape_compile.passes.plans import Miss
@@ -90,7 +91,7 @@ def _plan(scores: Scores, unbiased: bool) -> BiasPlan | Miss | None:
     parts: list[BiasPart | PathPart | TablePart] | Miss
     parts = _parts(scores, biases, alive, masks)
     if isinstance(parts, Miss) and not contextual:
-        values = evaluated(scores, biases, alive)
+        values = evaluated(scores, biases, masks)
         parts = values if isinstance(values, Miss) else [*values]
     if isinstance(parts, Miss):
         # Of a layer that is wanted as an operator it is told however far this is from a bias.
@@ -106,7 +107,7 @@ def _plan(scores: Scores, unbiased: bool) -> BiasPlan | Miss | None:
         return None
     if layer.obstacle:
         return _obstacle(layer)
-    return _with_masks(scores, masks, parts, alive)
+    return _with_masks(scores, masks, parts)
 
 
 def _is_given(program: Program, term: ScoreTerm) -> bool:
@@ -117,19 +118,20 @@ def _is_given(program: Program, term: ScoreTerm) -> bool:
 def _plain(scores: Scores, masks: list[ScoreTerm]) -> BiasPlan | Miss:
     if scores.layer.obstacle:
         return Miss("attention", f"the layer cannot be an operator: {scores.layer.obstacle}", 3)
-    return _with_masks(scores, masks, [], scores.alive(masks))
+    return _with_masks(scores, masks, [])
 
 
 def _with_masks(
     scores: Scores,
     masks: list[ScoreTerm],
     parts: Sequence[BiasPart | PathPart | TablePart],
-    alive: Tensor,
 ) -> BiasPlan:
     """The plan of a layer that hides keys by these masks, by a flag where they say no more."""
-    causal, window = scores.once("causal", masks, partial(_causal, scores, alive, masks))
-    if not causal and masks and not scores.is_static:
-        causal = CausalMasks(scores, AddendReader(scores)).say_causal(masks, NEVER)
+    causal, window = bool(masks) and CausalMasks(scores, AddendReader(scores)).say_causal(masks, NEVER), None
+    if not causal:
+        causal, window = scores.once("causal", masks, partial(_causal, scores, masks))
+        if causal:
+            scores.rely_on_numbers(term.node for term in masks)
     return BiasPlan(scores.layer, scores, tuple(masks), tuple(parts), causal, window)
 
 
@@ -154,17 +156,15 @@ def _parts(
     return parts if isinstance(parts, Miss) else [*parts]
 
 
-def _causal(scores: Scores, alive: Tensor, masks: list[ScoreTerm]) -> tuple[bool, int | None]:
+def _causal(scores: Scores, masks: list[ScoreTerm]) -> tuple[bool, int | None]:
     """Whether the masks are exactly lower-right causal (and a window) for the only size the graph can run at."""
-    layer, program = scores.layer, scores.program
+    layer, alive = scores.layer, scores.alive(masks)
     queries, keys = scores.shape[QUERY], scores.shape[KEY]
     if not masks:
         return layer.is_causal, None
-    if layer.is_causal or any(program.taints[term.node] > Taint.STRUCTURE for term in masks):
+    if layer.is_causal or not scores.are_known(masks):
         return False, None
     for term in masks:
-        if any(not isinstance(size, int) for size in require_fake(term.node).shape):
-            return False, None
         lowest = scores.value(term) * term.factor
         if (term.dead is None and bool(((lowest <= DEAD) & (lowest > NEVER)).any())) or (
             term.dead is not None and term.value > NEVER

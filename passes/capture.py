@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from grape_compile.errors import CaptureError, first_line
 from grape_compile.passes.batches import flatten_batches, has_batches
+from grape_compile.passes.facts import is_watched, keep
 from grape_compile.passes.graph import Program, Role, clean_path, op_name
 from grape_compile.passes.origins import mark_on
 from grape_compile.passes.regions import inline_regions, outline_regions, without_gradient
@@ -72,6 +73,9 @@ def capture_dynamo(module: fx.GraphModule, examples: Sequence[Any]) -> Program:
     }
     values = dict(zip(placeholders, examples, strict=True))
     program = program_of(traced, roles, values)
+    keep(
+        program, (node for node in placeholders if roles[node] is not Role.INPUT and is_watched(values[node]))
+    )
     # What a module keeps is read as it is; only what is handed over needs to be known by its origin.
     handed = (node for node in values if roles.get(node) is Role.INPUT)
     marks = {node: mark for node in handed if (mark := mark_on(values[node]))}
@@ -171,9 +175,16 @@ def parameter_paths(module: fx.GraphModule) -> dict[int, str]:
 
 
 def capture_export(
-    program: ExportedProgram, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    program: ExportedProgram,
+    args: Sequence[Any] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    is_final: bool = True,
 ) -> Program:
-    """A program from a copy of an exported program's graph, its regions inlined."""
+    """A program from a copy of an exported program's graph, its regions inlined.
+
+    What is not trained keeps its numbers; unless it `is_final`, a state dict does not, as another may be loaded.
+    """
     module = copy.copy(program.graph_module)
     module = fx.GraphModule(module, copy.deepcopy(program.graph_module.graph))
     module.meta.update(program.graph_module.meta)
@@ -188,6 +199,7 @@ def capture_export(
     examples = _flat_examples(program, args, kwargs)
     roles: dict[fx.Node, Role] = {}
     values: dict[fx.Node, Any] = {}
+    kept: list[fx.Node] = []
     for spec in program.graph_signature.input_specs:
         node = placeholders[spec.arg.name]
         roles[node] = Role.LITERAL if _is_literal(spec) else _KINDS.get(spec.kind, Role.INPUT)
@@ -195,7 +207,16 @@ def capture_export(
             values[node] = examples.pop(0) if examples else None
         elif spec.target is not None:
             values[node] = program.state_dict.get(spec.target, program.constants.get(spec.target))
-    return program_of(module, roles, values)
+        stays = is_final or spec.target not in program.state_dict
+        if (
+            stays
+            and spec.kind is not InputKind.USER_INPUT
+            and not getattr(values[node], "requires_grad", True)
+        ):
+            kept.append(node)
+    captured = program_of(module, roles, values)
+    keep(captured, kept)
+    return captured
 
 
 def release_export(program: ExportedProgram, captured: Program) -> ExportedProgram:

@@ -8,10 +8,10 @@ Leaves alone: windows, padding, anything that depends on an input.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from grape_compile.passes.addends import Addend, AddendReader
 from grape_compile.passes.clocks import counted_by
@@ -44,25 +44,54 @@ class CausalMasks:
 
     def say_causal(self, masks: Sequence[ScoreTerm], never: float) -> bool:
         """Whether the masks are causal and nothing else, at every length; `never` is what removes an entry for good."""
-        return self.scores.is_square and all(
-            term.dead is not None and term.value <= never and self._shown(term) is (not term.dead)
-            for term in masks
-        )
+        return self.scores.is_square and all(self._says_causal(term, never) for term in masks)
+
+    def _says_causal(self, term: ScoreTerm, never: float) -> bool:
+        view = self._view(term)
+        if view is None:
+            return False
+        if term.dead is not None:
+            return term.value <= never and self.seen(view) is (not term.dead)
+        if view.axes[-2:] != (Axis(QUERY), Axis(KEY)) or not self.scores.is_full(view):
+            return False
+        filled, diagonal = self._triangle(term)
+        if filled <= never and diagonal == 1:
+            return True
+        node = self._unmoved(view).node
+        fact = Future(term.factor, never, term.finished)
+        if self.program.made_of(node) is None:
+            return False
+        if not self.scores.replay.once(fact, [node], lambda: fact(self._numbers(node))):
+            return False
+        if node in self.program.kept:
+            self.scores.rely(node, fact)
+        else:
+            self.scores.rely_on_numbers([node])
+        return True
 
     def _hides_the_future(self, term: ScoreTerm) -> bool:
-        if term.dead is not None and term.value <= DEAD:
-            view = self._view(term)
-            if view is not None and self._says_future(view, term.dead):
-                return True
-        if term.dead is None and op_name(term.node) == "aten::triu" and self._diagonal(term.node) <= 1:
-            filled, view = operand_of(term.node, 0), self._view(term)
-            value = constant(filled.args[1]) if op_name(filled) == "aten::full" else None
-            if value is not None and value * term.factor <= DEAD and view is not None:
-                return view.axes[-2:] == (Axis(QUERY), Axis(KEY))
-        if not self.scores.is_static or self.program.taints[term.node] is not Taint.STRUCTURE:
+        view, dead = self._view(term), term.dead
+        if view is not None and dead is not None and term.value <= DEAD and self._says_future(view, dead):
+            return True
+        filled, diagonal = self._triangle(term)
+        if view is not None and filled <= DEAD and diagonal <= 1:
+            return view.axes[-2:] == (Axis(QUERY), Axis(KEY))
+        if not self.scores.is_static or not self.scores.are_known([term]):
             return False
         alive = self.scores.alive([term])
-        return not bool(alive.expand(*alive.shape[:-2], *self.scores.shape[QUERY:]).triu(1).any())
+        if bool(alive.expand(*alive.shape[:-2], *self.scores.shape[QUERY:]).triu(1).any()):
+            return False
+        self.scores.rely_on_numbers([term.node])
+        return True
+
+    def _triangle(self, term: ScoreTerm) -> tuple[float, int]:
+        """What an additive mask adds from which diagonal on, and zero elsewhere; zero where it is made otherwise."""
+        node = term.node
+        if term.dead is not None or op_name(node) != "aten::triu":
+            return 0.0, 0
+        filled = operand_of(node, 0)
+        value = constant(filled.args[1]) if op_name(filled) == "aten::full" else None
+        return (value or 0.0) * term.factor, self._diagonal(node)
 
     def _view(self, term: ScoreTerm) -> Operand | None:
         lead, index, _ = self.scores.samples(term)
@@ -81,10 +110,6 @@ class CausalMasks:
         places = [broadcast(index, self.scores.sizes.shape(operand)) for operand in operands]
         views = [self.scores.view(Factor(*each), lead) for each in zip(operands, places, strict=True)]
         return any(each is not None and self._says_future(each, dead) for each in views)
-
-    def _shown(self, term: ScoreTerm) -> bool | None:
-        view = self._view(term)
-        return None if view is None else self.seen(view)
 
     def seen(self, view: Operand) -> bool | None:
         """True where a value is true exactly for keys not after the query, False for the opposite, None for neither."""
@@ -148,7 +173,7 @@ class CausalMasks:
         lead = self.scores.places()
         while (moved := self.reader.moved(view.node, self.scores.along(view, lead))) is not None:
             inner = self.scores.view(Factor(*moved), lead)
-            if inner is None or set(inner.token_axes) != {QUERY, KEY}:
+            if inner is None or not {QUERY, KEY} <= set(inner.token_axes):
                 break
             if any((axis.offset, axis.stride) != (0, 1) for axis in inner.axes if axis.role != "fixed"):
                 break
@@ -192,21 +217,52 @@ class CausalMasks:
         return views[0].token_axes == (role,) and axis.stride == 1 and counted_by(views[0].node) == 1
 
     def _by_value(self, node: fx.Node, exchanged: bool) -> bool | None:
-        """A constant triangle, looked at as a whole."""
-        if self.program.taints[node] is not Taint.STRUCTURE:
-            return None
+        """A triangle of constants or in a kept tensor, looked at as a whole."""
         value = fake(node)
-        if value is None or value.dim() < 2 or any(not isinstance(size, int) for size in value.shape):
+        if self.program.made_of(node) is None or value is None or value.dim() < 2:
             return None
+        fact = "triangle", exchanged
         try:
-            held = self.scores.replay.tensor(node).double()
+            seen = self.scores.replay.once(fact, [node], lambda: _triangle(self._numbers(node), exchanged))
         except Unreadable:
             return None
-        held = held.mT if exchanged else held
-        behind = torch.ones(held.shape[-2:], dtype=torch.float64).tril()
-        if bool((held == behind).all()):
-            return True
-        return False if bool((held == 1 - behind).all()) else None
+        if seen is not None:
+            self.scores.rely_on_numbers([node])
+        return seen
+
+    def _numbers(self, node: fx.Node) -> Tensor:
+        held = self.program.values[node] if node in self.program.kept else self.scores.replay.tensor(node)
+        assert isinstance(held, Tensor)
+        return held
+
+
+def _triangle(held: Tensor, exchanged: bool) -> bool | None:
+    """True for ones in the lower triangle, False for ones above it, None for anything else."""
+    held = (held.mT if exchanged else held).double()
+    behind = torch.ones(held.shape[-2:], dtype=torch.float64, device=held.device).tril()
+    if bool((held == behind).all()):
+        return True
+    return False if bool((held == 1 - behind).all()) else None
+
+
+@dataclass(frozen=True)
+class Future:
+    """The fact that a tensor, times a factor, is as low as `never` at all later keys and nowhere else.
+
+    There it adds nothing, or (`finished`) a bias.
+    """
+
+    factor: float
+    never: float
+    finished: bool
+
+    def __call__(self, tensor: Tensor) -> bool:
+        later = torch.ones(tensor.shape[-2:], dtype=torch.bool, device=tensor.device).triu(1)
+        for each in tensor.reshape(-1, *tensor.shape[-2:]):
+            hidden = each * self.factor <= self.never
+            if not torch.equal(hidden, later) or not (self.finished or bool((each[~later] == 0).all())):
+                return False
+        return True
 
 
 def _exchanged(view: Operand) -> bool | None:

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
+from grape_compile.passes.facts import numbers_of
 from grape_compile.passes.graph import Taint, Unreadable, op_name, require_fake
 from grape_compile.passes.movement import ints, is_symbolic, operand_of
 from grape_compile.passes.plans import Entry, Miss, Reading
-from grape_compile.passes.replay import Replay
+from grape_compile.passes.replay import Replay, exact
 from grape_compile.passes.terms import Factor, Index, Term, multiply, unit
 
 Read = Callable[[fx.Node, Index, Tensor], list[Term]]
@@ -74,10 +75,7 @@ class Coefficients:
             return self._same_pieces(first, second)
         if first.leaf is None or second.leaf is None:
             return 0
-        left, right = self._column(first.leaf), self._column(second.leaf)
-        if left is None or right is None or left.shape != right.shape:
-            return 0
-        return _same_or_opposite(first.number * left, second.number * right)
+        return self._hold(first.leaf, second.leaf, first.number, second.number)
 
     def _same(self, one: Resolved, other: Resolved) -> int:
         """1 for the same element times the same number, -1 for opposite numbers, 0 otherwise."""
@@ -137,8 +135,22 @@ class Coefficients:
             signs.add(one.number * left / (other.number * right) if right else 0.0)
         return int(signs.pop()) if signs in ({1.0}, {-1.0}) else 0
 
-    def _column(self, leaf: Factor) -> Tensor | None:
-        """Everything a table holds for one channel, at every position it has: what stored tables are compared by."""
+    def _hold(self, one: Factor, other: Factor, number: float = 1.0, second: float = 1.0) -> int:
+        """1 if stored tables hold equal numbers for two channels, at every position they have; -1 for opposite ones."""
+        first, last = self._column(one), self._column(other)
+        if first is None or last is None:
+            return 0
+        (left, at), (right, place) = first, last
+        values = [self.reading.replay.tensor(node)[..., where] for node, where in (first, last)]
+        if values[0].shape != values[1].shape:
+            return 0
+        sign = _same_or_opposite(number * values[0], second * values[1])
+        if sign != 0:
+            self._rely(left, right, Alike(at, place, number, second, sign))
+        return sign
+
+    def _column(self, leaf: Factor) -> tuple[fx.Node, int] | None:
+        """The stored table a leaf is an element of, and its channel: what tables are compared by at every position."""
         channel = leaf.index[-1] if leaf.index else None
         if channel is None or leaf.part != "value" or bool((channel != channel[0]).any()):
             return None
@@ -153,14 +165,17 @@ class Coefficients:
             map(is_symbolic, require_fake(node).shape)
         ):
             return None
-        return self.reading.replay.tensor(node)[..., int(channel[0])]
+        return node, int(channel[0])
 
-    def _holds_the_same(self, one: Factor, other: Factor) -> bool:
-        """Whether a stored table holds the same for two channels, at every position it has."""
-        left, right = self._column(one), self._column(other)
-        if left is None or right is None or left.shape != right.shape:
-            return False
-        return _same_or_opposite(left, right) == 1
+    def _rely(self, one: fx.Node, other: fx.Node, fact: Alike) -> None:
+        """What was found of two columns holds as long as the table does, or the columns of what is kept."""
+        program = self.program
+        if one is other and one in program.kept:
+            program.rely(one, [fact])
+            return
+        for node in (one, other):
+            for leaf, same in numbers_of(program, node, self.reading.replay):
+                program.rely(leaf, [same])
 
     def same_element(self, one: Factor | None, other: Factor | None) -> bool:
         if one is None or other is None:
@@ -186,7 +201,7 @@ class Coefficients:
         if first[0] != second[0] and not (even and first[0] == -second[0]):
             return False
         pairs = zip(first[1], second[1], strict=True)
-        return all(self.same_element(a, b) or self._holds_the_same(a, b) for a, b in pairs)
+        return all(self.same_element(a, b) or self._hold(a, b) == 1 for a, b in pairs)
 
     def apart(self, one: tuple[int, int], other: tuple[int, int]) -> bool:
         """Whether two angles are set apart by nothing but which elements of one value they read."""
@@ -249,6 +264,24 @@ class Coefficients:
             return table
         pieces = sorted(terms, key=lambda term: int(term.rows[0]))
         return replace(table, pieces=tuple(pieces))
+
+
+@dataclass(frozen=True)
+class Alike:
+    """The fact that two columns of a table, each times a number, are equal, or (`sign` -1) opposite."""
+
+    one: int
+    other: int
+    number: float
+    second: float
+    sign: int
+
+    def __call__(self, tensor: Tensor) -> bool:
+        left, right = (
+            exact(tensor[..., at]) * number
+            for at, number in ((self.one, self.number), (self.other, self.second))
+        )
+        return _same_or_opposite(left, right) == self.sign
 
 
 def _same_or_opposite(left: Tensor, right: Tensor) -> int:

@@ -1,7 +1,7 @@
 """Name a bias by its values, where the model multiplies slope and clock out of sight of a structural reading.
 
 What: one term that is affine in the key, row by row at the captured size (or mirrored at the query), and is a
-    product of a slope and a value that counts keys; or a constant table, whose slope is its mean rise.
+    product of a slope and a value that counts keys; or a table that is finished (finished_tables.py).
 Leaves alone: everything that depends on activations, and sums of several biases.
 Cost: one evaluation of the term in fp64.
 """
@@ -9,7 +9,7 @@ Cost: one evaluation of the term in fp64.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
@@ -18,6 +18,7 @@ from grape_compile.encoding import Absolute, Distance, Signed
 from grape_compile.passes.bias_parts import BiasPart
 from grape_compile.passes.clocks import counted_by, counts, is_given
 from grape_compile.passes.elements import Reader
+from grape_compile.passes.finished_tables import TablePart, at_key, changing, finished_table
 from grape_compile.passes.graph import Program, Taint, Unreadable
 from grape_compile.passes.operands import Operand
 from grape_compile.passes.plans import Miss
@@ -28,31 +29,39 @@ from grape_compile.passes.terms import Factor, Index, Term
 _AFFINE = 1e-6
 
 
-@dataclass(frozen=True)
-class TablePart:
-    """A finished table [B, H, keys] of biases by steps, times `number`: the slope is its mean rise."""
-
-    number: float
-    table: Operand
-    keys: int
-
-
-def evaluated(scores: Scores, biases: list[ScoreTerm], alive: Tensor) -> list[BiasPart | TablePart] | Miss:
-    """The one bias that a term without activations is."""
+def evaluated(
+    scores: Scores, biases: list[ScoreTerm], masks: list[ScoreTerm]
+) -> list[BiasPart | TablePart] | Miss:
+    """The one bias that a term without activations is. What the bias itself hides is added to the masks."""
     learned = next((term for term in biases if _is_learned(scores.program, term.node)), None)
     if len(biases) > 1:
         if learned is not None:
             return _miss(scores, learned)
         return Miss("terms", f"{len(biases)} biases are added to the scores of one layer", 2)
-    return _Term(scores, biases[0], alive).part()
+    stored = finished_table(scores, biases[0], masks, stored=True)
+    if isinstance(stored, TablePart):
+        return [stored]
+    found = _Term(scores, biases[0], masks).part()
+    return stored if isinstance(found, Miss) and stored is not None else found
 
 
 class _Term:
-    def __init__(self, scores: Scores, term: ScoreTerm, alive: Tensor) -> None:
-        self.scores, self.term, self.alive = scores, term, alive
-        self.program = scores.program
+    def __init__(self, scores: Scores, term: ScoreTerm, masks: list[ScoreTerm]) -> None:
+        self.scores, self.term, self.masks = scores, term, masks
+        self.program, self.looked_at = scores.program, list(masks)
+        if scores.is_static and self.program.taints[term.node] is Taint.STRUCTURE:
+            # What another call may leave in sight has to be right as well.
+            self.looked_at = [mask for mask in masks if scores.are_known([mask])]
+        self.alive = scores.alive(self.looked_at)
 
     def part(self) -> list[BiasPart | TablePart] | Miss:
+        """The bias; what its numbers and those of the masks have shown is relied on."""
+        found = self._part()
+        if not isinstance(found, Miss):
+            self.scores.rely_on_numbers(mask.node for mask in self.looked_at)
+        return found
+
+    def _part(self) -> list[BiasPart | TablePart] | Miss:
         scores, term = self.scores, self.term
         value = scores.value(term).clamp_min(-1e30)
         distance = self._distance(value)
@@ -62,8 +71,20 @@ class _Term:
         if views is None:
             return self._table(distance)
         number, slopes, clock = views
+        if QUERY in clock.token_axes or isinstance(distance, Absolute):
+            if not scores.is_static:
+                return Miss(
+                    "sizes",
+                    "a matrix of distances of symbolic size is not proved from one length",
+                    3,
+                    "ALiBi by absolute distance" if isinstance(distance, Absolute) else "ALiBi",
+                )
+            if self.program.made_of(clock.node) is None:
+                return changing("distances")
+            scores.rely_on_numbers([clock.node])
         if isinstance(distance, Absolute):
-            return self._mirrored(number, slopes, clock)
+            sign = -1.0 if float(scores.aligned(clock).max()) > 0 else 1.0
+            return [BiasPart(term.factor * number * sign, (slopes,), distance=Absolute())]
         given = is_given(clock.node)
         stride = next(axis.stride for axis in clock.axes if axis.role == KEY)
         steps = counted_by(clock.node) if clock.token_axes == (KEY,) and stride == 1 else None
@@ -76,27 +97,11 @@ class _Term:
                 3,
                 "ALiBi at every key position",
             )
-        if QUERY in clock.token_axes and not scores.is_static:
-            return Miss(
-                "sizes", "a matrix of distances of symbolic size is not proved from one length", 3, "ALiBi"
-            )
         clock = last_row(clock, scores.shape[QUERY])
         number *= term.factor
         if not given and self._falls(clock):
             clock, number = replace(clock, scale=-1.0), -number
         return [BiasPart(number, (slopes,), clock, given=given)]
-
-    def _mirrored(self, number: float, slopes: Operand, clock: Operand) -> list[BiasPart | TablePart] | Miss:
-        """-slope * |j - t|, where the graph runs at one length only."""
-        if not self.scores.is_static:
-            return Miss(
-                "sizes",
-                "a mirrored bias of symbolic length cannot be proved from one length",
-                3,
-                "ALiBi by absolute distance",
-            )
-        sign = -1.0 if float(self.scores.aligned(clock).max()) > 0 else 1.0
-        return [BiasPart(self.term.factor * number * sign, (slopes,), distance=Absolute())]
 
     def _distance(self, value: Tensor) -> Distance | None:
         """Signed when every row is affine in the key, Absolute when it is mirrored at the query; one slope per head."""
@@ -136,7 +141,9 @@ class _Term:
             slopes, clock = (views[0], views[1]) if KEY in views[1].token_axes else (views[1], views[0])
             if reader.frozen and not _shiftable(slopes, clock):
                 continue
-            if reader.masked and not self.scores.is_static:
+            if reader.masked and not (
+                self.scores.is_static and self.program.taints[self.term.node] is Taint.STRUCTURE
+            ):
                 continue
             if (
                 set(slopes.token_axes) <= {BATCH, HEAD}
@@ -165,60 +172,30 @@ class _Term:
         return bool((rises < 0).sum() > (rises > 0).sum())
 
     def _table(self, distance: Distance) -> list[BiasPart | TablePart] | Miss:
-        """A finished table: the slope is taken from its last row, or from all of one the keys are a stretch of."""
-        whole = self._whole_table() if distance == Signed() else None
-        if whole is not None:
+        """A finished table: the slope is read off all of it, or off the last row of the one cut there is."""
+        scores, program, node = self.scores, self.program, self.term.node
+        whole = finished_table(scores, self.term, self.masks, stored=False)
+        if isinstance(whole, TablePart):
             return [whole]
-        if not self.program.is_constant(self.term.node):
-            return Miss(
-                "buffer",
-                "the finished biases are kept in a tensor that may change after compilation",
-                3,
-                "ALiBi computed from its slopes",
-            )
-        if isinstance(distance, Absolute) or self.scores.shape[KEY] < 2:
+        if program.made_of(node) is None:
+            return changing("biases")
+        keys = scores.shape[KEY]
+        if isinstance(distance, Absolute) or keys < 2:
             return Miss(
                 "product",
                 "the bias is affine in the key, but slope and position cannot be told apart",
                 3,
                 "ALiBi",
             )
-        lead, index, _ = self.scores.samples(self.term)
-        view = self.scores.view(Factor(self.term.node, index), lead)
+        lead, index, _ = scores.samples(self.term)
+        view = scores.view(Factor(node, index), lead)
         if view is None:
             return Miss(
                 "product", "the table of biases is not regular enough to be handed to an operator", 3, "ALiBi"
             )
-        keys = self.scores.shape[KEY]
-        return [TablePart(self.term.factor, last_row(view, self.scores.shape[QUERY]), keys)]
-
-    def _whole_table(self) -> TablePart | None:
-        """A constant table, affine in all of its keys, of which as many as there are keys are cut out.
-
-        Softmax does not see where the cut begins: that is a number per row.
-        """
-        lead, index, rows = self.scores.samples(self.term)
-        reader = Reader(self.program, self.scores.replay, alive=True)
-        try:
-            terms = reader.position(self.term.node, index, rows)
-        except Unreadable:
-            return None
-        if reader.masked or len(terms) != 1 or len(terms[0].rows) != len(rows) or len(terms[0].factors) != 1:
-            return None
-        number, node = terms[0].constant(), terms[0].factors[0].node
-        view = self.scores.view(terms[0].factors[0], lead)
-        if number is None or view is None or not self.program.is_constant(node):
-            return None
-        if set(view.token_axes) - {HEAD, KEY} or KEY not in view.token_axes:
-            return None
-        along = next(place for place, axis in enumerate(view.axes) if axis.role == KEY)
-        steps = self.scores.replay.tensor(view.node).diff(dim=along)
-        if view.axes[along].stride != 1 or not steps.numel():
-            return None
-        if float((steps.amax(along) - steps.amin(along)).max()) > _AFFINE * float(steps.abs().max()):
-            return None
-        axes = tuple(replace(axis, offset=0) if axis.role == KEY else axis for axis in view.axes)
-        return TablePart(self.term.factor * number, replace(view, axes=axes), steps.shape[along] + 1)
+        scores.rely_on_numbers([node])
+        row = last_row(view, scores.shape[QUERY])
+        return [TablePart(self.term.factor, at_key(row, 0), at_key(row, keys - 1), keys - 1)]
 
 
 def _miss(scores: Scores, term: ScoreTerm) -> Miss:

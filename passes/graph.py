@@ -6,7 +6,7 @@ A `Program` is a flat pre-dispatch ATen graph with the real values of its inputs
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -45,6 +45,10 @@ class Taint(enum.IntEnum):
     DATA = 3
 
 
+Fact = Callable[[torch.Tensor], bool]
+"""Something that is true of the numbers in a tensor."""
+
+
 class Unreadable(Exception):
     """A value that cannot be read here (missing real input, unknown op): detection stops, softly."""
 
@@ -56,7 +60,8 @@ class Program:
     Nodes in `outside` are known to have run in another graph and are not to be used; the last of each such stretch
     `stands` for an input of this one. `rotated` and `attended` hold the sites of values that were
     turned and of calls that attend. `replaced` says, for every value of the graph as captured whose users were given
-    another, which that is and the site it belongs to.
+    another, which that is and the site it belongs to. The numbers of `kept` inputs may be read, as somebody sees to it
+    that the `facts` about them hold whenever the graph runs.
     """
 
     module: fx.GraphModule
@@ -68,6 +73,8 @@ class Program:
     outside: frozenset[fx.Node] = frozenset()
     stands: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
     replaced: dict[fx.Node, tuple[fx.Node, Site]] = field(default_factory=dict)
+    kept: frozenset[fx.Node] = frozenset()
+    facts: dict[fx.Node, list[Fact]] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:
@@ -155,13 +162,33 @@ class Program:
 
     def is_constant(self, node: fx.Node) -> bool:
         """True when a value is made of constants alone: it cannot change from call to call."""
+        return self.made_of(node) == frozenset()
+
+    def rely(self, node: fx.Node, facts: Iterable[Fact]) -> None:
+        """What was rewritten holds as long as these are true of a kept input."""
+        known = self.facts.setdefault(node, [])
+        known += [fact for fact in dict.fromkeys(facts) if fact not in known]
+
+    def made_of(self, node: fx.Node) -> frozenset[fx.Node] | None:
+        """The kept inputs a value is made of beside constants; None where anything else goes into it."""
         if node not in self.constants:
-            inputs = node.all_input_nodes
-            sized = isinstance(node.meta.get("val"), torch.SymInt) or _has_symbols(node)
-            self.constants[node] = self.roles.get(node) is Role.LITERAL or bool(
-                is_pure(node) and not sized and all(self.is_constant(operand) for operand in inputs)
-            )
+            self.constants[node] = self._made_of(node)
         return self.constants[node]
+
+    def _made_of(self, node: fx.Node) -> frozenset[fx.Node] | None:
+        if self.roles.get(node) is Role.LITERAL:
+            return frozenset()
+        if node in self.kept:
+            return frozenset((node,))
+        if not is_pure(node) or isinstance(node.meta.get("val"), torch.SymInt) or _has_symbols(node):
+            return None
+        whole: frozenset[fx.Node] = frozenset()
+        for operand in node.all_input_nodes:
+            part = self.made_of(operand)
+            if part is None:
+                return None
+            whole |= part
+        return whole
 
     @cached_property
     def marks(self) -> dict[fx.Node, fx.Node | None]:
@@ -174,8 +201,8 @@ class Program:
         return marks
 
     @cached_property
-    def constants(self) -> dict[fx.Node, bool]:
-        """What `is_constant` has found so far."""
+    def constants(self) -> dict[fx.Node, frozenset[fx.Node] | None]:
+        """What `made_of` has found so far."""
         return {}
 
     def forget(self) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from grape_compile.passes.biases import NEVER, BiasPlan
-from grape_compile.passes.graph import Taint, Unreadable, require_fake
+from grape_compile.passes.graph import Unreadable, require_fake
 from grape_compile.passes.operands import Emitter
 from grape_compile.passes.regions import may_differentiate
 from grape_compile.passes.score_terms import ScoreTerm
@@ -76,6 +76,8 @@ def _fills(plan: BiasPlan) -> list[ScoreTerm]:
 
 def _leaves_keys(plan: BiasPlan) -> bool:
     """Whether every row is known to see a key: masks of no input, at the only size the graph runs at."""
-    scores = plan.scores
-    known = all(scores.program.taints[term.node] is Taint.STRUCTURE for term in plan.masks)
-    return known and scores.is_static and bool(scores.alive(list(plan.masks)).any(-1).all())
+    scores, masks = plan.scores, list(plan.masks)
+    if not (scores.is_static and scores.are_known(masks) and bool(scores.alive(masks).any(-1).all())):
+        return False
+    scores.rely_on_numbers(term.node for term in masks)
+    return True

@@ -67,13 +67,14 @@ def rewrite_export(
     kwargs: dict[str, Any] | None = None,
     *,
     every_attention: bool = False,
+    is_final: bool = False,
 ) -> tuple[ExportedProgram, Outcome]:
     """An exported program with all passes done, and what they found; itself where they changed nothing.
 
-    `every_attention` as for `rewrite_program`.
+    `every_attention` as for `rewrite_program`; `is_final`: nobody will load another state into it.
     Raises UpgradeError for layers that were upgraded and cannot have their new encoding here.
     """
-    captured = capture_export(program, args, kwargs)
+    captured = capture_export(program, args, kwargs, is_final=is_final)
     upgraded = bool(marks_of(captured.graph))
     found = rewrite_program(captured, every_attention=every_attention)
     if marks_of(captured.graph):

@@ -23,7 +23,7 @@ from grape_compile.passes.axes import BATCH, CHANNEL, HEAD, KEY, QUERY, WIDTH
 from grape_compile.passes.base import Outcome, Pass
 from grape_compile.passes.bias_slots import BiasSlots
 from grape_compile.passes.biases import BiasPlan, detect_biases
-from grape_compile.passes.evaluated_biases import TablePart
+from grape_compile.passes.finished_tables import TablePart
 from grape_compile.passes.graph import Program, Sizes, Unreadable, module_path, require_fake, source_line
 from grape_compile.passes.hidden_rows import hidden_rows
 from grape_compile.passes.marks import Marked
@@ -169,6 +169,8 @@ class _Layer:
             error,
             self._lowering(call),
         )
+        for kept, facts in plan.scores.facts.items():
+            self.program.rely(kept, facts)
         self.program.attended[call] = site
         self.program.replaced[layer.output] = (result, site)
         return site

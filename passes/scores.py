@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from grape_compile.passes.attention import Attention
 from grape_compile.passes.axes import BATCH as BATCH
@@ -16,7 +16,8 @@ from grape_compile.passes.axes import HEAD as HEAD
 from grape_compile.passes.axes import KEY as KEY
 from grape_compile.passes.axes import QUERY as QUERY
 from grape_compile.passes.axes import Axes, on_tensors
-from grape_compile.passes.graph import Program, Sizes, Taint, require_fake
+from grape_compile.passes.facts import numbers_of
+from grape_compile.passes.graph import Fact, Program, Sizes, Taint, require_fake
 from grape_compile.passes.movement import is_symbolic
 from grape_compile.passes.operands import Axis, Operand, fit
 from grape_compile.passes.replay import Found, Replay
@@ -36,6 +37,7 @@ class Scores:
         self.symbolic = tuple(layer.layout.size(role) for role in (BATCH, HEAD, QUERY, KEY))
         batch, heads, queries, keys = (self.sizes(size) for size in self.symbolic)
         self.shape = (batch, heads, queries, keys)
+        self.facts: dict[fx.Node, list[Fact]] = {}
 
     @property
     def is_square(self) -> bool:
@@ -56,6 +58,22 @@ class Scores:
             or ((axis.offset, axis.stride) == (0, 1) and str(size) == str(sizes[axis.role]))
             for axis, size in zip(view.axes, shape, strict=True)
         )
+
+    # -- numbers of kept tensors ---------------------------------------------------------------------------------------
+
+    def rely(self, node: fx.Node, fact: Fact) -> None:
+        """What is found in this layer holds as long as this is true of a kept input."""
+        self.facts.setdefault(node, []).append(fact)
+
+    def rely_on_numbers(self, nodes: Iterable[fx.Node]) -> None:
+        """What is found in this layer holds as long as values made of constants and kept inputs are what they are."""
+        for node in nodes:
+            for leaf, fact in numbers_of(self.program, node, self.replay):
+                self.rely(leaf, fact)
+
+    def are_known(self, masks: Sequence[ScoreTerm]) -> bool:
+        """Whether masks are made of constants and kept inputs alone: their numbers may be relied on."""
+        return all(self.program.made_of(term.node) is not None for term in masks)
 
     # -- values at the captured size -----------------------------------------------------------------------------------
 

@@ -1,8 +1,8 @@
 """Read a graph that is given marked tables as if it had made them itself, and take the given ones again afterwards.
 
 `graft` puts the operators behind each mark (origins.py) before the graph, each once: tables of several calls share what
-was given to both. `settle` follows when all is rewritten. What was found holds for tensors with the same marks, which
-`guarded` looks at in every call.
+was given to both. `settle` follows when all is rewritten. What was found holds for tensors with the same marks:
+`marked_as` looks at them in every call.
 """
 
 from __future__ import annotations
@@ -33,7 +33,15 @@ def graft(program: Program, marks: Mapping[fx.Node, Mark]) -> Program:
             end.meta["val"] = taken
             given.replace_all_uses_with(end, delete_user_cb=lambda user: user.op != "output")
     outside = frozenset(stock.nodes - stands.keys())
-    return Program(program.module, stock.roles, stock.values, program.no_grad, outside=outside, stands=stands)
+    return Program(
+        program.module,
+        stock.roles,
+        stock.values,
+        program.no_grad,
+        outside=outside,
+        stands=stands,
+        kept=program.kept,
+    )
 
 
 class _Stock:
@@ -123,21 +131,12 @@ def settle(program: Program) -> None:
     program.module.recompile()
 
 
-def guarded(
-    compiled: Callable[..., Any],
-    original: Callable[..., Any],
-    examples: Sequence[Any],
-    missed: Callable[[], None],
-) -> Callable[..., Any]:
-    """A compiled graph for inputs marked as its examples are, and the original for any others, which `missed` tells."""
+def marked_as(examples: Sequence[Any]) -> Callable[[Sequence[Any]], bool]:
+    """Whether the inputs of a call are marked as the examples are."""
     marks = [(place, mark) for place, example in enumerate(examples) if (mark := mark_on(example))]
     expected = alike(marks)
 
-    def call(*args: Any) -> Any:
-        given = [(place, mark) for place, _ in marks if (mark := mark_on(args[place]))]
-        if alike(given) == expected:
-            return compiled(*args)
-        missed()
-        return original(*args)
+    def holds(args: Sequence[Any]) -> bool:
+        return alike((place, mark) for place, _ in marks if (mark := mark_on(args[place]))) == expected
 
-    return call
+    return holds

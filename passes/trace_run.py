@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from grape_compile.errors import CaptureError, first_line
 from grape_compile.passes.capture import holds_traced_values, program_of
+from grape_compile.passes.facts import keep
 from grape_compile.passes.graph import Program, Role
 
 
@@ -69,7 +70,9 @@ def capture_run(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -
     placeholders = traced.graph.find_nodes(op="placeholder")
     kinds = [Role.PARAMETER if name in parameters else Role.BUFFER for name in state]
     roles = dict(zip(placeholders, [*kinds, *(Role.INPUT for _ in inputs)], strict=True))
-    return program_of(traced, roles, dict(zip(placeholders, [*state.values(), *inputs], strict=True)))
+    program = program_of(traced, roles, dict(zip(placeholders, [*state.values(), *inputs], strict=True)))
+    keep(program, (node for node in placeholders if roles[node] is Role.BUFFER))
+    return program
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from grape_compile.operators.reference import reference_bias
 from grape_compile.passes.axes import BATCH, HEAD, KEY, QUERY, WIDTH, on_tensors
 from grape_compile.passes.bias_slots import Emitted
 from grape_compile.passes.biases import BiasPlan
-from grape_compile.passes.evaluated_biases import TablePart
+from grape_compile.passes.finished_tables import TablePart
 from grape_compile.passes.graph import Taint, Unreadable
 from grape_compile.passes.replay import Replay
 from grape_compile.passes.scores import DEAD
@@ -64,9 +64,7 @@ class _Check:
 
     def _leaves(self) -> list[fx.Node]:
         """Everything the bias is made of; behind a rotation that is taken in, what it turns."""
-        views = [
-            view for part in self.plan.parts if not isinstance(part, TablePart) for view in part.operands
-        ]
+        views = [view for part in self.plan.parts for view in part.operands]
         turned = {turn.value: turn.key.node for turn in self.emitted.turns}
         return [turned.get(view.node, view.node) for view in views]
 

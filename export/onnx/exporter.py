@@ -81,7 +81,7 @@ def export(
         _check_types(captured, providers)
         progress("rewrite")
         with torch.no_grad():
-            program, found = rewrite_export(captured.program)
+            program, found = rewrite_export(captured.program, is_final=True)
         progress("translate")
         graph, lowered = _lowered(replace(captured, program=program), wanted, is_shared=kv_cache == SHARED)
         describe(graph, wanted.name, lowered)

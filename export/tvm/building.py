@@ -63,7 +63,7 @@ def build(
     _check_types(captured)
     progress("rewrite")
     with torch.no_grad():
-        program, found = rewrite_export(captured.program, every_attention=True)
+        program, found = rewrite_export(captured.program, every_attention=True, is_final=True)
     progress("import")
     way = _imported(captured, program, Operators(wanted, Recorded(wanted, records)))
     progress("compile")

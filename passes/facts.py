@@ -1,0 +1,111 @@
+"""What was read off the numbers of a tensor the model keeps, and whether a call finds them so.
+
+A buffer holds what it holds until somebody writes to it, replaces it or loads another. What a graph was rewritten by is
+therefore kept as *facts*: predicates of one tensor. A tensor that is the one looked at, at the same version, is known
+without looking; of any other the facts are asked anew, once, so that a slope that was changed, a table that grew, a
+copy in another layer are read as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, fx
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from grape_compile.passes.graph import Fact, Program
+from grape_compile.passes.memory import owner, written
+from grape_compile.passes.replay import Replay, has_value
+
+_LARGEST_COPY = 1 << 24
+"""Bytes of a tensor that is worth a copy, to know its numbers again in another."""
+
+
+def keep(program: Program, nodes: Iterable[fx.Node]) -> None:
+    """Let facts be read off the numbers of those inputs, except what the graph itself writes into."""
+    roots = {owner(node) for write in program.mutations for node in written(write)}
+    overwritten = {_memory(program.values.get(root)) for root in roots}
+    program.kept = frozenset(
+        node
+        for node in nodes
+        if node not in roots and has_value(program, node) and _memory(program.values[node]) not in overwritten
+    )
+
+
+def numbers_of(program: Program, node: fx.Node, replay: Replay) -> list[tuple[fx.Node, Same]]:
+    """The facts that a value made of constants and kept inputs is what it is."""
+    leaves = program.made_of(node) or ()
+    return [(leaf, replay.once("same", [leaf], partial(Same.as_in, program.values[leaf]))) for leaf in leaves]
+
+
+def _memory(value: Any) -> int | None:
+    """The memory of a tensor, whoever else sees it."""
+    if not isinstance(value, Tensor) or value.layout is not torch.strided:
+        return None
+    return value.untyped_storage().data_ptr() or None
+
+
+def is_watched(value: Any) -> bool:
+    """Whether a tensor is not trained, and writes into it can be told afterwards."""
+    return isinstance(value, Tensor) and not value.requires_grad and _state(value) is not None
+
+
+def _state(tensor: Tensor) -> tuple[int, int] | None:
+    """What changes when a tensor is written into or given other memory; those of inference and wrappers do not tell."""
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+    return (tensor._version, tensor.data_ptr()) if plain and not tensor.is_inference() else None
+
+
+@dataclass(frozen=True, eq=False)
+class Same:
+    """The fact that a tensor holds the numbers of this one."""
+
+    first: Callable[[], Tensor | None]
+    state: tuple[int, int] | None
+    copy: Tensor | None
+
+    @classmethod
+    def as_in(cls, tensor: Tensor) -> Same:
+        """Small tensors are remembered; a large one is compared with for as long as it is what it was."""
+        small = tensor.numel() * tensor.element_size() <= _LARGEST_COPY
+        return cls(ref(tensor), _state(tensor), tensor.detach().clone() if small else None)
+
+    def __call__(self, tensor: Tensor) -> bool:
+        known, first = self.copy, self.first()
+        if known is None and first is not None and _state(first) == self.state:
+            known = first
+        return known is not None and known.device == tensor.device and torch.equal(known, tensor)
+
+
+@dataclass(frozen=True, eq=False)
+class _Input:
+    """One input of a graph: the facts about it, and what they say of the tensors seen so far."""
+
+    facts: Sequence[Fact]
+    seen: Any
+
+    def holds(self, tensor: Any) -> bool:
+        known = self.seen.get(tensor)
+        state = _state(tensor)
+        if known is None or state is None or known[0] != state:
+            known = state, all(fact(tensor.detach()) for fact in self.facts)
+            self.seen[tensor] = known
+        held: bool = known[1]
+        return held
+
+
+def still_hold(
+    facts: Mapping[int, Sequence[Fact]], examples: Sequence[Any]
+) -> Callable[[Sequence[Any]], bool]:
+    """Whether the facts about inputs, by their place, hold in a call; they do of the examples as they are now."""
+    inputs: list[tuple[int, _Input]] = []
+    for place, known in facts.items():
+        seen = WeakTensorKeyDictionary()
+        seen[examples[place]] = _state(examples[place]), True
+        inputs.append((place, _Input(known, seen)))
+    return lambda args: all(each.holds(args[place]) for place, each in inputs)
