@@ -93,7 +93,9 @@ def _judged(program: Program, loaded: Loaded) -> Tally:
     try:
         wanted = expected(program, loaded)
         model = drawn(loaded.model().eval())
-        model(*arguments(program, 2, program.length))
+        output = model(*arguments(program, 2, program.length))
+        if not output.isfinite().all():
+            raise Unusable("what it computes are no numbers")
     except (RuntimeError, TypeError, IndexError, ValueError, NameError, AttributeError) as failure:
         raise Unusable(str(failure)) from failure
     found, original, rewritten, second = _through_door(program, model)
