@@ -20,7 +20,8 @@ absolute difference of a site to an fp64 replay of the model's own code; elsewhe
 error of the output (and, for training, of the gradients) against the original in fp64, over three draws. It may be
 1.25 times the larger of the original's and of plain `torch.compile`'s, plus 1e-7; a cell that breaks this contract says
 so. Where the original does not run in fp64 (`o`), ours is compared with the original itself. Where torch.compile or
-torch.export alone is as far off as ours, and the original as it runs is nearer (`c`), the difference is theirs.
+torch.export alone is as far off as ours, and the original as it runs is nearer (`c`), the difference is theirs. No
+error stands where the original itself goes another way than in fp64 and gives an output of another shape.
 
 | column | what happens |
 |---|---|
