@@ -49,7 +49,7 @@ def _chosen(program: Program) -> set[fx.Node]:
     chosen: set[fx.Node] = set()
     for node in program.graph.nodes:
         name, operands = op_name(node), node.all_input_nodes
-        if program.taints[node] is not Taint.DATA:
+        if program.taints[node] < Taint.PARAMETER:
             if name in ANGLES or not tables.isdisjoint(operands):
                 tables.add(node)
         elif (name in _CHOOSE and operands[0] in tables) or (

@@ -150,15 +150,15 @@ class _Planes:
             return Miss(
                 "operands",
                 "the coefficients turn in this example, but nothing shows that they do in every call: they are "
-                "products of several values, or one tensor holds the angles of all channels ready made",
+                "products of several values",
                 3,
                 "a rotation by tables",
             )
         return Miss(
-            "planes",
-            f"channels {one[1]} and {other[1]} turn by different elements of one tensor, such as positions along "
-            "several axes: these are equal in this example, and where they are not this is no rotation; what the model "
-            "itself makes equal, by expanding one row, is seen to be",
+            "operands",
+            f"channels {one[1]} and {other[1]} turn by different elements of one tensor (angles of all channels, or "
+            "positions along several axes): nothing shows that these are equal in every call, and where they are not "
+            "this is no rotation; what the model itself makes equal, by expanding or repeating, is seen to be",
             3,
             "a rotation by given positions",
         )

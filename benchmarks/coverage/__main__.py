@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from benchmarks.cases import write
 from benchmarks.coverage.architectures import Architecture, architectures
@@ -19,6 +20,7 @@ from benchmarks.measuring import machine
 
 RESULTS = Path("benchmarks/results")
 PAGE = Path("docs/coverage.md")
+COST = "cost.json"
 
 
 def main() -> None:
@@ -48,9 +50,16 @@ def main() -> None:
         "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
         "rows": [records[name] for name in sorted(records)],
+        "cost": _cost(arguments.out / COST),
     }
     write(arguments.out / "coverage.json", json.dumps(document, indent=1, sort_keys=True) + "\n")
     write(arguments.page or (PAGE if arguments.out == RESULTS else arguments.out / PAGE.name), page(document))
+
+
+def _cost(path: Path) -> list[dict[str, Any]]:
+    """What `python -m benchmarks.run cost` measured, where it ran."""
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+    return [row for row in rows if "seconds" in row]
 
 
 def _tasks(

@@ -22,6 +22,10 @@ Choose = Callable[[str, Tensor], Tensor]
 """The choice to make, given the operator and what it would choose itself."""
 
 
+class OtherChoices(ValueError):
+    """A run that does not come to the choices of the oracle: it went another way."""
+
+
 @contextmanager
 def noted() -> Iterator[Choices]:
     """What is chosen inside."""
@@ -43,7 +47,7 @@ def held(choices: Choices) -> Iterator[None]:
     def choose(name: str, own: Tensor) -> Tensor:
         choice = next(left.get(name, iter(())), None)
         if choice is None or choice.shape != own.shape:
-            raise ValueError(f"a call of {name} that the oracle does not make: {tuple(own.shape)}")
+            raise OtherChoices(f"a call of {name} that the oracle does not make: {tuple(own.shape)}")
         return choice
 
     with _choosing_by(choose):

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from benchmarks.coverage.arguments import Inputs
-from benchmarks.coverage.choices import Choices, held, noted
+from benchmarks.coverage.choices import Choices, OtherChoices, held, noted
 from benchmarks.coverage.inputs import redrawn
 
 SEEDS = (0, 1, 2)
@@ -105,7 +105,8 @@ def measured(
 ) -> dict[str, Any]:
     """Error of ours and of the original over `SEEDS`, the oracle they were measured against, the bound, the verdict.
 
-    Below float32 every run makes the choices of the oracle (choices.py).
+    Below float32 every run makes the choices of the oracle (choices.py). Where even so the original goes another way,
+    or gives an output of another shape, there is nothing to compare.
 
     `plain` is the model the oracle is made of: itself in float64, and where that does not run, as it is. The original
     `compiled` (or exported) by torch alone is measured where ours is further off than the original as it is.
@@ -122,9 +123,15 @@ def measured(
             with noted() as choices:
                 reference = _seeded(run, original, plain, drawn)
         references.append((drawn, reference, choices))
-        for name, model in (("ours", ours), ("original", original)):
+        try:
             with _choosing(choices, dtype):
-                errors[name].add(_seeded(run, model, plain, drawn), reference)
+                errors["original"].add(_seeded(run, original, plain, drawn), reference)
+        except OtherChoices:
+            errors["original"].squares.append(math.inf)
+        if errors["original"].relative == math.inf:
+            return {"error": None, "incomparable": "the original itself goes another way than its oracle"}
+        with _choosing(choices, dtype):
+            errors["ours"].add(_seeded(run, ours, plain, drawn), reference)
     error, other = errors["ours"].relative, errors["original"].relative
     verdict = {"error": error, "original": other, "oracle": "original" if wide is None else "fp64"}
     if wide is None:
