@@ -44,6 +44,7 @@ from grape_compile.export.onnx.emit_buffer import over_buffer
 from grape_compile.export.onnx.emit_operators import (
     Call,
     as_numbers,
+    both,
     buffer_of,
     chosen,
     fitted,
@@ -219,20 +220,11 @@ def _hidden(builder: Builder, call: Call, lengths: Lengths) -> Call:
     """Put into the mask what no attribute of an operator says: segments, a window, the future of keys with a past."""
     mask = call.mask
     if call.segments is not None:
-        mask = _both(builder, mask, _together(builder, call.segments, lengths))
+        mask = both(builder, mask, _together(builder, call.segments, lengths))
     if call.window is None and (not call.is_causal or lengths.is_square):
         return replace(call, mask=mask, segments=None)
     visible = seen(builder, lengths, is_causal=call.is_causal, window=call.window)
-    return replace(call, mask=_both(builder, mask, visible), is_causal=False, window=None, segments=None)
-
-
-def _both(builder: Builder, mask: ir.Value | None, visible: ir.Value) -> ir.Value:
-    """Return a mask that also hides what is not visible."""
-    if mask is None:
-        return visible
-    if dtype_of(mask) != BOOL:
-        return total(builder, [mask, as_numbers(builder, visible, dtype_of(mask))])
-    return builder.op("And", mask, visible, dtype=BOOL, shape=broadcast(sizes(mask), sizes(visible)))
+    return replace(call, mask=both(builder, mask, visible), is_causal=False, window=None, segments=None)
 
 
 def _together(builder: Builder, segments: ir.Value, lengths: Lengths) -> ir.Value:

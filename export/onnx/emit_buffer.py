@@ -14,8 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from grape_compile.export.onnx.builder import BOOL, FLOAT, Builder, Size, dtype_of, sizes
-from grape_compile.export.onnx.emit_bias import total
-from grape_compile.export.onnx.emit_operators import Call, as_numbers, buffer_of
+from grape_compile.export.onnx.emit_operators import Call, as_numbers, both, buffer_of
 from grape_compile.export.onnx.emit_rotation import Emitted
 
 #: Reading and writing what is cut out.
@@ -29,33 +28,26 @@ def over_buffer(builder: Builder, call: Call, attend: Callable[[Builder, Call], 
     whole = builder.op("Mul", queries, capacity, shape=(1,))
     part = builder.op("Mul", builder.binary("Add", queries, _COPY), used, shape=(1,))
     is_whole = builder.op("LessOrEqual", whole, part, dtype=BOOL, shape=(1,))
-    call = _scaled(builder, call)
-    mask = (
-        call.mask
-        if call.mask is None or dtype_of(call.mask) != BOOL
-        else as_numbers(builder, call.mask, dtype_of(call.query))
-    )
-    call = replace(call, mask=mask)
-    hidden = _hidden(builder, call, used, capacity, sizes(key)[2])
+    call = _prepared(builder, call)
+    hidden = _hidden(builder, call.mask, used, capacity, sizes(key)[2])
 
     def in_place(inner: Builder) -> Emitted:
         return attend(inner, replace(call, key=key, value=value, mask=hidden))
 
     def cut_out(inner: Builder) -> Emitted:
-        parts = (inner.part(each, inner.constant([0]), used, 2) for each in (key, value))
-        for each, old in zip(cut := tuple(parts), (call.key, call.value), strict=True):
-            each.shape = old.shape
-        return attend(inner, replace(call, key=cut[0], value=cut[1]))
+        first, second = (inner.part(each, inner.constant([0]), used, 2) for each in (key, value))
+        first.shape, second.shape = call.key.shape, call.value.shape
+        return attend(inner, replace(call, key=first, value=second))
 
     shape = (*sizes(call.query)[:3], sizes(call.value)[3])
-    (first, how), (second, _) = (_branch(builder, make, shape) for make in (in_place, cut_out))
+    (then, how), (otherwise, _) = (_branch(builder, make, shape) for make in (in_place, cut_out))
     result = builder.op(
         "If",
         builder.squeeze(is_whole, 0),
         dtype=dtype_of(call.query),
         shape=shape,
-        then_branch=first,
-        else_branch=second,
+        then_branch=then,
+        else_branch=otherwise,
     )
     return Emitted((result,), f"{how}, over a cache in place")
 
@@ -75,28 +67,33 @@ def _used(part: ir.Value) -> ir.Value:
     return end
 
 
-def _scaled(builder: Builder, call: Call) -> Call:
-    """Return the call with its scale on the queries: a product with one row is slow where it has a factor."""
+def _prepared(builder: Builder, call: Call) -> Call:
+    """Return the call with its scale on the queries and its mask as numbers: once, and not in every branch.
+
+    A product with one row is slow where it has a factor.
+    """
     width = sizes(call.query)[3]
     assert isinstance(width, int)
     if dtype_of(call.query) != FLOAT:
         return call
     factors = builder.constant([call.factor] * width, FLOAT)
-    return replace(call, query=builder.binary("Mul", call.query, factors), scale=1.0)
+    mask = call.mask
+    if mask is not None and dtype_of(mask) == BOOL:
+        mask = as_numbers(builder, mask, FLOAT)
+    return replace(call, query=builder.binary("Mul", call.query, factors), scale=1.0, mask=mask)
 
 
-def _hidden(builder: Builder, call: Call, used: ir.Value, capacity: ir.Value, size: Size) -> ir.Value:
-    """Return the mask as numbers with the end of the buffer, where no token is, hidden."""
-    mask, dtype = call.mask, dtype_of(call.query)
-    lowest = builder.constant(float(np.finfo(dtype.numpy()).min), dtype)
+def _hidden(
+    builder: Builder, mask: ir.Value | None, used: ir.Value, capacity: ir.Value, size: Size
+) -> ir.Value:
+    """Return the mask with the end of the buffer, where no token is, hidden."""
     if mask is None or sizes(mask)[-1] == 1:
         there = builder.op("Less", builder.ladder(0, capacity), used, dtype=BOOL, shape=(size,))
-        shown = as_numbers(builder, builder.unsqueeze(there, 0), dtype)
-        return shown if mask is None else total(builder, [mask, shown])
-    empty = builder.op("Sub", capacity, used, shape=(1,))
+        return both(builder, mask, builder.unsqueeze(there, 0))
+    dtype, empty = dtype_of(mask), builder.op("Sub", capacity, used, shape=(1,))
+    never = builder.constant(False if dtype == BOOL else float(np.finfo(dtype.numpy()).min), dtype)
     pads = builder.concat([builder.constant([0]), empty], 0)
-    lowest = builder.cast(lowest, dtype_of(mask))
-    return builder.op("Pad", mask, pads, lowest, builder.constant([-1]), shape=(*sizes(mask)[:-1], size))
+    return builder.op("Pad", mask, pads, never, builder.constant([-1]), shape=(*sizes(mask)[:-1], size))
 
 
 def _branch(

@@ -210,11 +210,9 @@ def by_products(builder: Builder, call: Call) -> ir.Value:
     if call.is_causal:
         lengths = Lengths(builder.size(query, 2), builder.size(key, 2), sizes(query)[2], sizes(key)[2])
         visible = seen(builder, lengths, is_causal=True, window=None)
-        if mask is not None and dtype_of(mask) == BOOL:
-            mask = builder.op("And", mask, visible, dtype=BOOL, shape=broadcast(sizes(mask), sizes(visible)))
-        else:
-            shown = as_numbers(builder, visible, dtype)
-            mask = shown if mask is None else total(builder, [builder.cast(mask, dtype), shown])
+        if mask is not None and dtype_of(mask) != BOOL:
+            mask = builder.cast(mask, dtype)
+        mask = both(builder, mask, visible)
     bias = None if mask is None else _four(builder, as_numbers(builder, mask, dtype))
     if heads != key_heads:
         query, key, value, bias = _grouped(builder, query, key, value, bias)
@@ -322,3 +320,12 @@ def as_numbers(builder: Builder, mask: ir.Value, dtype: ir.DataType) -> ir.Value
         return builder.cast(mask, dtype)
     hidden = builder.constant(float(np.finfo(dtype.numpy()).min) / 2, dtype)
     return builder.op("Where", mask, builder.constant(0.0, dtype), hidden, dtype=dtype, shape=sizes(mask))
+
+
+def both(builder: Builder, mask: ir.Value | None, visible: ir.Value) -> ir.Value:
+    """Return a mask that also hides what is not visible."""
+    if mask is None:
+        return visible
+    if dtype_of(mask) != BOOL:
+        return total(builder, [mask, as_numbers(builder, visible, dtype_of(mask))])
+    return builder.op("And", mask, visible, dtype=BOOL, shape=broadcast(sizes(mask), sizes(visible)))

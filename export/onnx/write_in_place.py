@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from grape_compile.errors import GrapeError
 from grape_compile.export.kv_cache import CACHE_IN, CACHE_OUT, CAPACITY
-from grape_compile.export.onnx.builder import Builder, Size, sizes
+from grape_compile.export.onnx.builder import BOOL, INT64, Builder, Size, sizes
 
 
 def write_in_place(graph: ir.Graph) -> int:
@@ -51,12 +51,23 @@ class _Tokens:
             builder = self.builder
             rows = builder.unsqueeze(builder.ladder(0, builder.size(self.ids, 0)), 1, 2, 3)
             by_head = builder.constant(np.arange(heads).reshape(1, heads, 1, 1))
-            tokens = builder.unsqueeze(builder.ladder(self.old, self.all), 0, 1, 3)
+            tokens = builder.unsqueeze(self._slots(), 0, 1, 3)
             (batch, length), by = sizes(self.ids), [builder.size(self.ids, axis) for axis in (0, 1)]
             shape = (batch, heads, length, 1)
             wide = [builder.expand(each, (by[0], heads, by[1], 1), shape) for each in (rows, by_head, tokens)]
             self._places[heads] = builder.concat(wide)
         return self._places[heads]
+
+    def _slots(self) -> ir.Value:
+        """Return where the new tokens lie in a buffer, [T_new]; outside, an error, where the mask has fewer columns.
+
+        A negative number would count from the end of the buffer.
+        """
+        builder = self.builder
+        slots = builder.ladder(self.old, self.all)
+        is_outside = builder.op("Less", slots, builder.constant(0), dtype=BOOL, shape=sizes(slots))
+        outside = builder.constant(np.iinfo(np.int64).max)
+        return builder.op("Where", is_outside, outside, slots, dtype=INT64, shape=sizes(slots))
 
 
 def _append(cache: ir.Value) -> ir.Node:

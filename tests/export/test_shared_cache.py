@@ -99,6 +99,21 @@ def test_attention_over_a_buffer_is_attention_over_its_tokens(
         assert (buffer[:, :, TOKENS:] == LEFT).all()
 
 
+@pytest.mark.parametrize(
+    ("capacity", "columns"), [(TOKENS - 1, TOKENS), (TOKENS, 1)], ids=["full", "short mask"]
+)
+def test_a_token_without_a_place_is_an_error(capacity: int, columns: int) -> None:
+    """A short mask would put tokens before the first, which ONNX counts from the end of the buffer."""
+    inputs, _ = _tensors(HEADS, 3, capacity)
+    inputs["attention_mask"] = torch.ones(BATCH, columns, dtype=torch.int64)
+    file, _ = _file(inputs, TARGETS["portable"])
+    write_in_place(file.graph)
+    presents = list(file.graph.outputs)
+    file.graph.outputs.clear()
+    with pytest.raises(Exception, match="ScatterND"):
+        file.run(Emitted(tuple(presents), ""))
+
+
 def test_a_cache_that_is_cut_is_no_buffer() -> None:
     inputs, _ = _tensors(HEADS, 1, TOKENS)
     file, (key, _) = _file(inputs, TARGETS["standard"])
