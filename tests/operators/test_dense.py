@@ -96,7 +96,12 @@ def test_a_row_without_a_key_is_zero() -> None:
     assert not none.any()
 
 
-@pytest.mark.parametrize("sample", [*BIASES, *PATHS], ids=lambda sample: sample.name)
+LENGTHENED = ("alibi", "learned_clock", "fox", "gated_both", "grape_ap")
+
+
+@pytest.mark.parametrize(
+    "sample", [each for each in (*BIASES, *PATHS) if each.name in LENGTHENED], ids=lambda sample: sample.name
+)
 def test_a_compiler_keeps_the_product_of_one_query(sample: Sample) -> None:
     """A `baddbmm` with the keys as they lie, in a graph that holds at every length, within a window or beyond it."""
 
