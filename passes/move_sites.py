@@ -35,8 +35,10 @@ from grape_compile.encoding import (
 )
 from grape_compile.errors import GrapeError, UpgradeError
 from grape_compile.operators.operands import compute_dtype, parse_encoding
+from grape_compile.operators.upgraded import TOKENS, asks_for_places
 from grape_compile.passes.base import Outcome, Pass
 from grape_compile.passes.graph import Program, Sizes, Unreadable, op_name, require_fake
+from grape_compile.passes.last_queries import LastQueries
 from grape_compile.passes.marks import Mark, Marked, tokens_last
 from grape_compile.passes.operands import Emitter, fake_value
 from grape_compile.passes.rewrite_rotations import remove_unused
@@ -285,21 +287,40 @@ class _Move:
                 given[part.key] = self._cut(given[part.key], -2, key)
             elif isinstance(part.clock, Accumulated):
                 given[part.clock.slot] = self._cut(given[part.clock.slot], -1, key)
+        if self._stands_elsewhere(query, key):
+            key, value = self._in_order(call, key, value, given)
         operands = [self._slot(name, given, query) for name in encoding.slots]
         self._change(call, (query, key, value, operands, str(encoding)))
 
+    def _in_order(
+        self, call: fx.Node, key: fx.Node, value: fx.Node, given: dict[str, Any]
+    ) -> tuple[fx.Node, fx.Node]:
+        """Keys and values that end with the queries, and so what is given for each of them."""
+        try:
+            keys = LastQueries(self.emitter, call, key, self.mark.slots[TOKENS])
+            for part in self.mark.biases:
+                if isinstance(part, PathBias):
+                    given[part.key] = keys.of(given[part.key], -2)
+                    continue
+                of_keys = part.gate.key if part.gate is not None else None
+                for name in (*part.clock.slots, *filter(None, (of_keys,))):
+                    given[name] = keys.of(given[name], -1)
+            return keys.of(key, 2), keys.of(value, 2)
+        except Unreadable as reason:
+            raise self._error(str(reason), "a cache that grows, or none") from reason
+
     def _require_ends_with_queries(self, query: fx.Node, key: fx.Node) -> None:
         """Raise unless the place of queries among the keys is known, where more than a row's constant depends on it."""
-        needed = any(
-            isinstance(part, PathBias) or (part.gate is not None and part.gate.key is not None)
-            for part in self.mark.biases
-        )
-        queries, keys = (str(require_fake(node).shape[2]) for node in (query, key))
-        if needed and queries != keys and not self.mark.grows:
+        if self._stands_elsewhere(query, key) and TOKENS not in self.mark.slots:
             raise self._error(
                 "keys of which the queries are not known to be the last",
                 "a cache that grows, such as transformers.DynamicCache, or none",
             )
+
+    def _stands_elsewhere(self, query: fx.Node, key: fx.Node) -> bool:
+        """Whether queries may stand elsewhere than at the end of the keys, and what is added asks where."""
+        queries, keys = (str(require_fake(node).shape[2]) for node in (query, key))
+        return queries != keys and not self.mark.grows and any(map(asks_for_places, self.mark.biases))
 
     def _cut(self, slot: fx.Node, axis: int, key: fx.Node) -> fx.Node:
         """A slot with an entry for every token of a cache, for the first of them where the keys are those."""

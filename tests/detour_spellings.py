@@ -1,14 +1,64 @@
-"""Rotations written with detours, as generated programs found them: products of small matrices, axes added and dropped,
-zeros and ones that do nothing, channels picked by a list, decomposed attention.
+"""Rotations written with detours: what a compiler or a careful person adds, and what generated programs found.
+
+Products of small matrices, axes added and dropped, zeros and ones that do nothing, channels picked by a list, copies.
 """
 
 from __future__ import annotations
 
 import torch
 from attention_layers import HEAD_DIM, RotaryAttention, Turn
-from rotation_spellings import HALF, HALVES, NEIGHBOURS, Spelling, wide
+from rotation_spellings import HALF, HALVES, NEIGHBOURS, Spelling, plain, rotate_half, wide
 from torch import Tensor
 from torch.nn.functional import dropout
+
+
+def operands_exchanged(x: Tensor, angle: Tensor) -> Tensor:
+    cos, sin = wide(angle)
+    return sin * rotate_half(x) + cos * x
+
+
+def casts_between(x: Tensor, angle: Tensor) -> Tensor:
+    cos, sin = wide(angle.double())
+    wider = x.to(torch.float64)
+    return (wider * cos + rotate_half(wider).to(torch.float64) * sin).to(x.dtype)
+
+
+def views_between(x: Tensor, angle: Tensor) -> Tensor:
+    cos, sin = wide(angle)
+    flat = x.reshape(-1, *x.shape[-2:])
+    return (flat * cos + rotate_half(flat).view_as(flat) * sin).view(x.shape)
+
+
+def copies_between(x: Tensor, angle: Tensor) -> Tensor:
+    cos, sin = wide(angle)
+    return (x.clone() * cos.contiguous() + rotate_half(x.clone()).contiguous() * sin.clone()).clone()
+
+
+def transposed_and_back(x: Tensor, angle: Tensor) -> Tensor:
+    cos, sin = wide(angle)
+    across = x.transpose(-1, -2)
+    return (across * cos.mT + rotate_half(x).mT * sin.mT).transpose(-1, -2)
+
+
+def filled_radius(x: Tensor, angle: Tensor) -> Tensor:
+    """What decomposing leaves of `ones_like`."""
+    numbers = torch.polar(torch.full_like(angle, 1), angle)
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = numbers.real, numbers.imag
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def copied_over(x: Tensor, angle: Tensor) -> Tensor:
+    """What functionalising leaves of an assignment."""
+    copied: Tensor = torch.ops.aten.copy(torch.empty_like(x), plain(x, angle))
+    return copied
+
+
+def picked_sines(x: Tensor, angle: Tensor) -> Tensor:
+    """Sines of each half picked by a list, one half with its sign turned."""
+    cos, sin = wide(angle)
+    first = [*range(HALF)]
+    return x * cos + x.roll(HALF, -1) * torch.cat((-sin[..., first], sin[..., HALF:]), dim=-1)
 
 
 def matrix_products(x: Tensor, angle: Tensor) -> Tensor:
@@ -62,6 +112,8 @@ def _row(turn: Turn, planes: str) -> Spelling:
 
 
 DETOUR_SPELLINGS = (
+    *(_row(turn, HALVES) for turn in (operands_exchanged, casts_between, views_between, copies_between)),
+    *(_row(turn, HALVES) for turn in (transposed_and_back, filled_radius, copied_over, picked_sines)),
     _row(matrix_products, NEIGHBOURS),
     _row(matrix_contraction, NEIGHBOURS),
     _row(pairs_on_their_own_axis, NEIGHBOURS),

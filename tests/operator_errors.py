@@ -1,4 +1,4 @@
-"""What the tests of precision share: leaves, gradients for random cotangents, largest differences."""
+"""What tests of operators share: samples by name, operands, gradients for random cotangents, largest differences."""
 
 from __future__ import annotations
 
@@ -7,9 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from grape_compile.operators.samples import tensor
+from grape_compile.operators.samples import BATCH, HEAD_DIM, LENGTH, Sample, tensor
 
 NARROW = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def named(samples: tuple[Sample, ...], *names: str) -> list[Sample]:
+    return [sample for sample in samples if sample.name in names]
+
+
+def heads(count: int, length: int = LENGTH, number: int = 3) -> list[Tensor]:
+    return [tensor(BATCH, count, length, HEAD_DIM, seed=seed) for seed in range(number)]
 
 
 def leaves(*tensors: Tensor) -> list[Tensor]:

@@ -189,37 +189,6 @@ def in_the_middle(x: Tensor, angle: Tensor) -> Tensor:
     return torch.cat((x[..., :4], turned, x[..., 12:]), dim=-1)
 
 
-# The same function with what a compiler, or a careful person, adds to it.
-
-
-def operands_exchanged(x: Tensor, angle: Tensor) -> Tensor:
-    cos, sin = wide(angle)
-    return sin * rotate_half(x) + cos * x
-
-
-def casts_between(x: Tensor, angle: Tensor) -> Tensor:
-    cos, sin = wide(angle.double())
-    wider = x.to(torch.float64)
-    return (wider * cos + rotate_half(wider).to(torch.float64) * sin).to(x.dtype)
-
-
-def views_between(x: Tensor, angle: Tensor) -> Tensor:
-    cos, sin = wide(angle)
-    flat = x.reshape(-1, *x.shape[-2:])
-    return (flat * cos + rotate_half(flat).view_as(flat) * sin).view(x.shape)
-
-
-def copies_between(x: Tensor, angle: Tensor) -> Tensor:
-    cos, sin = wide(angle)
-    return (x.clone() * cos.contiguous() + rotate_half(x.clone()).contiguous() * sin.clone()).clone()
-
-
-def transposed_and_back(x: Tensor, angle: Tensor) -> Tensor:
-    cos, sin = wide(angle)
-    across = x.transpose(-1, -2)
-    return (across * cos.mT + rotate_half(x).mT * sin.mT).transpose(-1, -2)
-
-
 # Where the angles come from.
 
 
@@ -299,27 +268,6 @@ class FirstTokenLearned(nn.Module):
         return x * cos + rotate_half(x) * sin
 
 
-def filled_radius(x: Tensor, angle: Tensor) -> Tensor:
-    """What decomposing leaves of `ones_like`."""
-    numbers = torch.polar(torch.full_like(angle, 1), angle)
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = numbers.real, numbers.imag
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
-def copied_over(x: Tensor, angle: Tensor) -> Tensor:
-    """What functionalising leaves of an assignment."""
-    copied: Tensor = torch.ops.aten.copy(torch.empty_like(x), plain(x, angle))
-    return copied
-
-
-def picked_sines(x: Tensor, angle: Tensor) -> Tensor:
-    """Sines of each half picked by a list, one half with its sign turned."""
-    cos, sin = wide(angle)
-    first = [*range(HALF)]
-    return x * cos + x.roll(HALF, -1) * torch.cat((-sin[..., first], sin[..., HALF:]), dim=-1)
-
-
 def axis_after_axis(x: Tensor, angle: Tensor) -> Tensor:
     """Two axes in tables one behind the other, cut apart to turn each part of the channels for itself."""
     axes = angle[:, : HALF // 2], angle.flip(0)[:, HALF // 2 :]
@@ -388,17 +336,4 @@ ANGLES = (
     Spelling("cos_and_sin_tables", lambda: RotaryAttention(CosAndSinTables())),
     Spelling("first_token_learned", lambda: RotaryAttention(FirstTokenLearned())),
 )
-METAMORPHIC = tuple(
-    _row(turn)
-    for turn in (
-        operands_exchanged,
-        casts_between,
-        views_between,
-        copies_between,
-        transposed_and_back,
-        filled_radius,
-        copied_over,
-        picked_sines,
-    )
-)
-ROTATION_SPELLINGS = HALF_SPELLINGS + NEIGHBOUR_SPELLINGS + OTHER_PLANES + ANGLES + METAMORPHIC
+ROTATION_SPELLINGS = HALF_SPELLINGS + NEIGHBOUR_SPELLINGS + OTHER_PLANES + ANGLES

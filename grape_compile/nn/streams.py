@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from grape_compile.errors import UpgradeError
@@ -53,6 +54,16 @@ class Stream:
         layers, own = self.cache.layers, self.own
         # Layers that a cache adds as it needs them grow.
         return own is None or own >= len(layers) or not hasattr(layers[own], "max_cache_len")
+
+    @property
+    def has_room(self) -> bool:
+        """Whether new tokens stand in room that was made beforehand, and stay there."""
+        return not self.grows and not self.cache.layers[self.own].is_sliding
+
+    def tokens(self, new: Tensor) -> Tensor:
+        """Number of tokens of the layer with the keys once it has those of the hidden states `new`, [B, T, C]."""
+        before = self.cache.layers[self.own].get_seq_length()
+        return torch.full((), new.shape[1], dtype=torch.int64, device=new.device) + before
 
     def length(self) -> Any:
         """Number of tokens so far: a whole number, or a tensor of one."""

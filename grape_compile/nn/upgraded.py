@@ -22,6 +22,7 @@ from grape_compile.errors import UpgradeError
 from grape_compile.nn.streams import Stream, cache_among
 from grape_compile.nn.trainable import Slots
 from grape_compile.operators.prepare import by_root_mean_square, parts
+from grape_compile.operators.upgraded import TOKENS, asks_for_places
 
 #: The name under which an attention module has its encoding.
 NAME = "grape"
@@ -99,6 +100,7 @@ class Carried:
     `rates` names the rates that become phases, `sums` those that biases sum up over all tokens, `gate` that of keys
     that turn, which a cache does not hold as they were; `text` is the encoding
     for keys that are all at hand, `streamed` that for keys from a cache, where the edges of a path have turned.
+    `asks_for_places`: what is added asks where among the keys a query stands.
     """
 
     text: str
@@ -107,6 +109,7 @@ class Carried:
     sums: tuple[str, ...]
     gate: str | None
     path: Path | None
+    asks_for_places: bool
 
     @classmethod
     def of(cls, encoding: Encoding) -> Carried:
@@ -131,6 +134,7 @@ class Carried:
             tuple(slot for part, slot in running if isinstance(part, Bias)),
             gates[0] if gates else None,
             Path.of(paths[0]) if paths else None,
+            any(map(asks_for_places, whole)),
         )
 
     def fill(self, slots: Slots, stream: Stream | None, hidden: Tensor) -> str:
@@ -146,6 +150,8 @@ class Carried:
             kept["phases"] = sums.unsqueeze(-1)
         if stream is None:
             return self.text
+        if self.asks_for_places and stream.has_room:
+            slots[TOKENS] = stream.tokens(hidden)
         for name in self.sums:
             kept[name] = slots[name].unsqueeze(-1)
         if self.gate is not None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from grape_compile.encoding import Bias, Compose, Encoding, Nope, PathBias
 from grape_compile.errors import OperandError
+from grape_compile.operators import dense
 from grape_compile.operators.batching import attend_vmap, backward_vmap
 from grape_compile.operators.bias import pull
 from grape_compile.operators.call import (
@@ -22,6 +23,7 @@ from grape_compile.operators.call import (
     checked_sinks,
 )
 from grape_compile.operators.chunked import empty_result
+from grape_compile.operators.constants import Use, used_as
 from grape_compile.operators.operands import compute_dtype, parse_encoding, slot_list, slot_mapping
 from grape_compile.operators.prepare import (
     biases,
@@ -32,7 +34,6 @@ from grape_compile.operators.prepare import (
     with_turned_queries,
 )
 from grape_compile.operators.providers import choose, turns_queries
-from grape_compile.operators.reference import beside_sinks, reference_logits, weighted
 from grape_compile.operators.traced import define_for_transforms
 
 SCHEMA = (
@@ -153,17 +154,15 @@ def attend_decomposition(
     query: Tensor, key: Tensor, value: Tensor, slots: list[Tensor], encoding: str, *options: Any
 ) -> tuple[Tensor, Tensor]:
     """Return what `grape::attend` computes, in plain ATen: all logits in memory, in the compute dtype."""
-    check_tensors(query, key, value)
-    whole, dtype = parse_encoding(encoding), compute_dtype(query)
-    given = dict(zip(OPTIONS, options, strict=False))
-    sinks = given.pop("sinks", None)
-    if given.get("mask") is not None:
-        given["mask"] = checked_mask(given["mask"], query, key)
+    with used_as(Use.DECOMPOSED):
+        return _definition(query, key, value, slots, encoding, *options)
+
+
+def _definition(
+    query: Tensor, key: Tensor, value: Tensor, slots: list[Tensor], encoding: str, *options: Any
+) -> tuple[Tensor, Tensor]:
     with torch.autocast(query.device.type, enabled=False):
-        logits = reference_logits(query.to(dtype), key.to(dtype), whole, slot_mapping(whole, slots), **given)
-        if sinks is not None:
-            logits = beside_sinks(logits, sinks)
-        return weighted(logits, value.to(dtype)).to(query.dtype), logits.logsumexp(-1).detach()
+        return dense.forward(attend_call(query, key, value, slots, encoding, *options))
 
 
 def _decodes(query: Tensor, *_: Any) -> bool:
@@ -344,7 +343,7 @@ _operator = torch.library.custom_op("grape::attend", _attend, mutates_args=(), s
 _operator.register_fake(_attend_fake)
 _operator.register_autograd(_backward, setup_context=_setup_context)
 _operator.register_vmap(attend_vmap)
-define_for_transforms(_operator, attend_decomposition, when_compiled=_decodes)
+define_for_transforms(_operator, _definition, when_compiled=_decodes)
 _backward_operator = torch.library.custom_op(
     "grape::attend_backward", _attend_backward, mutates_args=(), schema=BACKWARD_SCHEMA
 )

@@ -106,7 +106,7 @@ class Additive(Leaves):
     def since(self, keys: slice, origin: int) -> Tensor:
         """Return clock_j - clock_origin, [A, 1 or B, 1 or H, keys]."""
         if self.clock is not None:
-            return (self.clock[..., keys] - self.clock[..., origin, None]).to(self.slopes.dtype)
+            return (self.clock[..., keys] - self.clock.narrow(-1, origin, 1)).to(self.slopes.dtype)
         numbers = torch.arange(
             keys.start - origin, keys.stop - origin, dtype=self.slopes.dtype, device=self.slopes.device
         )
@@ -114,9 +114,8 @@ class Additive(Leaves):
 
     def apart(self, at: slice, keys: slice) -> Tensor:
         """Return clock_j - clock_t, [A, 1 or B, 1 or H, rows, keys]; `at` are the key numbers of the queries."""
-        origin = max(at.start, 0)
         # A sum of two small negations, so that its derivative has no large one.
-        return self.since(keys, origin)[..., None, :] + (-self.since(at, origin))[..., :, None]
+        return self.since(keys, at.start)[..., None, :] + (-self.since(at, at.start))[..., :, None]
 
     def block(self, rows: slice, keys: slice, offset: int) -> Tensor:
         """Return the bias [1 or B, 1 or H, rows, keys]; query t stands at key number t + `offset`."""

@@ -8,6 +8,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from grape_compile.encoding import Rotation
 from grape_compile.errors import OperandError
@@ -119,8 +120,11 @@ class AttendCall:
         [rows, keys], or [1 or B, 1, rows, keys] by segments.
         """
         last = rows.start + self.offset  # the key of the first row
-        is_early = not self.is_causal or keys.stop - 1 <= last
-        is_close = self.window is None or rows.stop - 1 + self.offset - keys.start < self.window
+        # Of sizes that are symbols only what holds for all.
+        is_early = not self.is_causal or statically_known_true(keys.stop - 1 <= last)
+        is_close = self.window is None or statically_known_true(
+            rows.stop - 1 + self.offset - keys.start < self.window
+        )
         if is_early and is_close and self.segments is None:
             return None
         device = self.query.device

@@ -12,7 +12,6 @@ from torch import Tensor
 from grape_compile.encoding import Multiplicative
 from grape_compile.errors import OperandError
 from grape_compile.operators import plain_turn
-from grape_compile.operators.constants import Use, used_as
 from grape_compile.operators.operands import check_device, check_floating, slot_list
 from grape_compile.operators.providers import choose_turn
 from grape_compile.operators.rotation import turn_call
@@ -90,11 +89,6 @@ def _plain(*operands: Any) -> list[Tensor]:
     return plain_turn.forward(normed_call(*operands))
 
 
-def _compiled(*operands: Any) -> list[Tensor]:
-    with used_as(Use.COMPILED):
-        return _body(*operands)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     tensors, weights, slots, *ctx.rest = inputs
     ctx.counts = len(tensors), len(weights)
@@ -136,5 +130,5 @@ def _by_parts(call: TurnCall, slots: list[Tensor]) -> list[Tensor]:
 _operator = torch.library.custom_op("grape::rotate_normed", _body, mutates_args=(), schema=SCHEMA)
 _operator.register_fake(_plain)
 _operator.register_autograd(_backward, setup_context=_setup_context)
-decompose_when_compiled(_operator, _compiled)
+decompose_when_compiled(_operator, _body)
 define_for_transforms(_operator, _plain)

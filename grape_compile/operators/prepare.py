@@ -35,7 +35,7 @@ from grape_compile.errors import OperandError
 from grape_compile.operators.angles import Turn, accumulate, turn
 from grape_compile.operators.bias import Additive
 from grape_compile.operators.call import AttendCall, QueryTurn
-from grape_compile.operators.constants import constant
+from grape_compile.operators.constants import constant, stored
 from grape_compile.operators.operands import (
     check_broadcast,
     check_device,
@@ -192,7 +192,8 @@ def _slopes(encoding: Encoding, slopes: Slopes, slots: Slots, query: Tensor) -> 
         check_floating(slopes.slot, values)
         check_device(slopes.slot, values, query)
         check_broadcast(slopes.slot, values.shape, (batch, heads), "[batch, heads]")
-        wide = values.to(dtype)
+        # Few numbers that every logit reads: a formula behind them is not computed again for each.
+        wide = stored(values.to(dtype))
     elif isinstance(slopes, Uniform):
         wide = torch.full((1,), slopes.slope, dtype=dtype, device=query.device)
     else:

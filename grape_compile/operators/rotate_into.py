@@ -13,7 +13,6 @@ from torch import Tensor
 
 from grape_compile.encoding import Multiplicative
 from grape_compile.errors import OperandError
-from grape_compile.operators.constants import Use, used_as
 from grape_compile.operators.normed import normed_call
 from grape_compile.operators.operands import slot_list
 from grape_compile.operators.providers import choose_turn
@@ -74,11 +73,6 @@ def _is_in_place(
     return all(starmap(operator.is_, zip(tensors, outputs, strict=True)))
 
 
-def _compiled(*operands: Any) -> None:
-    with used_as(Use.COMPILED):
-        _body(*operands)
-
-
 def _check(tensors: Sequence[Tensor], outputs: Sequence[Tensor], places: Sequence[Tensor | None]) -> None:
     found, wanted = ([(tuple(each.shape), each.dtype) for each in group] for group in (outputs, tensors))
     for at, place in enumerate(places if len(places) == len(found) == len(wanted) else ()):
@@ -107,4 +101,4 @@ def _is_no_place(place: Tensor | None) -> bool:
 
 _operator = torch.library.custom_op("grape::rotate_into", _body, mutates_args=("outputs",), schema=SCHEMA)
 _operator.register_fake(lambda *operands: None)
-decompose_when_compiled(_operator, _compiled, _is_in_place)
+decompose_when_compiled(_operator, _body, _is_in_place)

@@ -70,11 +70,6 @@ def rotated(tensors: Sequence[Tensor], encoding: Encoding, slots: Mapping[str, T
     return tuple(_plain(tensors, slot_list(encoding, slots), str(encoding)))
 
 
-def _compiled(tensors: Sequence[Tensor], slots: Sequence[Tensor], encoding: str) -> list[Tensor]:
-    with used_as(Use.COMPILED):
-        return _body(tensors, slots, encoding)
-
-
 def _body(tensors: Sequence[Tensor], slots: Sequence[Tensor], encoding: str) -> list[Tensor]:
     call = turn_call(tensors, slots, encoding)
     return choose_turn(call).turn_kernel().forward(call) if tensors else []
@@ -185,5 +180,5 @@ _operator = torch.library.custom_op("grape::rotate", _body, mutates_args=(), sch
 _operator.register_fake(_plain)
 _operator.register_autograd(_backward, setup_context=_setup_context)
 _operator.register_vmap(_vmap)
-decompose_when_compiled(_operator, _compiled)
+decompose_when_compiled(_operator, _body)
 define_for_transforms(_operator, _plain)

@@ -10,6 +10,8 @@ import torch
 from torch._library.autograd import make_autograd_impl
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
+from grape_compile.operators.constants import Use, used_as
+
 
 def decompose_when_compiled(
     operator: Any, body: Callable[..., Any], when: Callable[..., bool] = lambda *_: True
@@ -23,7 +25,7 @@ def decompose_when_compiled(
     def dispatch(mode: Any, op: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if _is_exporting() or not when(*args):
             return mode.__torch_dispatch__(op, types, args, kwargs)
-        with mode:
+        with mode, used_as(Use.COMPILED):
             return body(*args, **kwargs)
 
     operator.register_torch_dispatch(FunctionalTensorMode, dispatch)
@@ -54,9 +56,11 @@ def define_for_transforms(
     own = make_autograd_impl(operator._opoverload, operator)
 
     def differentiate(keyset: Any, *args: Any, **kwargs: Any) -> Any:
-        transformed = torch._C._are_functorch_transforms_active()
-        if transformed or (when_compiled is not None and _is_compiling() and when_compiled(*args)):
+        if torch._C._are_functorch_transforms_active():
             return definition(*args, **kwargs)
+        if when_compiled is not None and _is_compiling() and when_compiled(*args):
+            with used_as(Use.COMPILED):
+                return definition(*args, **kwargs)
         return own(keyset, *args, **kwargs)
 
     if when_compiled is not None:

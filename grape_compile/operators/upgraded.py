@@ -9,6 +9,9 @@ by an `Accumulated` clock; a spectrum for each head is [H_kv, 1, planes]. `frequ
 masks, no positions. The mark is never computed: run, it raises UpgradeError, for the layer's own code has the old
 encoding.
 
+Where keys come from a cache of fixed size, `tokens`, a whole number, is how many of them there are, the new ones among
+them, if what is added asks where among the keys a query stands.
+
 A gate of keys that turn before a cache keeps them is `grape::awaited`, [B, H, T] of the new tokens: it is kept before
 the layer has its keys, and the pass puts the gate in its place.
 """
@@ -18,11 +21,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from grape_compile.encoding import Bias, Encoding, PathBias
 from grape_compile.errors import UpgradeError
 
 SCHEMA = (
@@ -31,7 +35,17 @@ SCHEMA = (
 )
 
 
+#: The slot of how many tokens a cache of fixed size has, with those of the call.
+TOKENS: Final = "tokens"
+
 AWAITED = "(Tensor hidden, Tensor direction) -> Tensor"
+
+
+def asks_for_places(part: Encoding) -> bool:
+    """Whether more of a bias than a number for each row depends on where among the keys its query stands."""
+    return isinstance(part, PathBias) or (
+        isinstance(part, Bias) and part.gate is not None and part.gate.key is not None
+    )
 
 
 @contextmanager

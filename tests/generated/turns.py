@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import detour_spellings as detours
 import rotation_spellings as spelled
 import torch
 from attention_layers import HEAD_DIM
@@ -169,11 +170,11 @@ TURNS: tuple[Turn, ...] = (
     Turn(spelled.subtracted),
     Turn(spelled.scaled_tables, scale=1.25),
     Turn(spelled.complex_halves),
-    Turn(spelled.operands_exchanged),
-    Turn(spelled.casts_between),
-    Turn(spelled.views_between, anywhere=False),
-    Turn(spelled.copies_between),
-    Turn(spelled.transposed_and_back),
+    Turn(detours.operands_exchanged),
+    Turn(detours.casts_between),
+    Turn(detours.views_between, anywhere=False),
+    Turn(detours.copies_between),
+    Turn(detours.transposed_and_back),
     Turn(spelled.neighbours, "neighbours"),
     Turn(spelled.every_two, "neighbours"),
     Turn(spelled.complex_product, "neighbours"),

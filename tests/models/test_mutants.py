@@ -10,6 +10,7 @@ from attention_layers import RotaryAttention, example, sharpen
 from bias_mutants import BIAS_MUTANTS, BiasMutant
 from measuring import GrapeCalls
 from rotation_mutants import ROTATION_MUTANTS, RotationMutant
+from scaled_mutants import SCALED_MUTANTS
 from torch import Tensor, nn
 
 from grape_compile import grape_compile, inspect, report
@@ -17,6 +18,7 @@ from grape_compile.encoding import Geometric, Rotation, Scaled, Steps
 from grape_compile.passes.site import Site
 
 Mutant = RotationMutant | BiasMutant
+ROTATIONS = (*ROTATION_MUTANTS, *SCALED_MUTANTS)
 EXACT = 1e-10
 
 
@@ -51,12 +53,12 @@ def assert_equal_in_double(
             assert (found - wanted).abs().max().item() <= EXACT * wanted.abs().max().item()
 
 
-@pytest.mark.parametrize("mutant", [*ROTATION_MUTANTS, *BIAS_MUTANTS], ids=name_of)
+@pytest.mark.parametrize("mutant", [*ROTATIONS, *BIAS_MUTANTS], ids=name_of)
 def test_a_mutant_stays_what_it_is(mutant: Mutant) -> None:
     assert_equal_in_double(sharpen(mutant.make()), lengths=(12, 12, 20))
 
 
-@pytest.mark.parametrize("mutant", [*ROTATION_MUTANTS, *BIAS_MUTANTS], ids=name_of)
+@pytest.mark.parametrize("mutant", [*ROTATIONS, *BIAS_MUTANTS], ids=name_of)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 def test_what_is_no_encoding_is_refused(mutant: Mutant, dtype: torch.dtype) -> None:
     found = inspect(sharpen(mutant.make()).to(dtype), (example().to(dtype),))
@@ -73,7 +75,7 @@ def test_what_is_no_encoding_is_refused(mutant: Mutant, dtype: torch.dtype) -> N
         assert refusal.node
 
 
-@pytest.mark.parametrize("mutant", ROTATION_MUTANTS, ids=name_of)
+@pytest.mark.parametrize("mutant", ROTATIONS, ids=name_of)
 def test_what_turns_otherwise_is_not_called_ordinary(mutant: RotationMutant) -> None:
     found = inspect(sharpen(mutant.make()), (example(),))
     assert sum(map(is_ordinary, found.sites)) <= mutant.ordinary, str(found)
@@ -107,7 +109,7 @@ def test_a_table_written_to_after_compilation() -> None:
     torch.testing.assert_close(compiled(example()), layer(example()), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("mutant", rotation_mutants.XPOS_MUTANTS, ids=name_of)
+@pytest.mark.parametrize("mutant", SCALED_MUTANTS, ids=name_of)
 def test_a_scale_by_position_is_refused_as_what_it_is(mutant: Mutant) -> None:
     """xPos is no rotation: the length of what it turns depends on the token."""
     found = inspect(sharpen(mutant.make()), (example(),))

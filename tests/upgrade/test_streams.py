@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from measuring import CountedGraphs
 from torch import Tensor, nn
 from upgrading import FAMILIES, ROWS, learn_anything, relative, upgraded
 
@@ -88,9 +89,13 @@ def test_every_family_generates(name: str) -> None:
         ("llama", "fox"),
         *(
             pytest.param("llama", to, marks=pytest.mark.slow)
-            for to in ("grape-m", "grape-m-ctx", "grape-a-q", "grape-m+grape-a-q")
+            for to in ("grape-m", "grape-m-ctx", "grape-a-q", "grape-m+grape-a-q", "grape-m+fox+grape-a-qk")
         ),
-        *(pytest.param("bloom", to, marks=pytest.mark.slow) for to in ("fox", "grape-a-q")),
+        *(
+            pytest.param("bloom", to, marks=pytest.mark.slow)
+            for to in ("fox", "grape-a-q", "grape-a-k", "grape-ap")
+        ),
+        *(pytest.param(name, "grape-a-qk", marks=pytest.mark.slow) for name in ("llama", "qwen3")),
     ],
 )
 def test_greedy_with_a_cache_of_fixed_size(name: str, to: str) -> None:
@@ -101,10 +106,11 @@ def test_greedy_with_a_cache_of_fixed_size(name: str, to: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["fox", "grape-ap"])
-def test_beams(to: str) -> None:
+@pytest.mark.parametrize("kind", [None, "static"])
+def test_beams(to: str, kind: str | None) -> None:
     model, ids = model_of("llama", to), prompt()
     settings: dict[str, Any] = {"num_beams": 3, "output_logits": False}
-    found = generated(model, *ids, **settings)
+    found = generated(model, *ids, cache_implementation=kind, **settings)
     right = generated(model, *ids, use_cache=False, **settings)
     assert torch.equal(found.sequences, right.sequences)
 
@@ -132,8 +138,20 @@ def test_gates_of_keys_that_are_made_of_what_a_cache_keeps_are_refused() -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to", ["grape-ap", "grape-a-k", "grape-m+grape-a-k"])
-def test_where_queries_have_to_be_the_last_keys_a_fixed_size_is_refused(to: str) -> None:
-    model, ids = model_of("llama", to), prompt()
+@pytest.mark.parametrize("to", ["grape-ap", "grape-a-qk"])
+def test_a_cache_of_fixed_size_compiles_the_prompt_and_one_token(to: str) -> None:
+    calls, counts = CountedGraphs(), []
+    model = upgraded(ROWS["llama"], to, backend=calls)
+    for tokens in (4, 9):
+        settings = {"max_cache_len": 32, "max_new_tokens": tokens, "min_new_tokens": tokens}
+        generated(model, *prompt(), cache_implementation="static", **settings)
+        counts.append(calls.graphs)
+    assert counts == [2, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["grape-ap", "grape-a-k"])
+def test_where_keys_of_a_window_move_a_fixed_size_is_refused(to: str) -> None:
+    model, ids = model_of("gemma3", to), prompt()
     with pytest.raises(UpgradeError, match="a cache that grows"):
         generated(model, *ids, cache_implementation="static")
