@@ -45,7 +45,7 @@ def split_terms(program: Program, node: fx.Node, factor: float, axes: Axes) -> l
     """Split a value along its sums and fills, so that a bias and a mask added together are seen apart."""
     name, args = op_name(node), node.args
     inner = _passed(node)
-    if inner is not None:
+    if inner is not None and require_fake(inner[0]).dim() <= len(axes):
         found = split_terms(program, inner[0], factor * inner[1], axes)
         # A product that holds no sum is a term as it stands: `-1e9 * hidden` is a mask, `hidden` is none.
         return found if inner[1] == 1.0 or len(found) > 1 else [ScoreTerm(node, factor, axes=axes)]

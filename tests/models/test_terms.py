@@ -1,8 +1,13 @@
 """What is read of one element of a value."""
 
+import copy
+
 import pytest
 import torch
+from attention_layers import BiasedAttention, example, sharpen
+from torch import Tensor
 
+from grape_compile import grape_compile, report
 from grape_compile.passes.graph import Unreadable
 from grape_compile.passes.terms import broadcast
 
@@ -17,3 +22,19 @@ def test_a_value_of_more_axes_than_the_result_is_unreadable() -> None:
     """What is added to scores may have more axes than the scores that were found."""
     with pytest.raises(Unreadable, match="5 axes beside 4"):
         broadcast((torch.arange(3),) * 4, (1, 1, 2, 3, 3))
+
+
+def test_a_mask_that_came_from_more_axes_than_the_scores_have() -> None:
+    """As LightGlue hides keypoints of the other picture of a pair."""
+
+    def in_pairs(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+        batch, length = key.shape[0], key.shape[2]
+        seen = torch.arange(length) > torch.arange(batch)[:, None]
+        hidden = torch.where(seen, 0.0, -1e30).reshape(-1, 2, 1, 1, length).flip(1)
+        scores = query @ key.mT + slopes[:, None, None] * torch.arange(length)
+        return (scores + hidden.reshape(batch, 1, 1, length)).softmax(-1) @ value
+
+    layer = sharpen(BiasedAttention(in_pairs))
+    compiled = grape_compile(copy.deepcopy(layer), backend="eager")
+    torch.testing.assert_close(compiled(example()), layer(example()), rtol=1e-5, atol=1e-5)
+    assert (len(report(compiled).sites), report(compiled).refusals) == (1, ()), str(report(compiled))
