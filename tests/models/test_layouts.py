@@ -10,6 +10,7 @@ from attention_layers import (
     HEADS,
     HIDDEN,
     BiasedAttention,
+    RotaryAttention,
     causal,
     example,
     inverse_frequencies,
@@ -104,7 +105,7 @@ def zeros_for_the_first(query: Tensor, key: Tensor, value: Tensor, slopes: Tenso
 
 
 @pytest.mark.parametrize(
-    "attention, slopes",
+    ("attention", "slopes"),
     [
         (side_by_side, "0.25, 0.0625"),
         (numbers_side_by_side, "0.25, 0.0625"),
