@@ -13,30 +13,43 @@ so what is found holds for activations as for constants, and at every length.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
 
-from grape_compile.passes.contractions import contraction, renamed
-from grape_compile.passes.elements import PADS, PRODUCTS, Reader
+from grape_compile.passes.contractions import Contraction, contraction, renamed
+from grape_compile.passes.elements import PADS, PRODUCTS, Reader, is_zero_tensor
 from grape_compile.passes.graph import Taint, Unreadable, fake, op_name
-from grape_compile.passes.movement import SINGLE, SPLITS, is_frozen, keeps_numbers, move, operand_of
+from grape_compile.passes.movement import (
+    JOINS,
+    SINGLE,
+    SPLITS,
+    is_frozen,
+    join_dim,
+    keeps_numbers,
+    move,
+    operand_of,
+)
 from grape_compile.passes.operands import Operand
 from grape_compile.passes.score_terms import ScoreTerm
-from grape_compile.passes.scores import KEY, QUERY, Scores
+from grape_compile.passes.scores import HEAD, KEY, QUERY, Scores
 from grape_compile.passes.terms import Factor, Index, Term, broadcast, unit
 
 
 @dataclass(frozen=True)
 class Addend:
-    """`number` times a product of views: per head, along the query, along the key, and along both."""
+    """`number` times a product of views: per head, along the query, along the key, and along both.
+
+    `only` are the heads it is added in, where not in all of them.
+    """
 
     number: float
     heads: tuple[Operand, ...] = ()
     queries: tuple[Operand, ...] = ()
     keys: tuple[Operand, ...] = ()
     pairs: tuple[Operand, ...] = ()
+    only: tuple[int, ...] = ()
 
 
 Kept = Callable[[Operand, Index, Index], fx.Node | float | None]
@@ -58,13 +71,12 @@ class AddendReader:
         for term in terms:
             lead, index, rows = self.scores.samples(term)
             for addend in self._read(term.node, index, rows, lead):
-                key = Addend(1.0, addend.heads, addend.queries, addend.keys, addend.pairs)
+                key = replace(addend, number=1.0)
                 total[key] = total.get(key, 0.0) + addend.number * term.factor
-        return [
-            Addend(number, key.heads, key.queries, key.keys, key.pairs)
-            for key, number in total.items()
-            if number != 0.0
-        ]
+        if any(addend.only for addend in total) and not self.scores.every_head:
+            self.scores.every_head = True
+            return self.read(terms)
+        return [replace(key, number=number) for key, number in total.items() if number != 0.0]
 
     def operand(self, view: Operand, lead: Index, node: fx.Node) -> list[Addend]:
         """The polynomial of another value, seen as `view` sees its own (the operand of an elementwise operation)."""
@@ -89,10 +101,12 @@ class AddendReader:
                 return [unit(rows).scaled(inner)] if inner else []
             if inner is not None:
                 return self._back(inner, broadcast(index, self.scores.sizes.shape(inner)), rows, lead)
+        if is_zero_tensor(node):
+            return []
+        if view is not None and log_sigmoid_of(node) is not None:
+            return [unit(rows, Factor(node, index))]
         leaf = None if view is None else [unit(rows, Factor(node, index))]
         if leaf is not None and view is not None and not self._opens(node, view):
-            return leaf
-        if leaf is not None and op_name(node) in PADS:
             return leaf
         try:
             return self._pull(node, index, rows, lead)
@@ -119,14 +133,50 @@ class AddendReader:
         if op_name(node).startswith("aten::detach"):
             return False
         roles = set(view.token_axes)
-        if {QUERY, KEY} <= roles:
+        if self._joins_heads(node, view):
             return True
-        if not roles & {QUERY, KEY}:
+        if {QUERY, KEY} <= roles:
+            return op_name(node) not in PADS
+        if not roles & {QUERY, KEY} or op_name(node) in JOINS | PADS:
             return False
         return self._scales(node)
 
+    def seen_in(
+        self, node: fx.Node, index: Index, lead: Index, plane: Tensor | None = None, planes: int = 1
+    ) -> Operand | None:
+        """Elements as a view of the value, or of what it was moved from: the latest they lie along the axes of."""
+        while True:
+            view = self.scores.view(Factor(node, index), lead, plane, planes)
+            moved = self.moved(node, index) if view is None else None
+            if moved is None:
+                return None if view is None else replace(view, node=node)
+            node, index = moved
+
+    def contraction_behind(self, node: fx.Node, index: Index) -> tuple[Contraction, Index] | None:
+        """The product that a value was moved from, and which elements of it these are."""
+        while True:
+            found = contraction(node, self.scores.sizes)
+            if found is not None:
+                return found, index
+            moved = self.moved(node, index)
+            if moved is None:
+                return None
+            node, index = moved
+
+    def _joins_heads(self, node: fx.Node, view: Operand) -> bool:
+        """Whether biases of several heads are put side by side, or zeros beside them."""
+        if self.program.taints[node] is Taint.DATA:
+            return False
+        if op_name(node) in JOINS:
+            return view.axes[join_dim(node)].role == HEAD
+        if op_name(node) not in PADS or not isinstance(node.args[1], list | tuple):
+            return False
+        pairs = zip(node.args[1][::2], node.args[1][1::2], strict=True)
+        padded = [axis for axis, amounts in zip(view.axes[::-1], pairs, strict=False) if amounts != (0, 0)]
+        return all(axis.role == HEAD for axis in padded)
+
     def _scales(self, node: fx.Node) -> bool:
-        """A product in which an activation has one part at most, whatever moves the product about afterwards."""
+        """A product in which an activation has one part at most, or a join, whatever moves it about afterwards."""
         while op_name(node) in SINGLE and fake(node) is not None:
             operand = node.all_input_nodes[0]
             if fake(operand) is None:
@@ -134,13 +184,16 @@ class AddendReader:
             node = operand
         if op_name(node) == "aten::neg":
             return True
-        if op_name(node) not in PRODUCTS:
-            return False
-        return self._data(node.args[:2]) < 2
+        if op_name(node) in JOINS | PADS:
+            return self.program.taints[node] is not Taint.DATA
+        return op_name(node) in PRODUCTS and self._data(node.args[:2]) < 2
 
     def _addend(self, term: Term, samples: int, lead: Index) -> Addend:
         number = term.constant()
-        if number is None or len(term.rows) != samples:
+        only: tuple[int, ...] = ()
+        if len(term.rows) != samples:
+            only, lead = self._heads_of(term, lead)
+        if number is None:
             raise Unreadable("some entries of the bias are made otherwise than others")
         kinds: dict[str, list[Operand]] = {"heads": [], "queries": [], "keys": [], "pairs": []}
         for factor in term.factors:
@@ -153,7 +206,15 @@ class AddendReader:
                 "pairs" if len(roles) == 2 else "queries" if QUERY in roles else "keys" if roles else "heads"
             )
             kinds[kind].append(view)
-        return Addend(number, *(self._sorted(views) for views in kinds.values()))
+        heads, queries, keys, pairs = map(self._sorted, kinds.values())
+        return Addend(number, heads, queries, keys, pairs, only)
+
+    def _heads_of(self, term: Term, lead: Index) -> tuple[tuple[int, ...], Index]:
+        """The heads a term is added in, and its places; Unreadable where it is not added in all of a head."""
+        heads = lead[HEAD][term.rows].unique()
+        if not torch.equal(term.rows, torch.isin(lead[HEAD], heads).nonzero().flatten()):
+            raise Unreadable("some entries of the bias are made otherwise than others")
+        return tuple(heads.tolist()), tuple(axis[term.rows] for axis in lead)
 
     def product(self, one: Addend, other: Addend) -> Addend:
         """The product of two addends."""
@@ -163,6 +224,7 @@ class AddendReader:
             self._sorted(one.queries + other.queries),
             self._sorted(one.keys + other.keys),
             self._sorted(one.pairs + other.pairs),
+            one.only or other.only,
         )
 
     def _sorted(self, views: Sequence[Operand]) -> tuple[Operand, ...]:
@@ -203,3 +265,25 @@ def cumsum_dim(node: fx.Node) -> int | None:
         return None
     value = fake(operand_of(node, 0))
     return None if value is None or value.dim() == 0 else node.args[1] % value.dim()
+
+
+def log_sigmoid_of(node: fx.Node) -> fx.Node | None:
+    """What a value is the log sigmoid of, be it taken apart: min(x, 0) - log1p(exp(-|x|))."""
+    if op_name(node) == "aten::log_sigmoid":
+        return operand_of(node, 0)
+    if op_name(node) == "aten::log" and op_name(operand_of(node, 0)) == "aten::sigmoid":
+        return operand_of(operand_of(node, 0), 0)
+    if (
+        op_name(node) != "aten::sub"
+        or node.kwargs
+        or not all(isinstance(each, fx.Node) for each in node.args)
+    ):
+        return None
+    least, rest = operand_of(node, 0), operand_of(node, 1)
+    for name in ("aten::log1p", "aten::exp", "aten::neg", "aten::abs"):
+        if op_name(rest) != name:
+            return None
+        rest = operand_of(rest, 0)
+    operands = [each for each in least.args if each is not rest] if op_name(least) == "aten::minimum" else []
+    zero = len(operands) == 1 and isinstance(operands[0], fx.Node) and is_zero_tensor(operands[0])
+    return rest if zero else None

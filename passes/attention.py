@@ -390,12 +390,17 @@ class _Reader:
                     self._hinder(
                         f"attention weights are dropped out with probability {user.args[1]} in training"
                     )
-            elif op_name(user) not in PASSED:
+            elif op_name(user) not in PASSED and not _is_safe(user):
                 found = self.letters.moved(user, axes) if _moves(user) else None
                 if found is None:
                     return None
                 axes = found
             node = user
+
+
+def _is_safe(node: fx.Node) -> bool:
+    """Zero in place of the weights of a row that has none, which is what an operator gives it."""
+    return op_name(node) == "aten::nan_to_num" and all(each in (None, 0) for each in node.args[1:2])
 
 
 def _multiplies(node: fx.Node) -> bool:

@@ -38,11 +38,22 @@ from grape_compile.passes.terms import Index
 
 
 @dataclass(frozen=True)
+class HeadSlopes:
+    """`number` times a product of slopes, in the heads `only`."""
+
+    only: tuple[int, ...]
+    number: float
+    slopes: tuple[Operand, ...]
+
+
+@dataclass(frozen=True)
 class BiasPart:
     """number * prod(slopes) * gate * distance(clock_j, clock_t).
 
     `clock` sees the keys; None counts them. Where `inclusive` is not None it is the rate of a running sum. `given`
-    marks positions the model is given. `places` are positions on several axes, for a distance between them.
+    marks positions the model is given. `places` are positions on several axes, for a distance between them. `only` are
+    the heads this is added in, where not in all; of a bias that is put together head by head each has its own number
+    and slopes `by_head`, and heads of which none has are not biased.
     """
 
     number: float
@@ -54,11 +65,14 @@ class BiasPart:
     distance: Distance = field(default_factory=Signed)
     given: bool = False
     places: tuple[Operand, ...] = ()
+    only: tuple[int, ...] = ()
+    by_head: tuple[HeadSlopes, ...] = ()
 
     @property
     def operands(self) -> tuple[Operand, ...]:
         """Everything this is made of."""
-        views = (*self.slopes, self.clock, self.gate_query, self.gate_key, *self.places)
+        apart = (view for each in self.by_head for view in each.slopes)
+        views = (*self.slopes, *apart, self.clock, self.gate_query, self.gate_key, *self.places)
         return tuple(view for view in views if view is not None)
 
 
@@ -108,7 +122,7 @@ class Namer:
             parts.append(part)
             self.used += used
             rest = [addend for addend in rest if addend not in used]
-        return self._untouched() or _merged(parts)
+        return self._untouched() or _by_head(_merged(parts))
 
     def _untouched(self) -> Miss | None:
         """A constant per row made of weights that nothing else in the layer depends on: they would lose their gradient.
@@ -167,7 +181,7 @@ class Namer:
     def _is_partner(self, addend: Addend, other: Addend, clock: Operand, gate: Operand) -> bool:
         return (
             other.number == -addend.number
-            and other.heads == addend.heads
+            and (other.heads, other.only) == (addend.heads, addend.only)
             and other.keys == (gate,)
             and not other.pairs
             and len(other.queries) == 1
@@ -233,7 +247,14 @@ class Namer:
             except Unreadable:
                 continue
             if places and all(map(self._is_place, places)) and len({view.token_axes for view in places}) == 1:
-                part = BiasPart(-addend.number, addend.heads, distance=Euclidean(), given=True, places=places)
+                part = BiasPart(
+                    -addend.number,
+                    addend.heads,
+                    distance=Euclidean(),
+                    given=True,
+                    places=places,
+                    only=addend.only,
+                )
                 return part, [addend]
         return None
 
@@ -251,6 +272,7 @@ class Namer:
             gates.get("gate_query"),
             gates.get("gate_key"),
             given=clock.given,
+            only=addend.only,
         )
 
     # -- what plays the part of clock and gate -------------------------------------------------------------------------
@@ -286,7 +308,7 @@ class Namer:
         """Whether the same value is taken off at the query: a difference of places."""
         return addend is not None and any(
             row.number == -addend.number
-            and row.heads == addend.heads
+            and (row.heads, row.only) == (addend.heads, addend.only)
             and len(row.queries) == 1 + len(addend.queries)
             and any(as_key(query) == view for query in row.queries)
             for row in self.rows
@@ -354,6 +376,28 @@ def _merged(parts: list[BiasPart | PathPart]) -> list[BiasPart | PathPart]:
         else:
             merged.append(part)
     return merged
+
+
+def _by_head(parts: list[BiasPart | PathPart]) -> list[BiasPart | PathPart] | Miss:
+    """Biases of single heads that differ in their slopes alone as one; heads without one have no slope."""
+    whole: list[BiasPart | PathPart] = []
+    apart: dict[BiasPart, list[HeadSlopes]] = {}
+    for part in parts:
+        if not part.only:
+            whole.append(part)
+            continue
+        if isinstance(part, PathPart):
+            return Miss(
+                "terms", "a path integral is added in some of the heads alone", 3, "a bias of all heads"
+            )
+        own = HeadSlopes(part.only, part.number, part.slopes)
+        apart.setdefault(replace(part, number=1.0, slopes=(), only=()), []).append(own)
+    for part, slopes in apart.items():
+        heads = [head for each in slopes for head in each.only]
+        if len(set(heads)) < len(heads):
+            return Miss("terms", "several biases are added in one head", 2)
+        whole.append(replace(part, by_head=tuple(sorted(slopes, key=lambda each: each.only))))
+    return whole
 
 
 def _both(one: BiasPart | PathPart, other: BiasPart | PathPart) -> BiasPart | None:

@@ -14,6 +14,7 @@ from grape_compile.encoding import (
     Bias,
     Clock,
     Compose,
+    Constant,
     Encoding,
     Gate,
     Learned,
@@ -28,11 +29,11 @@ from grape_compile.encoding import (
     describe_slopes,
 )
 from grape_compile.passes.absorbed import Turn, turn_of
-from grape_compile.passes.bias_parts import BiasPart
+from grape_compile.passes.bias_parts import BiasPart, HeadSlopes
 from grape_compile.passes.biases import BiasPlan
 from grape_compile.passes.finished_tables import TablePart
-from grape_compile.passes.graph import Taint, require_fake
-from grape_compile.passes.operands import Emitter, Operand
+from grape_compile.passes.graph import Taint, Unreadable, require_fake
+from grape_compile.passes.operands import Axis, Emitter, Operand
 from grape_compile.passes.paths import PathPart
 from grape_compile.passes.replay import Replay
 from grape_compile.passes.scores import BATCH, HEAD, KEY, QUERY
@@ -92,6 +93,8 @@ class BiasSlots:
         return Bias(called, clock, gate, part.distance), Bias(told, seen, gate, part.distance)
 
     def _slopes(self, part: BiasPart | PathPart) -> tuple[Slopes, Slopes]:
+        if isinstance(part, BiasPart) and part.by_head:
+            return self._by_head(part.by_head)
         if not part.slopes:
             return Uniform(part.number), Uniform(part.number)
         node = self.emitter.operand(part.slopes[0], [BATCH, HEAD], self.counts)
@@ -106,6 +109,45 @@ class BiasSlots:
 
     def _learned(self, part: BiasPart | PathPart | TablePart) -> bool:
         return any(self.program.taints[view.node] >= Taint.PARAMETER for view in part.slopes)
+
+    def _by_head(self, found: tuple[HeadSlopes, ...]) -> tuple[Slopes, Slopes]:
+        """The slopes of a bias that is put together head by head, zero where a head has none."""
+        count = self.plan.scores.shape[HEAD]
+        numbers = {head: each.number for each in found for head in each.only}
+        if not any(each.slopes for each in found):
+            values = [numbers.get(head, 0.0) for head in range(count)]
+            return Constant(tuple(values)), describe_slopes(values, 0.0)
+        first = next(view for each in found for view in each.slopes)
+        like = self.emitter.operand(replace(first, axes=tuple(map(_first, first.axes))), [HEAD], self.counts)
+        parts: list[fx.Node] = []
+        after = 0
+        for each in found:
+            start, stop = each.only[0], each.only[-1] + 1
+            if each.only != tuple(range(start, stop)) or start < after:
+                raise Unreadable("the heads that share slopes do not stand side by side")
+            if start > after:
+                parts.append(self.emitter.call(like, aten.new_zeros.default, (like, [start - after])))
+            parts.append(self._stretch(each, start, stop, like))
+            after = stop
+        if after < count:
+            parts.append(self.emitter.call(like, aten.new_zeros.default, (like, [count - after])))
+        node = self.emitter.call(self.emitter.last(parts), aten.cat.default, (parts,))
+        views = [view for each in found for view in each.slopes]
+        return self._named_slopes(
+            node, any(self.program.taints[view.node] >= Taint.PARAMETER for view in views)
+        )
+
+    def _stretch(self, found: HeadSlopes, start: int, stop: int, like: fx.Node) -> fx.Node:
+        """The slopes of heads side by side, [heads]."""
+        node = self.emitter.call(like, aten.new_full.default, (like, [stop - start], found.number))
+        for view in found.slopes:
+            axes = tuple(
+                replace(axis, offset=axis.offset + axis.stride * start) if axis.role == HEAD else axis
+                for axis in view.axes
+            )
+            own = self.emitter.operand(replace(view, axes=axes), [HEAD], {HEAD: stop - start})
+            node = self.emitter.call(node, aten.mul.Tensor, (node, own))
+        return node
 
     def _named_slopes(self, node: fx.Node, learned: bool) -> tuple[Slopes, Slopes]:
         name = self._fill("slopes", node)
@@ -207,6 +249,10 @@ class BiasSlots:
 
     def _scaled(self, node: fx.Node, number: float) -> fx.Node:
         return node if number == 1.0 else self.emitter.call(node, aten.mul.Tensor, (node, number))
+
+
+def _first(axis: Axis) -> Axis:
+    return Axis("fixed", axis.offset)
 
 
 def _renamed(rotation: Rotation, names: dict[str, str]) -> Rotation:

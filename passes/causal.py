@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from grape_compile.passes.addends import Addend, AddendReader
 from grape_compile.passes.clocks import counted_by
-from grape_compile.passes.graph import Taint, Unreadable, fake, op_name
+from grape_compile.passes.graph import Taint, Unreadable, fake, op_name, require_fake
 from grape_compile.passes.movement import IDENTITIES, operand_of
 from grape_compile.passes.operands import Axis, Operand
 from grape_compile.passes.score_terms import ScoreTerm, constant
@@ -26,6 +26,13 @@ _ONES = {"aten::ones", "aten::ones_like", "aten::new_ones"}
 _RELATIONS = {"aten::gt": (1, True), "aten::lt": (-1, True), "aten::ge": (-1, False), "aten::le": (1, False)}
 """Which sign of (key - query) and which truth value make a relation say "in the future"."""
 
+_OF_WHOLE_NUMBERS = {
+    ("aten::ge", 1): "aten::gt",
+    ("aten::lt", 1): "aten::le",
+    ("aten::le", -1): "aten::lt",
+    ("aten::gt", -1): "aten::ge",
+}
+"""Comparisons with one and minus one as those with zero."""
 _ALL = {"aten::__and__", "aten::bitwise_and", "aten::logical_and", "aten::mul"}
 _ANY = {"aten::__or__", "aten::bitwise_or", "aten::logical_or", "aten::add"}
 
@@ -157,7 +164,7 @@ class CausalMasks:
             inner = self._seen(replace(view, node=operand_of(node, 0)))
             return inner if (name == "aten::eq") == (node.args[1] == 1) else _opposite(inner)
         if name in _RELATIONS:
-            return self._relation(view, *_RELATIONS[name])
+            return self._relation(view, name)
         exchanged = _exchanged(view)
         if exchanged is None:
             return None
@@ -184,13 +191,24 @@ class CausalMasks:
         given = node.kwargs.get("diagonal", node.args[1] if len(node.args) > 1 else 0)
         return given if isinstance(given, int) else 1 << 30
 
-    def _relation(self, view: Operand, sign: int, future: bool) -> bool | None:
+    def _relation(self, view: Operand, name: str) -> bool | None:
         """`key > query` and the like, of numbers counted from the same start."""
         node, lead = view.node, self.scores.places()
+        bound = node.args[1]
+        if (
+            isinstance(bound, int)
+            and bound in (1, -1)
+            and not require_fake(operand_of(node, 0)).is_floating_point()
+        ):
+            name, bound = (
+                _OF_WHOLE_NUMBERS.get((name, bound), name),
+                0 if (name, bound) in _OF_WHOLE_NUMBERS else bound,
+            )
+        sign, future = _RELATIONS[name]
         index = self.scores.along(view, lead)
         try:
             apart = []
-            for side, operand in ((1, node.args[0]), (-1, node.args[1])):
+            for side, operand in ((1, node.args[0]), (-1, bound)):
                 if isinstance(operand, fx.Node):
                     at = broadcast(index, self.scores.sizes.shape(operand))
                     apart += [(side, addend) for addend in self.reader.elements(operand, at, lead)]

@@ -11,7 +11,7 @@ from grape_compile.passes.operands import Operand
 from grape_compile.passes.replay import Replay
 
 _COUNTING = MOVEMENTS | {
-    "aten::__and__", "aten::add", "aten::arange", "aten::bitwise_not", "aten::clamp_min", "aten::cumsum",
+    "aten::__and__", "aten::add", "aten::arange", "aten::bitwise_not", "aten::cumsum",
     "aten::detach", "aten::eq", "aten::full", "aten::gather", "aten::index", "aten::index_select",
     "aten::logical_not", "aten::masked_fill", "aten::ne", "aten::new_ones", "aten::ones", "aten::ones_like",
     "aten::rsub", "aten::scalar_tensor", "aten::sub", "aten::sum", "aten::where", "aten::zeros",
@@ -71,7 +71,7 @@ def _operations(node: fx.Node) -> set[str] | None:
         step = stack.pop()
         if step.op == "placeholder" or not isinstance(step.meta.get("val"), torch.Tensor | tuple | list):
             continue
-        if step.op != "call_function" or (op_name(step) not in _COUNTING and not _masks(step)):
+        if step.op != "call_function" or not (op_name(step) in _COUNTING or _masks(step) or _floors(step)):
             return None
         if op_name(step) in ("aten::masked_fill", "aten::where") and not _fills_by_mask(step):
             return None
@@ -121,6 +121,15 @@ def _masks(node: fx.Node) -> bool:
     if any(operand == 1 for operand in node.args):
         return True
     return any(_is_mask(operand) for operand in node.all_input_nodes) and len(set(node.all_input_nodes)) == 2
+
+
+def _floors(node: fx.Node) -> bool:
+    """max(x, n) of no more than zero, which live positions are not below."""
+    name, args = op_name(node), node.args[1:]
+    given = dict(zip(("min", "max"), args, strict=False)) | node.kwargs
+    low = given.get("min")
+    known = name in ("aten::clamp", "aten::clamp_min") and given.get("max") is None
+    return known and isinstance(low, int | float) and low <= 0
 
 
 def _fills_by_mask(node: fx.Node) -> bool:

@@ -67,6 +67,14 @@ def _filled(node: fx.Node, name: str) -> float | None:
     return float(number) if isinstance(number, int | float) and number else None
 
 
+def is_zero_tensor(node: fx.Node) -> bool:
+    """A tensor of zeros, as it was made."""
+    name = op_name(node)
+    if name in ("aten::zeros", "aten::zeros_like", "aten::new_zeros"):
+        return True
+    return name in ("aten::full", "aten::full_like", "aten::new_full") and is_zero(node.args[-1])
+
+
 class Reader:
     """Reads elements of one program at the sizes of its captured example.
 

@@ -15,15 +15,15 @@ import torch
 from torch import fx
 
 from grape_compile.encoding import Identity, Link, LogSigmoid, NegativeExp
-from grape_compile.passes.addends import Addend, AddendReader, cumsum_dim
+from grape_compile.passes.addends import Addend, AddendReader, cumsum_dim, log_sigmoid_of
 from grape_compile.passes.causal import CausalMasks
-from grape_compile.passes.contractions import Contraction, contraction
+from grape_compile.passes.contractions import Contraction
 from grape_compile.passes.graph import Unreadable, fake, op_name
 from grape_compile.passes.movement import ints, operand_of
 from grape_compile.passes.operands import Axis, Operand
 from grape_compile.passes.score_terms import ScoreTerm, constant
 from grape_compile.passes.scores import KEY, QUERY, Scores
-from grape_compile.passes.terms import Factor, Index, broadcast
+from grape_compile.passes.terms import Index, broadcast
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class PathPart:
     dim: int
     query: Operand
     key: Operand
+    only: tuple[int, ...] = ()
 
     @property
     def operands(self) -> tuple[Operand, ...]:
@@ -133,14 +134,14 @@ class Paths:
         if len(product.pairs) != 1 or product.heads or product.keys or product.queries:
             return None
         pair = product.pairs[0]
-        found = contraction(pair.node, self.scores.sizes)
-        views = None if found is None else self._sides(found, pair)
-        if found is None or views is None:
+        behind = self.reader.contraction_behind(pair.node, self.scores.along(pair, self.lead))
+        views = None if behind is None else self._sides(*behind)
+        if behind is None or views is None:
             return None
-        query, key = views
+        found, (query, key) = behind[0], views
         query = replace(query, scale=product.number * found.size)
         heads = self.reader.product(replace(addend, pairs=()), Addend(1.0, edges.heads)).heads
-        return PathPart(number * edges.number, heads, edges.link, found.size, query, key)
+        return PathPart(number * edges.number, heads, edges.link, found.size, query, key, addend.only)
 
     # -- edges ---------------------------------------------------------------------------------------------------------
 
@@ -175,15 +176,17 @@ class Paths:
         node, name = pair.node, op_name(pair.node)
         link: Link = LogSigmoid()
         sign, inside = 1.0, 1.0
-        if name == "aten::log_sigmoid":
-            operand = operand_of(node, 0)
-        elif name == "aten::log" and op_name(operand_of(node, 0)) == "aten::sigmoid":
-            operand = operand_of(operand_of(node, 0), 0)
-        elif name == "aten::softplus" and not node.kwargs and list(node.args[1:]) in ([], [1], [1.0]):
+        operand = log_sigmoid_of(node)
+        if (
+            operand is None
+            and name == "aten::softplus"
+            and not node.kwargs
+            and list(node.args[1:]) in ([], [1], [1.0])
+        ):
             operand, sign, inside = operand_of(node, 0), -1.0, -1.0
-        elif name == "aten::exp":
+        elif operand is None and name == "aten::exp":
             operand, sign, link = operand_of(node, 0), -1.0, NegativeExp()
-        else:
+        elif operand is None:
             return _Edges(addend.number, addend.heads, Identity(), Addend(1.0, pairs=(pair,)), masked)
         products = self.reader.elements(operand, broadcast(at, self.scores.sizes.shape(operand)), self.lead)
         if len(products) != 1:
@@ -191,18 +194,18 @@ class Paths:
         product = replace(products[0], number=inside * products[0].number)
         return _Edges(sign * addend.number, addend.heads, link, product, masked)
 
-    def _sides(self, found: Contraction, pair: Operand) -> tuple[Operand, Operand] | None:
+    def _sides(self, found: Contraction, index: Index) -> tuple[Operand, Operand] | None:
         """The vectors of query and key that a product of both contracts, with their last axis as planes."""
         samples = self.lead[0].numel()
         lead = tuple(axis.repeat(found.size) for axis in self.lead)
+        index = tuple(axis.repeat(found.size) for axis in index)
         plane = torch.arange(found.size).repeat_interleave(samples)
-        index = self.scores.along(pair, lead)
         views = []
         for node, pick in ((found.left, found.left_at), (found.right, found.right_at)):
-            view = self.scores.view(Factor(node, pick(index, plane)), lead, plane, found.size)
+            view = self.reader.seen_in(node, pick(index, plane), lead, plane, found.size)
             if view is None or not view.has_planes:
                 return None
-            views.append(self.reader.stripped(replace(view, node=node), lead, plane, found.size))
+            views.append(self.reader.stripped(view, lead, plane, found.size))
         roles = [set(view.token_axes) & {QUERY, KEY} for view in views]
         if roles == [{QUERY}, {KEY}]:
             return views[0], views[1]

@@ -26,6 +26,7 @@ from grape_compile.passes.planes import name_rotation
 from grape_compile.passes.plans import Entry, Miss, Reading, RotationPlan
 from grape_compile.passes.replay import Replay
 from grape_compile.passes.terms import Factor, Index, Term
+from grape_compile.passes.unread import unread_turns
 
 _SAMPLES = 48
 
@@ -141,7 +142,9 @@ class _Finder:
             elif result is not None:
                 misses.append((output, result, region))
         refused = [*self._refusals(found, misses), *turned_by_chosen_tables(self.program)]
-        return self._maximal(found), refused
+        regions = [*(plan.region for plan in found), *(region for _, miss, region in misses if miss.depth)]
+        known = {node for region in regions for node in region}
+        return self._maximal(found), [*refused, *unread_turns(self.program, known)]
 
     def _maximal(self, found: list[RotationPlan]) -> list[RotationPlan]:
         """Of rotations one inside the other keep the one over the most elements; of equals that whose angles differ

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, fx
 
 from grape_compile.passes.addends import cumsum_dim
-from grape_compile.passes.elements import Reader
+from grape_compile.passes.elements import Reader, is_zero_tensor
 from grape_compile.passes.graph import Program, Sizes, Taint, Unreadable, fake, op_name
 from grape_compile.passes.movement import SINGLE, is_frozen, move
 from grape_compile.passes.operands import Axis, Operand, fit
 from grape_compile.passes.terms import Factor, Index, Term, unit
 
 _PROJECTIONS = {"aten::linear", "aten::addmm", "aten::mm", "aten::matmul"}
-_ZEROS = {"aten::zeros", "aten::zeros_like", "aten::new_zeros"}
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ class RunningSums:
 
     def _back(self, node: fx.Node, index: Index, rows: Tensor) -> list[Term]:
         leaf = [unit(rows, Factor(node, index))]
-        if op_name(node) in _ZEROS:
+        if is_zero_tensor(node):
             return []
         if cumsum_dim(node) is not None or op_name(node).startswith("aten::detach"):
             return leaf

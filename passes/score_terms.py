@@ -69,9 +69,9 @@ def split_terms(program: Program, node: fx.Node, factor: float, axes: Axes) -> l
             if name == "aten::masked_fill"
             else (args[0], args[1], args[2], False)
         )
-        if constant(kept, program) is not None and constant(filled, program) is None:
-            kept, filled, dead = filled, kept, not dead
-        value_of, kept_of = constant(filled, program), constant(kept, program)
+        value_of, kept_of = _uniform(filled, program), _uniform(kept, program)
+        if kept_of is not None and kept_of * factor <= _LOWEST:
+            kept, value_of, kept_of, dead = filled, kept_of, value_of, not dead
         if (
             value_of is not None
             and value_of * factor <= _LOWEST
@@ -85,6 +85,16 @@ def split_terms(program: Program, node: fx.Node, factor: float, axes: Axes) -> l
                 return [hidden]
             return [hidden, *split_terms(program, kept, factor, axes)]
     return [ScoreTerm(node, factor, axes=axes)]
+
+
+def _uniform(value: Any, program: Program) -> float | None:
+    """The one number of a value, or of all its entries."""
+    made = isinstance(value, fx.Node) and op_name(value) in (
+        "aten::full",
+        "aten::full_like",
+        "aten::new_full",
+    )
+    return constant(value.args[-1], program) if made else constant(value, program)
 
 
 def _is_truth_of(mask: fx.Node, value: fx.Node) -> bool:

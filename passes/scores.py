@@ -29,11 +29,11 @@ DEAD = -1e4
 
 
 class Scores:
-    """Axes, sizes and samples of the scores of one layer."""
+    """Axes, sizes and samples of the scores of one layer; of a few heads, or of `every_head`."""
 
     def __init__(self, program: Program, replay: Replay, layer: Attention) -> None:
         self.program, self.replay, self.layer = program, replay, layer
-        self.sizes = Sizes()
+        self.sizes, self.every_head = Sizes(), False
         self.symbolic = tuple(layer.layout.size(role) for role in (BATCH, HEAD, QUERY, KEY))
         batch, heads, queries, keys = (self.sizes(size) for size in self.symbolic)
         self.shape = (batch, heads, queries, keys)
@@ -96,7 +96,7 @@ class Scores:
 
     def _parts(self, term: ScoreTerm) -> tuple[bool, bool]:
         """Whether a term hides keys, and whether it adds what differs among those it does not hide."""
-        return hides_and_adds(self.value(term))
+        return hides_and_adds(self.value(term) * term.factor)
 
     def once(self, fact: str, terms: Sequence[ScoreTerm], find: Callable[[], Found]) -> Found:
         """What `find` tells of the values of terms, found once for the layers that add the same."""
@@ -148,6 +148,8 @@ class Scores:
         choices = [
             torch.tensor(sorted({0, 1, size // 2, size - 1} & set(range(size)))) for size in self.shape
         ]
+        if self.every_head:
+            choices[HEAD] = torch.arange(self.shape[HEAD])
         grid = torch.cartesian_prod(*choices).reshape(-1, 4)
         return tuple(grid[:, axis] for axis in range(4))
 

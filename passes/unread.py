@@ -1,6 +1,7 @@
 """Tell of positions that meet activations where nothing was read: what came near must not be missed in silence.
 
-What: a product of two activations to which something made of positions is added, and no attention around it was read.
+What: a product of two activations to which something made of positions is added, and no attention around it was read;
+    activations multiplied by cosines and by sines of positions that meet, and no rotation was read where they do.
 """
 
 from __future__ import annotations
@@ -79,4 +80,56 @@ def _miss(node: fx.Node) -> Miss:
         f"read behind it: what it goes on to is {uses}",
         3,
         "a bias by steps, by given positions or by a running sum",
+    )
+
+
+def unread_turns(program: Program, known: Container[fx.Node]) -> list[tuple[fx.Node, Miss]]:
+    """Activations multiplied by cosines and by sines of positions that meet in no value that is `known`."""
+    kinds: dict[fx.Node, frozenset[str]] = {}
+    told: list[tuple[fx.Node, Miss]] = []
+    for node in program.graph.nodes:
+        kinds[node], met = _kinds(program, node, kinds)
+        if met and node not in known:
+            told.append((node, _no_turn(node)))
+    return told
+
+
+def _kinds(
+    program: Program, node: fx.Node, kinds: dict[fx.Node, frozenset[str]]
+) -> tuple[frozenset[str], bool]:
+    """Of which angles' functions a value is a multiple, and whether those of two operands meet here."""
+    name = op_name(node)
+    if program.taints[node] is not Taint.DATA:
+        own = {"aten::cos": {"cos"}, "aten::sin": {"sin"}, "aten::polar": {"cos", "sin"}}.get(name)
+        if own is not None and is_positional(node):
+            return frozenset(own), False
+        passed = (
+            {kind for each in node.all_input_nodes for kind in kinds.get(each, ())}
+            if fake(node) is not None
+            else ()
+        )
+        return frozenset(passed), False
+    if name not in _LINEAR:
+        return frozenset(), False
+    operands = [kinds.get(each, frozenset()) for each in node.all_input_nodes]
+    both = frozenset(kind for each in operands for kind in each)
+    data = [
+        kinds.get(each, frozenset()) for each in node.all_input_nodes if program.taints[each] is Taint.DATA
+    ]
+    return both, len(both) == 2 and not any(len(each) == 2 for each in data)
+
+
+_LINEAR = MOVEMENTS | CONTRACTIONS | {
+    "aten::add", "aten::sub", "aten::mul", "aten::div", "aten::neg", "aten::addcmul", "aten::sum", "aten::complex",
+    "aten::slice_scatter", "aten::select_scatter",
+}  # fmt: skip
+
+
+def _no_turn(node: fx.Node) -> Miss:
+    return Miss(
+        "readable",
+        "activations are multiplied by the cosine and the sine of positions, but what they become cannot be read as a "
+        "rotation of their channels",
+        1,
+        "a rotation by steps",
     )

@@ -41,10 +41,10 @@ def verify_rotation(plan: RotationPlan, operands: tuple[fx.Node, ...], replay: R
 
 
 def _phases(plan: RotationPlan, program: Program) -> list[fx.Node]:
-    """The activations the angle is made of: clocks handed on, and what the angles of tables are summed from."""
+    """The activations the angle is made of, before it was summed, scaled or moved about: two may be one moved twice."""
     nodes = [operand.node for operand in plan.operands]
-    found = [node for node in nodes if program.taints[node] is Taint.DATA]
-    seen, stack = set(nodes), [node for node in nodes if program.taints[node] is not Taint.DATA]
+    found = [node for node in nodes if program.taints[node] is Taint.DATA and op_name(node) not in PHASES]
+    seen, stack = set(nodes), [node for node in nodes if node not in found]
     while stack:
         node = stack.pop()
         inside = program.taints[node] is Taint.DATA or op_name(node) in ANGLES

@@ -1,6 +1,7 @@
 """Attention whose axes stand in another order, and near misses of it: found at every length, or left as it is."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,17 +10,21 @@ from attention_layers import (
     HEADS,
     HIDDEN,
     BiasedAttention,
+    RotaryAttention,
     causal,
     example,
     inverse_frequencies,
     sharpen,
 )
-from bias_spellings import BiasSpelling, by_distance, fill_above_diagonal, scores_of
+from bias_spellings import Attention, BiasSpelling, by_distance, fill_above_diagonal, scores_of
+from kin_spellings import Kin, exponential_path_by_name, path_moved_on
 from layout_spellings import LAYOUT_SPELLINGS, apart, by_distances
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.nn import functional
 
 from grape_compile import Report, rewrite
+from grape_compile.encoding import PathBias
 
 EXACT = 1e-10
 
@@ -77,6 +82,102 @@ def test_channels_before_tokens() -> None:
     ] * 2
 
 
+def side_by_side(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    bias = torch.stack([slopes[head] * torch.arange(key.shape[-2]) for head in range(HEADS)])[:, None]
+    return fill_above_diagonal(scores_of(query, key) + bias).softmax(-1) @ value
+
+
+def numbers_side_by_side(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    bias = torch.stack([apart(key) * 2.0**-head for head in (2, 4)])
+    return fill_above_diagonal(scores_of(query, key) + bias).softmax(-1) @ value
+
+
+def a_head_without(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    bias = -slopes[:1, None, None] * apart(key).abs()
+    scores = scores_of(query, key) + functional.pad(bias, (0, 0, 0, 0, 0, 1))
+    return fill_above_diagonal(scores).softmax(-1) @ value
+
+
+def zeros_for_the_first(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    bias = by_distance(slopes[1:], key.shape[-2])
+    mask = torch.full(bias.shape[1:], float("-inf"), dtype=bias.dtype).triu(1)
+    return (scores_of(query, key) + torch.cat((torch.zeros_like(bias), bias)) - -mask).softmax(-1) @ value
+
+
+@pytest.mark.parametrize(
+    ("attention", "slopes"),
+    [
+        (side_by_side, "0.25, 0.0625"),
+        (numbers_side_by_side, "0.25, 0.0625"),
+        (a_head_without, "0.25, 0.0"),
+        (zeros_for_the_first, "0.0, 0.0625"),
+    ],
+)
+def test_heads_put_side_by_side(attention: Attention, slopes: str) -> None:
+    found = rewritten(BiasedAttention(attention))
+    assert [str(site.encoding) for site in found.sites] == [f"bias(constant(({slopes})), steps)"], str(found)
+
+
+class LearnedHeadByHead(nn.Module):
+    """A slope of its own for each head, in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = BiasedAttention(self.attention)
+        self.each = nn.ParameterList(nn.Parameter(torch.tensor(slope)) for slope in (0.3, 0.1))
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+        bias = torch.stack([slope * apart(key) for slope in self.each])
+        return fill_above_diagonal(scores_of(query, key) + bias).softmax(-1) @ value
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner(x)
+        return out
+
+
+def test_slopes_learned_head_by_head() -> None:
+    found = rewritten(LearnedHeadByHead())
+    assert [str(site.encoding) for site in found.sites] == ['bias(learned("slopes"), steps)'], str(found)
+
+
+@pytest.mark.parametrize("bias", [path_moved_on, exponential_path_by_name], ids=lambda bias: bias.__name__)
+def test_a_path_taken_apart(bias: Callable[[Kin, Tensor, Tensor, Tensor], Tensor]) -> None:
+    """Into core operators: triangles are comparisons, products of heads are batched, log sigmoid is written out."""
+    plain, x = sharpen(Kin(bias)).double(), example().double()
+    new, found = rewrite(torch.export.export(plain, (x,), strict=False).run_decompositions())
+    assert [type(site.encoding) for site in found.sites] == [PathBias], str(found)
+    torch.testing.assert_close(new.module()(x), plain(x), rtol=EXACT, atol=EXACT)
+
+
+class AnglesOfRates(nn.Module):
+    """Angles summed up from what an activation says, kept twice, without gradients."""
+
+    frequencies: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate = nn.Linear(HIDDEN, 1)
+        self.register_buffer("frequencies", inverse_frequencies(HEAD_DIM // 2))
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, _: int) -> Tensor:
+        clock = self.rate(x).sigmoid().cumsum(1)
+        return (clock * self.frequencies)[:, None]
+
+
+def rolled(x: Tensor, angle: Tensor) -> Tensor:
+    both = torch.cat((angle, angle), dim=-1)
+    signs = torch.cat((-torch.ones(HEAD_DIM // 2), torch.ones(HEAD_DIM // 2))).to(x.dtype)
+    turned: Tensor = x * both.cos() + x.roll(HEAD_DIM // 2, dims=-1) * signs * both.sin()
+    return turned
+
+
+def test_an_angle_kept_twice_is_one_angle() -> None:
+    """Verification draws what the two are made of, not each of them."""
+    found = rewritten(RotaryAttention(rolled, angles=AnglesOfRates()))
+    assert (len(found.sites), found.refusals) == (2, ()), str(found)
+
+
 def cut_on_the_other_side(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
     return by_distances(slopes, apart(key).clamp(min=0), query, key, value)
 
@@ -106,6 +207,11 @@ def sum_of_other_exponentials(query: Tensor, key: Tensor, value: Tensor, slopes:
     return mixed
 
 
+def other_clocks_side_by_side(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    bias = torch.cat((by_distance(slopes[:1], key.shape[-2]), by_distance(slopes[1:], key.shape[-2]) ** 2))
+    return fill_above_diagonal(scores_of(query, key) + bias).softmax(-1) @ value
+
+
 def softmax_along_queries(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
     scores = fill_above_diagonal(scores_of(query, key) + by_distance(slopes, key.shape[-2]))
     return scores.softmax(-2).nan_to_num() @ value
@@ -120,11 +226,12 @@ def softmax_along_queries(query: Tensor, key: Tensor, value: Tensor, slopes: Ten
         mask_of_the_other_axes,
         more_than_the_sum,
         sum_of_other_exponentials,
+        other_clocks_side_by_side,
         softmax_along_queries,
     ],
     ids=lambda attention: attention.__name__,
 )
-def test_near_misses_stay_and_are_told(attention) -> None:  # type: ignore[no-untyped-def] # parametrised
+def test_near_misses_stay_and_are_told(attention: Attention) -> None:
     found = rewritten(BiasedAttention(attention))
     assert found.sites == (), str(found)
     assert found.refusals
