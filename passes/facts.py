@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from grape_compile.passes.graph import Fact, Program
-from grape_compile.passes.memory import owner, written
+from grape_compile.passes.memory import owner, writes, written
 from grape_compile.passes.replay import Replay, has_value
 
 _LARGEST_COPY = 1 << 24
@@ -28,7 +28,7 @@ _LARGEST_COPY = 1 << 24
 
 def keep(program: Program, nodes: Iterable[fx.Node]) -> None:
     """Let facts be read off the numbers of those inputs, except what the graph itself writes into."""
-    roots = {owner(node) for write in program.mutations for node in written(write)}
+    roots = {owner(node) for write in filter(writes, program.graph.nodes) for node in written(write)}
     overwritten = {_memory(program.values.get(root)) for root in roots}
     program.kept = frozenset(
         node
@@ -45,20 +45,22 @@ def numbers_of(program: Program, node: fx.Node, replay: Replay) -> list[tuple[fx
 
 def _memory(value: Any) -> int | None:
     """The memory of a tensor, whoever else sees it."""
-    if not isinstance(value, Tensor) or value.layout is not torch.strided:
-        return None
-    return value.untyped_storage().data_ptr() or None
+    return value.untyped_storage().data_ptr() if _is_plain(value) else None
+
+
+def _is_plain(value: Any) -> bool:
+    """A tensor that wraps no others and has memory of its own."""
+    return type(value) in (Tensor, torch.nn.Parameter) and value.layout is torch.strided
 
 
 def is_watched(value: Any) -> bool:
     """Whether a tensor is not trained, and writes into it can be told afterwards."""
-    return isinstance(value, Tensor) and not value.requires_grad and _state(value) is not None
+    return _state(value) is not None and not value.requires_grad
 
 
-def _state(tensor: Tensor) -> tuple[int, int] | None:
-    """What changes when a tensor is written into or given other memory; those of inference and wrappers do not tell."""
-    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
-    return (tensor._version, tensor.data_ptr()) if plain and not tensor.is_inference() else None
+def _state(value: Any) -> tuple[int, int] | None:
+    """What changes when a tensor is written into or given other memory; those of inference do not tell."""
+    return (value._version, value.data_ptr()) if _is_plain(value) and not value.is_inference() else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,11 +92,13 @@ class _Input:
     seen: Any
 
     def holds(self, tensor: Any) -> bool:
-        known = self.seen.get(tensor)
+        """Whether a tensor is known to be as the facts say, or found to be."""
         state = _state(tensor)
-        if known is None or state is None or known[0] != state:
-            known = state, all(fact(tensor.detach()) for fact in self.facts)
-            self.seen[tensor] = known
+        if state is None:
+            return False
+        known = self.seen.get(tensor)
+        if known is None or known[0] != state:
+            known = self.seen[tensor] = state, all(fact(tensor.detach()) for fact in self.facts)
         held: bool = known[1]
         return held
 

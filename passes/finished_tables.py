@@ -67,26 +67,30 @@ class Shape:
 
 @dataclass(frozen=True)
 class Table:
-    """How a tensor is seen as rows of keys for each head: its axes, the places it is cut at, a number it is times."""
+    """How a tensor is seen as rows of keys for each head: its axes, the places it is cut at, a number it is times.
+
+    `past`: no query sees a later key.
+    """
 
     heads: int | None
     queries: int | None
     keys: int
     fixed: tuple[tuple[int, int], ...]
     number: float
+    past: bool = False
 
     def shape(self, tensor: Tensor, ends: Shape | None = None) -> Shape | None:
         """The shape of a tensor, with the entries of another's; None where it has none."""
-        heads = self._heads(tensor)
-        if not heads.numel():
+        heads, square = self._heads(tensor), self.has_diagonal(tensor)
+        if not heads.numel() or (self.past and not square):
             return None
-        for distance in (Signed(), Absolute()) if self._is_square(tensor) else (Signed(),):
-            found = ends or _ends(heads[0], self.number, distance)
+        for distance in (Signed(), Absolute()) if square and not self.past else (Signed(),):
+            found = ends or _ends(heads[0], self.number, distance, self.past)
             if found is None:
                 continue
             hides = deep = False
             for rows in heads:  # one at a time: tables may be large
-                told = _told(rows, self.number, found, distance)
+                told = _told(rows, self.number, found, distance, self.past)
                 if told is None:
                     break
                 hides, deep = hides or told[0], deep or told[1]
@@ -106,7 +110,7 @@ class Table:
     def _others(self, tensor: Tensor) -> list[int]:
         return [axis for axis in range(tensor.dim()) if axis not in (self.heads, self.keys)]
 
-    def _is_square(self, tensor: Tensor) -> bool:
+    def has_diagonal(self, tensor: Tensor) -> bool:
         """Whether rows are those of queries, so that a diagonal is one."""
         left = set(self._others(tensor)) - {self.queries, *dict(self.fixed)}
         return self.queries is not None and all(tensor.shape[axis] == 1 for axis in left)
@@ -121,10 +125,10 @@ class Table:
         return heads.reshape(heads.shape[0], -1, heads.shape[-1])
 
 
-def _ends(rows: Tensor, number: float, distance: Distance) -> Shape | None:
-    """The entries farthest apart in one row, none beyond the diagonal where there is one."""
+def _ends(rows: Tensor, number: float, distance: Distance, past: bool) -> Shape | None:
+    """The entries farthest apart in one row, none beyond the diagonal where that tells rows apart."""
     alive = (rows * number > DEAD).to(torch.int8)
-    if distance == Absolute():
+    if past or distance == Absolute():
         alive = alive.tril()
     first, last = alive.argmax(-1), rows.shape[-1] - 1 - alive.flip(-1).argmax(-1)
     apart = torch.where(alive.any(-1), last - first, 0)
@@ -132,7 +136,9 @@ def _ends(rows: Tensor, number: float, distance: Distance) -> Shape | None:
     return Shape(distance, best, int(first[best]), int(last[best]), False, False) if apart[best] > 0 else None
 
 
-def _told(rows: Tensor, number: float, ends: Shape, distance: Distance) -> tuple[bool, bool] | None:
+def _told(
+    rows: Tensor, number: float, ends: Shape, distance: Distance, past: bool
+) -> tuple[bool, bool] | None:
     """Whether rows with the rise between the ends hide keys, and reach as low; None where they are no lines."""
     if ends.row >= rows.shape[0] or ends.last >= rows.shape[1]:
         return None
@@ -146,13 +152,15 @@ def _told(rows: Tensor, number: float, ends: Shape, distance: Distance) -> tuple
         some = rows[start : start + _ROWS].double() * number
         queries = torch.arange(start, start + len(some), device=rows.device)[:, None]
         clock = -(keys - queries).abs() if distance == Absolute() else keys.expand(some.shape)
-        alive = some > DEAD
+        seen = keys <= queries if past else torch.ones_like(some, dtype=torch.bool)
+        alive = seen & (some > DEAD)
         near = some.abs().masked_fill(~alive, torch.inf).argmin(-1, keepdim=True)
         line = some.gather(-1, near) + slope * (clock - clock.gather(-1, near))
         on = some.isfinite() & ((some - line).abs() <= _ROUNDING * some.abs())
-        if bool(((alive & ~on) | some.isnan()).any()):
+        if bool(((alive & ~on) | (seen & some.isnan())).any()):
             return None
-        hides, deep = hides or bool((~alive & ~on).any()), deep or bool((~alive & on).any())
+        dead = seen & ~alive
+        hides, deep = hides or bool((dead & ~on).any()), deep or bool((dead & on).any())
     return hides, deep
 
 
@@ -191,18 +199,17 @@ def finished_table(
         return None
     held = program.values[view.node] if view.node in program.kept else scores.replay.tensor(view.node)
     table = _seen(view, frozen, 1.0 if slopes else term.factor * number)
+    cornered = not frozen and _from_one_corner(scores, view)
+    if cornered and table.has_diagonal(held):
+        table = replace(table, past=CausalMasks(scores, AddendReader(scores)).hide_the_future(masks))
     shape = scores.replay.once(table, [view.node], partial(table.shape, held))
     hidden = any(mask.node is term.node and mask.finished for mask in masks)
     if shape is None or (shape.hides and slopes) or (shape.deep and (hidden or shape.hides)):
         return _off(view)
     if not is_known:
         return changing("biases")
-    distance = shape.distance
-    if distance == Absolute():
-        if frozen or not _from_one_corner(scores, view):
-            return None
-        if CausalMasks(scores, AddendReader(scores)).hide_the_future(masks):
-            distance = Signed()
+    if shape.distance == Absolute() and not cornered:
+        return None
     if shape.hides and not hidden:
         masks.append(replace(term, finished=True))
         hidden = True
@@ -211,7 +218,7 @@ def finished_table(
     else:
         scores.rely_on_numbers([view.node])
     ends = [_entry(view, table.place(held, shape.row), place) for place in (shape.first, shape.last)]
-    return TablePart(term.factor * number, ends[0], ends[1], shape.last - shape.first, slopes, distance)
+    return TablePart(term.factor * number, ends[0], ends[1], shape.last - shape.first, slopes, shape.distance)
 
 
 def _off(view: Operand) -> Miss:

@@ -114,7 +114,7 @@ def programs(draw: st.DrawFn) -> Program:
         value=value,
         bias=bias,
         slopes=slopes,
-        slopes_holder=draw(one_of(("buffer", "forward", "logarithm"))),
+        slopes_holder=draw(one_of(("buffer", "forward", "logarithm", "finished"))),
         repeat=draw(one_of(REPEATS)) if shape.kv_heads < shape.heads else None,
         spoil=spoil,
         edits=tuple(draw(st.lists(st.builds(Edit, one_of(edits.KINDS), PLACES), max_size=6))),

@@ -330,9 +330,7 @@ class _Writer:
             times = "HEADS // KV_HEADS"
             lines += [f"{name} = {self._use(program.repeat)}({name}, {times})" for name in ("key", "value")]
         if program.bias is not None:
-            word = self._use(program.bias.function, "_bias")
-            lines += self._slopes() if "slopes" in _parameters(program.bias.function) else []
-            lines.append(f"bias = {word}({self._given(program.bias.function)})")
+            lines += self._bias(program.bias)
         attention = self._use(program.attention)
         lines.append(f"mixed = {attention}({', '.join(_parameters(program.attention))})")
         lines.append("return self.out(mixed.transpose(1, 2).reshape(batch, length, HEADS * DIM))")
@@ -354,11 +352,24 @@ class _Writer:
             moved = "" if shape.heads_last else ".transpose(1, 2)"
             yield f"{name} = {value}.view(batch, length, {count}, DIM){moved}"
 
+    def _bias(self, bias: BiasWord) -> Iterator[str]:
+        """The bias, made of its slopes or cut out of a buffer that holds it for as many tokens as there may be."""
+        word, named = self._use(bias.function, "_bias"), _parameters(bias.function)
+        if self.program.slopes_holder == "finished" and set(named) == {"slopes", "length"}:
+            assert self.program.slopes is not None
+            made = f"{word}({self._use(self.program.slopes, setup=True)}(), LIMIT)"
+            self.init.append(f'self.register_buffer("finished", {made}, persistent=False)')
+            yield "bias = self.finished[..., :length, :length]"
+            return
+        if "slopes" in named:
+            yield from self._slopes()
+        yield f"bias = {word}({self._given(bias.function)})"
+
     def _slopes(self) -> Iterator[str]:
         slopes, holder = self.program.slopes, self.program.slopes_holder
         assert slopes is not None
         value = f"{self._use(slopes, setup=holder != 'forward')}()"
-        if holder == "buffer":
+        if holder in ("buffer", "finished"):
             self.init.append(f'self.register_buffer("slopes", {value})')
             yield "slopes = self.slopes"
         elif holder == "logarithm":

@@ -159,8 +159,12 @@ def of_bias(program: Program, loaded: Loaded) -> Truth:
 
 def linearity(heads: int, word: Any, length: int = 14) -> Truth:
     """Whether a bias of slopes and length is slope times key (TRUE), slope times a clock (FREE), or neither."""
-    slopes = 0.5 / torch.arange(1, heads + 1, dtype=torch.float64)
-    bias = word(slopes, length).double().expand(1, heads, length, length)[0]
+    slopes, usual = 0.5 / torch.arange(1, heads + 1, dtype=torch.float64), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # numbers that the word makes itself have no other roundings
+    try:
+        bias = word(slopes, length).double().expand(1, heads, length, length)[0]
+    finally:
+        torch.set_default_dtype(usual)
     if not bool(torch.isfinite(bias).all()):
         return Truth.FREE
     seen = torch.ones(length, length, dtype=torch.bool).tril()

@@ -13,6 +13,8 @@ from measuring import GrapeCalls
 from torch import Tensor, nn
 
 from grape_compile import grape_compile, inspect, report, rewrite
+from grape_compile.passes.capture import capture_export
+from grape_compile.passes.pipeline import rewrite_program
 
 TABLE = 1e-5
 """Of an output: logits of up to 64 * 0.3 from slopes that a table in float32 tells to 2^-24."""
@@ -82,6 +84,12 @@ def test_an_exported_program(spelling: FinishedBias, shapes: Any) -> None:
         assert len(found.sites) == (not persistent)
         x = example(12 if shapes is None else 33)
         torch.testing.assert_close(rewritten.module()(x), plain(x), rtol=TABLE, atol=TABLE)
+
+
+def test_a_file_holds_what_the_buffer_held() -> None:
+    """No state is loaded into a program that is made for a file."""
+    program = torch.export.export(BY_CUT["baichuan"].make(persistent=True), (example(),), strict=False)
+    assert len(rewrite_program(capture_export(program)).sites) == 1
 
 
 def test_another_table_in_its_place() -> None:
