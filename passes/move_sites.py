@@ -266,7 +266,7 @@ class _Move:
                     key = plain.of(plain.new(key))
             except Unreadable as reason:
                 raise self._error(
-                    str(reason), "use_cache=False, or a cache that grows and keeps keys"
+                    str(reason), "use_cache=False, or a cache that keeps keys"
                 ) from reason
             found[call] = query, key
         return found

@@ -43,7 +43,7 @@ class Unturned:
         return self.known[node]
 
     def new(self, key: fx.Node) -> fx.Node:
-        """The keys of new tokens, where a cache appends them to those it has; keys as they are elsewhere."""
+        """The keys of new tokens, where a cache puts them beside those it has; keys as they are elsewhere."""
         node: Any = key
         while op_name(node) in RESHAPING:
             node = node.args[0]
@@ -74,8 +74,8 @@ def put_behind(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _joins_tokens(node: fx.Node) -> bool:
-    """Whether a node is a concatenation along the tokens of [B, H, T, D]."""
-    if op_name(node) != "aten::cat":
+    """Whether a node puts tokens beside others, [B, H, T, D]: behind them, or into room of a cache of fixed size."""
+    if op_name(node) not in ("aten::cat", "aten::index_copy", "aten::index_copy_"):
         return False
     dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
     return require_fake(node).dim() == 4 and dim in (2, -2)

@@ -63,7 +63,8 @@ class Stream:
     def tokens(self, new: Tensor) -> Tensor:
         """Number of tokens of the layer with the keys once it has those of the hidden states `new`, [B, T, C]."""
         before = self.cache.layers[self.own].get_seq_length()
-        return torch.full((), new.shape[1], dtype=torch.int64, device=new.device) + before
+        tokens: Tensor = torch.full((), new.shape[1], dtype=torch.int64, device=new.device) + before
+        return tokens
 
     def length(self) -> Any:
         """Number of tokens so far: a whole number, or a tensor of one."""

@@ -82,7 +82,9 @@ def test_it_is_the_definition(sample: Sample, name: str) -> None:
     query, key, value = (part.double() for part in narrow)
     wanted = reference_attend(query, key, value, sample.encoding, slots, **OPTIONS[name])
     steep = float(reference_bias(sample.encoding, slots, QUERIES[name], key).abs().max())
-    assert largest_difference(found, wanted) <= attend_tolerance(torch.bfloat16, *narrow, steep)
+    assert largest_difference(found, wanted) <= attend_tolerance(
+        torch.bfloat16, narrow[0], narrow[1], narrow[2], steep
+    )
 
 
 def test_a_row_without_a_key_is_zero() -> None:
