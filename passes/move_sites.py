@@ -265,9 +265,7 @@ class _Move:
                 if any(gate.key for gate in gates):
                     key = plain.of(plain.new(key))
             except Unreadable as reason:
-                raise self._error(
-                    str(reason), "use_cache=False, or a cache that keeps keys"
-                ) from reason
+                raise self._error(str(reason), "use_cache=False, or a cache that keeps keys") from reason
             found[call] = query, key
         return found
 

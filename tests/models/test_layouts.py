@@ -161,7 +161,7 @@ class AnglesOfRates(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor, _: int) -> Tensor:
-        clock = self.rate(x).sigmoid().cumsum(1)
+        clock: Tensor = self.rate(x).sigmoid().cumsum(1)
         return (clock * self.frequencies)[:, None]
 
 
