@@ -28,12 +28,9 @@ from grape_compile.passes.memory import owner
 from grape_compile.passes.paths import PathPart
 from grape_compile.passes.plans import Miss
 from grape_compile.passes.replay import Replay
-from grape_compile.passes.score_terms import ScoreTerm
+from grape_compile.passes.score_terms import NEVER, ScoreTerm
 from grape_compile.passes.scores import DEAD, KEY, QUERY, Scores
 from grape_compile.passes.unread import unread_biases
-
-NEVER = -1e9
-"""A value this low removes an entry whatever the scores are; only such a mask may be replaced by `is_causal`."""
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from grape_compile.passes.biases import NEVER, BiasPlan
+from grape_compile.passes.biases import BiasPlan
 from grape_compile.passes.graph import Unreadable, require_fake
 from grape_compile.passes.operands import Emitter
 from grape_compile.passes.regions import may_differentiate
-from grape_compile.passes.score_terms import ScoreTerm
+from grape_compile.passes.score_terms import NEVER, ScoreTerm
 
 aten = torch.ops.aten
 

@@ -17,6 +17,8 @@ _RESHAPED = {
     "aten::select",
 }  # fmt: skip
 _LOWEST = -1e4
+NEVER = -1e9
+"""A value this low removes an entry whatever the scores are; only such a mask may be replaced by `is_causal`."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ def split_terms(program: Program, node: fx.Node, factor: float, axes: Axes) -> l
         if (
             value_of is not None
             and value_of * factor <= _LOWEST
-            and kept_of in (None, 0.0)
+            # What adds so high a number or nothing fills nothing: a row whose keys are all hidden keeps its bias.
+            and (kept_of is None or (kept_of == 0.0 and value_of * factor <= NEVER))
             and isinstance(mask, fx.Node)
             and program.taints[mask] < Taint.PARAMETER
         ):
