@@ -15,6 +15,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext
 
 Choices = dict[str, list[Tensor]]
 """By operator, what each of its calls chose, in their order: places, or what is above the threshold."""
@@ -58,29 +59,33 @@ def held(choices: Choices) -> Iterator[None]:
 def _choosing_by(choose: Choose) -> Iterator[None]:
     """Kernels of another making, below autograd and compilers: whoever calls the operators gets them.
 
-    The operators themselves are called by the names that still have their own kernels.
+    The operators themselves are called by the names that still have their own kernels. What is evaluated while a graph
+    is compiled is no choice of the model.
     """
     aten = torch.ops.aten
+
+    def made(name: str, own: Tensor) -> Tensor:
+        return own if TracingContext.try_get() is not None else choose(name, own)
 
     def topk(
         x: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
     ) -> tuple[Tensor, Tensor]:
         _, own = aten.topk.values(x, k, dim, largest, sorted, values=x.new_empty(0), indices=_places())
-        places = choose("topk", own)
+        places = made("topk", own)
         return x.gather(dim, places), places
 
     def largest(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
         value, own = aten.max.dim_max(x, dim, keepdim, max=x.new_empty(0), max_values=_places())
         if not x.is_floating_point():
             return value, own
-        places = choose("max", own)
+        places = made("max", own)
         if keepdim:
             return x.gather(dim, places), places
         return x.gather(dim, places.unsqueeze(dim)).squeeze(dim), places
 
     def above(x: Tensor, threshold: float) -> Tensor:
         own: Tensor = aten.gt.Scalar_out(x, threshold, out=x.new_empty(0, dtype=torch.bool))
-        return choose(">", own) if x.is_floating_point() else own
+        return made(">", own) if x.is_floating_point() else own
 
     with torch.library._scoped_library("aten", "IMPL") as registry, warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -50,13 +50,21 @@ def mixed(x: torch.Tensor) -> torch.Tensor:
     return close.softmax(1) + place
 
 
+def evaluating(graph: torch.fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
+    """A compiler that computes values itself, which are no choices of the model."""
+    numbers = torch.rand(1, 3)
+    torch.topk(numbers, 2), numbers.max(1), numbers > 0.5
+    return graph
+
+
 @pytest.mark.parametrize("router", [gated, mixed])
 def test_choices_of_the_oracle_are_held(router: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Through autograd and torch.compile alike; another number of choices is an error, and nothing stays patched."""
     scores = torch.tensor([[0.3, 0.2, 0.1], [0.1, 0.3, 0.2]], requires_grad=True)
     with noted() as choices:
         router(scores.flip(1))
-    for run in (router, torch.compile(router, backend="eager"), torch.compile(router, backend="aot_eager")):
+    compiled = (torch.compile(router, backend=backend) for backend in ("eager", "aot_eager", evaluating))
+    for run in (router, *compiled):
         with held(choices):
             found = run(scores)
         wanted = BY_CHOICES[router](scores, choices)
