@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from grape_compile.passes.contractions import Contraction, contraction, renamed
-from grape_compile.passes.elements import PADS, PRODUCTS, Reader, is_zero_tensor
+from grape_compile.passes.elements import PRODUCTS, Reader, is_zero_tensor
 from grape_compile.passes.graph import Taint, Unreadable, fake, op_name
 from grape_compile.passes.movement import (
     JOINS,
@@ -32,6 +32,7 @@ from grape_compile.passes.movement import (
     operand_of,
 )
 from grape_compile.passes.operands import Operand
+from grape_compile.passes.pieces import PADS
 from grape_compile.passes.score_terms import ScoreTerm
 from grape_compile.passes.scores import HEAD, KEY, QUERY, Scores
 from grape_compile.passes.terms import Factor, Index, Term, broadcast, unit

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from torch import fx
 
-from grape_compile.passes.elements import PADS, PICKS, PRODUCTS, SCATTERS
+from grape_compile.passes.elements import PICKS, PRODUCTS
 from grape_compile.passes.graph import ANGLES, Program, Taint, op_name
 from grape_compile.passes.movement import MOVEMENTS
+from grape_compile.passes.pieces import PADS, SCATTERS
 from grape_compile.passes.plans import Miss
 
 _CHOOSE = PICKS | {"aten::gather"}

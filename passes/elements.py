@@ -10,7 +10,6 @@ products. The cost depends on the number of elements asked for, not on the size 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -27,18 +26,24 @@ from grape_compile.passes.movement import (
     ints,
     is_frozen,
     is_symbolic,
-    join_dim,
-    join_parts,
     keeps_numbers,
     move,
     operand_of,
     places,
 )
+from grape_compile.passes.pieces import PADS, SCATTERS, Back, joined, padded, scattered
 from grape_compile.passes.replay import Replay
-from grape_compile.passes.terms import Factor, Index, Term, broadcast, multiply, parts, reciprocal, unit
-
-Back = Callable[[fx.Node, Index, Tensor], list[Term]]
-"""How reading goes on at an operand."""
+from grape_compile.passes.terms import (
+    Factor,
+    Index,
+    Term,
+    broadcast,
+    multiply,
+    parts,
+    raise_if,
+    reciprocal,
+    unit,
+)
 
 COMPLEX = {
     "aten::view_as_complex",
@@ -52,8 +57,6 @@ COMPLEX = {
 SUMS = {"aten::add", "aten::sub", "aten::neg", "aten::sum", "aten::rsub", "aten::addcmul"}
 PRODUCTS = {"aten::mul", "aten::div", "aten::multiply", "aten::divide", "aten::true_divide"}
 PICKS = {"aten::index_select", "aten::index"}
-SCATTERS = {"aten::slice_scatter", "aten::select_scatter"}
-PADS = {"aten::pad", "aten::constant_pad_nd"}
 _MASKED = {"aten::masked_fill", "aten::where"}
 _DETACHES = {"aten::detach", "aten::detach_"}
 SUM_LIMIT = 8
@@ -185,7 +188,7 @@ class Reader:
             raise_if(not self.alive, f"{name} at a symbolic offset")
             self.frozen = True
         if name in JOINS:
-            return self._join(node, name, index, rows, back)
+            return joined(node, index, rows, back, self.sizes)
         if name in SINGLE:
             operand, moved = move(node, name, index, self.sizes)
             return back(operand, moved, rows)
@@ -203,9 +206,9 @@ class Reader:
         if name in PICKS:
             return back(operand_of(node, 0), self._picked(node, index), rows)
         if name in SCATTERS:
-            return self._scatter(node, name, index, rows, back)
+            return scattered(node, index, rows, back, self.sizes)
         if name in PADS:
-            return self._padded(node, name, index, rows, back)
+            return padded(node, index, rows, back, self.sizes)
         reordered = renamed(node, index)
         if reordered is not None:
             return back(*reordered, rows)
@@ -249,73 +252,6 @@ class Reader:
         held = require_fake(chosen)
         whole = not held.is_floating_point() and held.dtype is not torch.bool
         return whole and dim == require_fake(node).dim() - 1 and self.program.is_constant(chosen)
-
-    def _padded(self, node: fx.Node, name: str, index: Index, rows: Tensor, back: Back) -> list[Term]:
-        """Elements inside come from the operand, the others are zero: no term at all."""
-        operand, rest = operand_of(node, 0), [*node.args[2:], *node.kwargs.values()]
-        raise_if(any(value not in (None, 0, 0.0, "constant") for value in rest), "padding by more than zeros")
-        amounts = node.args[1]
-        raise_if(
-            not isinstance(amounts, list | tuple) or any(map(is_symbolic, amounts)),
-            "padding of symbolic width",
-        )
-        shape, axes, inside = self.shape(operand), list(index), torch.ones_like(rows, dtype=torch.bool)
-        for number, before in enumerate(ints(amounts)[::2]):
-            dim = len(shape) - 1 - number
-            axes[dim] = axes[dim] - before
-            inside = inside & (axes[dim] >= 0) & (axes[dim] < shape[dim])
-        keep = inside.nonzero().flatten()
-        return back(operand, tuple(axis[keep] for axis in axes), rows[keep]) if keep.numel() else []
-
-    def _scatter(self, node: fx.Node, name: str, index: Index, rows: Tensor, back: Back) -> list[Term]:
-        """Elements inside of the slice come from what was written, the others from the tensor written to."""
-        base, written = operand_of(node, 0), operand_of(node, 1)
-        size = self.shape(base)
-        dim, start, stop, step = self._range(node, name, size)
-        inside = (index[dim] >= start) & (index[dim] < stop) & ((index[dim] - start) % step == 0)
-        terms: list[Term] = []
-        keep = inside.nonzero().flatten()
-        if keep.numel():
-            axes = [axis[keep] for axis in index]
-            if name == "aten::select_scatter":
-                del axes[dim]
-            else:
-                axes[dim] = (axes[dim] - start) // step
-            terms += back(written, tuple(axes), rows[keep])
-        rest = (~inside).nonzero().flatten()
-        if rest.numel():
-            terms += back(base, tuple(axis[rest] for axis in index), rows[rest])
-        return terms
-
-    def _range(self, node: fx.Node, name: str, size: tuple[int, ...]) -> tuple[int, int, int, int]:
-        """Dimension, start, stop and step of what a scatter writes."""
-        args = list(node.args[2:])
-        raise_if(any(is_symbolic(argument) for argument in args), f"{name} at a symbolic offset")
-        dim = (self.sizes(args[0]) if args else 0) % len(size)
-        if name == "aten::select_scatter":
-            place = self.sizes(args[1]) % size[dim]
-            return dim, place, place + 1, 1
-        bounds = [None if bound is None else self.sizes(bound) for bound in args[1:3]]
-        start, stop, _ = (
-            slice(*bounds).indices(size[dim]) if len(bounds) == 2 else slice(None).indices(size[dim])
-        )
-        return dim, start, stop, self.sizes(args[3]) if len(args) > 3 else 1
-
-    def _join(self, node: fx.Node, name: str, index: Index, rows: Tensor, back: Back) -> list[Term]:
-        dim, offset = join_dim(node), 0
-        terms: list[Term] = []
-        for part in join_parts(node):
-            size = 1 if name == "aten::stack" else self.shape(part)[dim]
-            keep = ((index[dim] >= offset) & (index[dim] < offset + size)).nonzero().flatten()
-            if keep.numel():
-                axes = [axis[keep] for axis in index]
-                if name == "aten::stack":
-                    del axes[dim]
-                else:
-                    axes[dim] = axes[dim] - offset
-                terms += back(part, tuple(axes), rows[keep])
-            offset += size
-        return terms
 
     def _sum(self, node: fx.Node, name: str, index: Index, rows: Tensor, back: Back) -> list[Term]:
         if name == "aten::sum":
@@ -406,12 +342,6 @@ class Reader:
 def is_zero(operand: Any) -> bool:
     """The number zero: a sum with it is no sum."""
     return isinstance(operand, int | float) and operand == 0
-
-
-def raise_if(condition: bool, reason: str) -> None:
-    """Stop reading, softly, for this reason."""
-    if condition:
-        raise Unreadable(reason)
 
 
 def _number(value: Any) -> complex:

@@ -19,9 +19,10 @@ from torch import fx
 
 from grape_compile.passes.chosen_tables import turned_by_chosen_tables
 from grape_compile.passes.contractions import CONTRACTIONS
-from grape_compile.passes.elements import COMPLEX, PICKS, PRODUCTS, SCATTERS, SUMS, Reader
+from grape_compile.passes.elements import COMPLEX, PICKS, PRODUCTS, SUMS, Reader
 from grape_compile.passes.graph import Program, Taint, Unreadable, fake, is_pure, op_name, require_fake
 from grape_compile.passes.movement import JOINS, LIKE, MOVEMENTS, operand_of
+from grape_compile.passes.pieces import SCATTERS
 from grape_compile.passes.planes import name_rotation
 from grape_compile.passes.plans import Entry, Miss, Reading, RotationPlan
 from grape_compile.passes.replay import Replay

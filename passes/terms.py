@@ -149,3 +149,9 @@ def _common(one: Term, other: Term) -> tuple[Term, Term]:
         return one, other
     shared = one.rows[torch.isin(one.rows, other.rows)]
     return one.take(torch.searchsorted(one.rows, shared)), other.take(torch.searchsorted(other.rows, shared))
+
+
+def raise_if(condition: bool, reason: str) -> None:
+    """Stop reading, softly, for this reason."""
+    if condition:
+        raise Unreadable(reason)
