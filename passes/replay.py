@@ -23,11 +23,12 @@ from grape_compile.passes.graph import (
     has_unknown_size,
     op_name,
 )
+from grape_compile.passes.movement import CUTS
 
 Found = TypeVar("Found")
 
 _LARGEST = 1 << 27
-"""Elements of one value: 1 GiB in fp64. A larger value is not worth an oracle."""
+"""Elements of one value: 1 GiB in fp64. A larger value is not worth an oracle; what is cut out of an input may be."""
 
 
 def exact(value: Any) -> Any:
@@ -67,7 +68,7 @@ class Replay:
         """Value of a node; Unreadable where an input has no real value or an operator cannot be replayed."""
         for step in self._missing(node):
             self.known[step] = self._run(step)
-        return self.known[self._first(node)]
+        return exact(self.known[self._first(node)])
 
     def _first(self, node: fx.Node) -> fx.Node:
         """The node whose value stands for this one's: itself, or the first of its value number."""
@@ -140,14 +141,16 @@ class Replay:
             op_name(node) == "" and not isinstance(node.target, torch._ops.OpOverload)
         ):
             raise Unreadable(f"{node.name} ({node.op}) cannot be replayed")
-        if isinstance(value, Tensor) and torch.Size(self.sizes.shape(node)).numel() > _LARGEST:
+        is_cut = op_name(node) in CUTS
+        if isinstance(value, Tensor) and not is_cut and torch.Size(self.sizes.shape(node)).numel() > _LARGEST:
             raise Unreadable(f"{node.name} has more than {_LARGEST} elements")
         args, kwargs = fx.node.map_aggregate(
             (node.args, dict(node.kwargs)), lambda item: self._argument(node, item)
         )
         try:
             assert callable(node.target)
-            found = exact(node.target(*args, **kwargs))
+            found = node.target(*args, **kwargs)
+            found = found if is_cut else exact(found)
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as failure:
             raise Unreadable(f"{op_name(node)} cannot be replayed in fp64: {failure}") from failure
         if has_unknown_size(value) and found.shape != self.sizes.shape(node):
@@ -157,7 +160,7 @@ class Replay:
     def _argument(self, node: fx.Node, item: Any) -> Any:
         if isinstance(item, fx.Node):
             if (first := self._first(item)) in self.known:
-                return self.known[first]
+                return self.known[first] if op_name(node) in CUTS else exact(self.known[first])
             if self._metadata_only(node, item) and fake(item) is not None:
                 return torch.zeros((), dtype=torch.float64).expand(self.sizes.shape(item))
             value = item.meta.get("val")
@@ -172,4 +175,5 @@ class Replay:
         value = self.program.values.get(node)
         if not has_value(self.program, node):
             raise Unreadable(f"the input {node.name} has no value here")
-        return exact(value)
+        # A cache that is longer than any call is cut before it is copied.
+        return value.detach() if isinstance(value, Tensor) and value.numel() > _LARGEST else exact(value)
