@@ -92,9 +92,9 @@ def _exponentials(node: fx.Node) -> tuple[fx.Node, tuple[tuple[fx.Node, bool], .
         elif name == "aten::masked_fill" and constant(args[2]) == 0:
             node, mask = operand_of(node, 0), operand_of(node, 1)
             hidden.append((mask, True))
-        elif name == "aten::mul" and (mask := _truth_beside(node)) is not None:
-            node = next(each for each in node.all_input_nodes if each is not mask)
-            hidden.append((_uncast(mask), False))
+        elif name == "aten::mul" and (truth := _truth_beside(node)) is not None:
+            node = next(each for each in node.all_input_nodes if each is not truth)
+            hidden.append((_uncast(truth), False))
         elif name == "aten::where" and constant(args[2]) == 0:
             node, mask = operand_of(node, 1), operand_of(node, 0)
             hidden.append((mask, False))

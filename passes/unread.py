@@ -1,7 +1,8 @@
 """Tell of positions that meet activations where nothing was read: what came near must not be missed in silence.
 
 What: a product of two activations to which something made of positions is added, and no attention around it was read;
-    a score_mod of `flex_attention` that reads positions; activations multiplied by cosines and by sines of positions that meet, and no rotation was read where they do.
+    a score_mod of `flex_attention` that reads positions; activations multiplied by cosines and by sines of positions
+    that meet, and no rotation was read where they do.
 """
 
 from __future__ import annotations

@@ -252,7 +252,7 @@ class Flexible(nn.Module):
         def change(score: Tensor, batch: Tensor, head: Tensor, at: Tensor, place: Tensor) -> Tensor:
             return torch.where(at >= place, self.change(score, at, place), -torch.inf)
 
-        out: Tensor = flex_attention(query, key, value, score_mod=change)  # type: ignore[assignment] # no statistics
+        out: Tensor = flex_attention(query, key, value, score_mod=change)
         return out
 
 
