@@ -78,15 +78,16 @@ class Letters:
                 if not left:
                     return None
                 letter = left.pop(0)
-                if not _divides(self.sizes[letter], size):
-                    if not _divides(size, self.sizes[letter]):
+                inside = _quotient(size, self.sizes[letter])
+                if inside is None:
+                    rest = _quotient(self.sizes[letter], size)
+                    if rest is None:
                         return None
-                    rest = _expression(self.sizes[letter]) / size
                     parts = self.new(_sized(size, shape)), self.new(_sized(rest, shape))
                     self.splits[letter] = parts
-                    letter, left = parts[0], [parts[1], *left]
+                    letter, left, inside = parts[0], [parts[1], *left], 1
                 taken.append(letter)
-                size = size / _expression(self.sizes[letter])
+                size = inside
             found.append(tuple(taken))
         if any(_expression(self.sizes[letter]) != 1 for letter in left):
             return None
@@ -98,15 +99,19 @@ def _expression(size: Any) -> Any:
     return expression if not getattr(expression, "is_number", False) else int(expression)
 
 
-def _divides(part: Any, whole: Any) -> bool:
-    quotient = _expression(whole) / _expression(part)
-    return quotient == int(quotient) if isinstance(quotient, float) else bool(quotient.is_integer)
+def _quotient(whole: Any, part: Any) -> Any:
+    """How many times one size holds the other; None where it is no whole number at every size."""
+    whole, part = _expression(whole), _expression(part)
+    if isinstance(whole, int) and isinstance(part, int):
+        return None if whole % part else whole // part
+    quotient = whole / part
+    return _expression(quotient) if quotient.is_integer else None
 
 
 def _sized(size: Any, shape: Sequence[Any]) -> Any:
     """A size as the graph has it."""
-    if isinstance(size, float) or getattr(size, "is_number", False):
-        return int(size)
+    if isinstance(size, int):
+        return size
     return next((each for each in shape if _expression(each) == size), size)
 
 

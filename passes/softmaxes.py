@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from grape_compile.passes.graph import Unreadable, fake, op_name, require_fake
@@ -91,11 +92,27 @@ def _exponentials(node: fx.Node) -> tuple[fx.Node, tuple[tuple[fx.Node, bool], .
         elif name == "aten::masked_fill" and constant(args[2]) == 0:
             node, mask = operand_of(node, 0), operand_of(node, 1)
             hidden.append((mask, True))
+        elif name == "aten::mul" and (truth := _truth_beside(node)) is not None:
+            node = next(each for each in node.all_input_nodes if each is not truth)
+            hidden.append((_uncast(truth), False))
         elif name == "aten::where" and constant(args[2]) == 0:
             node, mask = operand_of(node, 1), operand_of(node, 0)
             hidden.append((mask, False))
         else:
             return node, tuple(hidden)
+
+
+def _truth_beside(product: fx.Node) -> fx.Node | None:
+    """A factor that is one or zero: what is true or not, be it cast."""
+    factors = [each for each in product.all_input_nodes if fake(each) is not None]
+    masks = [each for each in factors if require_fake(_uncast(each)).dtype is torch.bool]
+    return masks[0] if len(factors) == 2 and len(masks) == 1 else None
+
+
+def _uncast(node: fx.Node) -> fx.Node:
+    while op_name(node) in PASSED and node.args and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
 
 
 def _reduced(node: fx.Node, name: str, source: fx.Node) -> int | None:

@@ -1,7 +1,8 @@
 """Tell of positions that meet activations where nothing was read: what came near must not be missed in silence.
 
 What: a product of two activations to which something made of positions is added, and no attention around it was read;
-    activations multiplied by cosines and by sines of positions that meet, and no rotation was read where they do.
+    a score_mod of `flex_attention` that reads positions; activations multiplied by cosines and by sines of positions
+    that meet, and no rotation was read where they do.
 """
 
 from __future__ import annotations
@@ -43,7 +44,31 @@ def unread_biases(program: Program, replay: Replay, known: Container[fx.Node]) -
         ]
         if len(others) == 1 and is_positional(others[0]) and _differs(program, replay, others[0]):
             told[product] = node, _miss(node)
-    return list(told.values())
+    return [
+        *told.values(),
+        *((node, _FLEXIBLE) for node in program.graph.nodes if _is_flexible(program, node)),
+    ]
+
+
+_COMPARISONS = {f"aten::{name}" for name in ("ge", "gt", "le", "lt", "eq", "ne")}
+_FLEXIBLE = Miss(
+    "attention",
+    "flex_attention is given a score_mod that reads the numbers of query and key for more than a mask: biases are read "
+    "where scores are written out or a mask is added",
+    3,
+    "a bias by steps",
+)
+
+
+def _is_flexible(program: Program, node: fx.Node) -> bool:
+    """A call of `flex_attention` whose scores are changed by their places."""
+    if str(node.target) != "flex_attention" or len(node.args) < 4 or not isinstance(node.args[3], fx.Node):
+        return False
+    body = getattr(program.module, str(node.args[3].target), None)
+    if not isinstance(body, fx.GraphModule):
+        return False
+    places = body.graph.find_nodes(op="placeholder")[3:5]
+    return any(op_name(user) not in _COMPARISONS for place in places for user in place.users)
 
 
 def _product(program: Program, node: fx.Node, products: dict[fx.Node, fx.Node | None]) -> fx.Node | None:

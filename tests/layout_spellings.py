@@ -25,7 +25,7 @@ def exponentials_over_their_sum(query: Tensor, key: Tensor, value: Tensor, slope
 
 def masked_behind_the_exponential(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
     weights = (scores_of(query, key) + by_distance(slopes, key.shape[-2])).exp()
-    weights = torch.where(causal(key.shape[-2]), weights, 0.0)
+    weights = torch.where(causal(key.shape[-2]), weights, 0.0) * causal(key.shape[-2])
     mixed: Tensor = weights / weights.sum(-1).unsqueeze(-1) @ value
     return mixed
 
@@ -85,6 +85,15 @@ def groups_that_share_a_key(query: Tensor, key: Tensor, value: Tensor, slopes: T
     scores = scores_of(query.view(batch, 1, heads, length, width), key)
     scores = scores + by_distance(slopes, length).unflatten(0, (1, heads))
     return (fill_above_diagonal(scores).softmax(-1) @ value).view(query.shape)
+
+
+def groups_among_the_queries(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    """Heads that share a key are more queries of it."""
+    batch, heads, length, width = query.shape
+    scores = query.reshape(batch, 1, heads * length, width) @ key[:, :1].mT / HEAD_DIM**0.5
+    scores = scores.view(batch, heads, length, length) + by_distance(slopes, length)
+    weights = fill_above_diagonal(scores).softmax(-1).view(batch, 1, heads * length, length)
+    return (weights @ value[:, :1]).view(query.shape)
 
 
 def groups_by_name(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
@@ -159,6 +168,7 @@ LAYOUT_SPELLINGS = tuple(
             heads_behind_keys,
             heads_behind_queries,
             groups_that_share_a_key,
+            groups_among_the_queries,
             groups_by_name,
             folded_to_the_end,
             below_the_diagonal,

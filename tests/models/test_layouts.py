@@ -22,8 +22,9 @@ from layout_spellings import LAYOUT_SPELLINGS, apart, by_distances
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.nn import functional
+from torch.nn.attention.flex_attention import flex_attention
 
-from grape_compile import Report, rewrite
+from grape_compile import Report, grape_compile, report, rewrite
 from grape_compile.encoding import PathBias
 
 EXACT = 1e-10
@@ -235,3 +236,39 @@ def test_near_misses_stay_and_are_told(attention: Attention) -> None:
     found = rewritten(BiasedAttention(attention))
     assert found.sites == (), str(found)
     assert found.refusals
+
+
+class Flexible(nn.Module):
+    """Attention that is told how to change each score."""
+
+    def __init__(self, change: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.change = change
+        self.qkv = nn.Linear(HIDDEN, 3 * HIDDEN, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).view(*x.shape[:2], 3, HEADS, HEAD_DIM).permute(2, 0, 3, 1, 4)
+
+        def change(score: Tensor, batch: Tensor, head: Tensor, at: Tensor, place: Tensor) -> Tensor:
+            return torch.where(at >= place, self.change(score, at, place), -torch.inf)
+
+        out: Tensor = flex_attention(query, key, value, score_mod=change)
+        return out
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [(lambda score, at, place: score + 0.1 * (place - at), 1), (lambda score, *_: score, 0)],
+)
+def test_flexible_attention_runs_as_it_is(
+    change: Callable[[Tensor, Tensor, Tensor], Tensor], told: int
+) -> None:
+    plain, x = sharpen(Flexible(change)), example()
+    with torch.no_grad():
+        wanted = plain(x)
+        compiled = grape_compile(copy.deepcopy(plain), backend="eager")
+        torch.testing.assert_close(compiled(x), wanted)
+    found = report(compiled)
+    assert (len(found.sites), len(found.refusals)) == (0, told), str(found)
