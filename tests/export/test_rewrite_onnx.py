@@ -18,6 +18,7 @@ from architectures import BY_NAME, LAYERS, Architecture
 from attention_layers import BiasedAttention, example
 from bias_spellings import above_a_soft_cap
 from cached_layers import CACHED, Cached
+from finished_biases import FINISHED_BIASES, HIDDEN, KEPT, jina
 from onnx_graphs import HEADS, NEAR_MISSES, TURNS, WIDTH, attention, biased
 from torch import Tensor, nn
 from torch.export import Dim
@@ -187,6 +188,20 @@ def test_a_constant_table_of_biases_is_looked_at_as_a_whole(tmp_path: Path) -> N
     report = rewrite_onnx(biased(tmp_path / "hand.onnx", "saturating"), tmp_path / "same.onnx")
     assert not report.sites
     assert report.refusals
+
+
+def test_a_file_that_counts_no_tokens_by_integers_has_no_past(tmp_path: Path) -> None:
+    """An axis of activations alone is not tried without entries, which the operator does not take."""
+    (kept,) = (each.make().eval() for each in FINISHED_BIASES if each.cut is jina)
+    source, given = tmp_path / "kept.onnx", torch.randn(2, 9, HIDDEN)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            kept, (given,), source, dynamo=True, external_data=False, verbose=False,
+            dynamic_shapes=({0: Dim("batch"), 1: Dim("tokens", max=KEPT)},),
+        )  # fmt: skip
+    report = rewrite_onnx(source, tmp_path / "new.onnx")
+    assert [site.kind for site in report.sites] == ["bias"]
 
 
 def test_a_bias_above_a_soft_cap_is_written_with_it(tmp_path: Path) -> None:

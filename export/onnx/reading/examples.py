@@ -114,13 +114,14 @@ class Example:
     ) -> Example:
         """Other sizes: `rows` along the first axis, the others longer; `one` token, no `past`.
 
-        Tokens are counted by names that integers have, a past by those that only activations have.
+        Tokens are counted by names that integers have, a past by those that only activations have; in a file without
+        integers nothing is known to be a past.
         """
         tokens = {axis for value in _whole(graph) for axis in axes_of(value)}
         first = {axes_of(value)[0] for value in inputs_of(graph) if axes_of(value)}
         sizes = {}
         for name, size in self.sizes.items():
-            counts = name in tokens
+            counts = name in tokens or not tokens
             sizes[name] = max(2, size + longer) if past or counts else 0
             sizes[name] = rows if name in first else 1 if one and counts else sizes[name]
         return Example(sizes, self.relations)
