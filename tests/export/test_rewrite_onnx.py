@@ -18,7 +18,7 @@ from architectures import BY_NAME, LAYERS, Architecture
 from attention_layers import BiasedAttention, example
 from bias_spellings import above_a_soft_cap
 from cached_layers import CACHED, Cached
-from finished_biases import FINISHED_BIASES, HIDDEN, KEPT, jina
+from finished_biases import BY_CUT, KEPT
 from onnx_graphs import HEADS, NEAR_MISSES, TURNS, WIDTH, attention, biased
 from torch import Tensor, nn
 from torch.export import Dim
@@ -192,8 +192,8 @@ def test_a_constant_table_of_biases_is_looked_at_as_a_whole(tmp_path: Path) -> N
 
 def test_a_file_that_counts_no_tokens_by_integers_has_no_past(tmp_path: Path) -> None:
     """An axis of activations alone is not tried without entries, which the operator does not take."""
-    (kept,) = (each.make().eval() for each in FINISHED_BIASES if each.cut is jina)
-    source, given = tmp_path / "kept.onnx", torch.randn(2, 9, HIDDEN)
+    kept = BY_CUT["jina"].make().eval()
+    source, given = tmp_path / "kept.onnx", torch.randn(2, 9, kept.qkv.in_features)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
