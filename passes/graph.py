@@ -100,7 +100,8 @@ class Program:
         table: dict[Any, int] = {}
         for node in self.graph.nodes:
             key: Any = node
-            if node.op == "call_function" and self.taints[node] <= Taint.PARAMETER and is_pure(node):
+            taint = self.taints.get(node, Taint.DATA)  # what was put in since is told apart by itself
+            if node.op == "call_function" and taint <= Taint.PARAMETER and is_pure(node):
                 args, kwargs = (frozen(each, numbers.__getitem__) for each in (node.args, node.kwargs))
                 # Autocast makes one operator give two types; a value is not its own rounding.
                 key = (node.target, args, kwargs, getattr(node.meta.get("val"), "dtype", None))
@@ -155,7 +156,7 @@ class Program:
 
     def _own_number(self, node: fx.Node, first: int) -> object | None:
         """What stands for a value wherever it is used; None where that is how it is computed."""
-        if node in self.value_numbers and self.taints[node] < Taint.DATA:
+        if node in self.value_numbers and self.taints.get(node, Taint.DATA) < Taint.DATA:
             return ("value", self.value_numbers[node])
         inside = node.op == "call_function" and self.order.get(node, first) >= first
         return None if inside else ("outside", node)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +89,28 @@ def _reshape(builder: Builder, node: Written) -> ir.Value:
     return builder.op("Reshape", node.first, _sizes(builder, node.argument(1)))
 
 
+def _unflatten(builder: Builder, node: Written) -> ir.Value:
+    value, axis = node.first, node.argument(1) % len(sizes(node.first))
+    return _split_or_joined(builder, value, axis, axis, node.argument(2))
+
+
+def _flatten(builder: Builder, node: Written) -> ir.Value:
+    value = node.first
+    first, last = (node.argument(*given) % len(sizes(value)) for given in ((1, 0), (2, -1)))
+    return _split_or_joined(builder, value, first, last, [-1])
+
+
+def _split_or_joined(
+    builder: Builder, value: ir.Value, first: int, last: int, made: Sequence[Any]
+) -> ir.Value:
+    """The value with axes of other sizes in the place of those from `first` to `last`."""
+    axes = range(len(sizes(value)))
+    before, after = (
+        [builder.size(value, axis) for axis in part] for part in (axes[:first], axes[last + 1 :])
+    )
+    return builder.op("Reshape", value, _sizes(builder, [*before, *made, *after]))
+
+
 def _expand(builder: Builder, node: Written) -> ir.Value:
     return builder.op(
         "Expand", node.first, _sizes(builder, [1 if size == -1 else size for size in node.argument(1)])
@@ -142,6 +164,8 @@ WRITERS: dict[str, Callable[[Builder, Written], ir.Value]] = {
     "aten::transpose": _transpose,
     "aten::reshape": _reshape,
     "aten::view": _reshape,
+    "aten::unflatten": _unflatten,
+    "aten::flatten": _flatten,
     "aten::expand": _expand,
     "aten::unsqueeze": lambda builder, node: builder.unsqueeze(node.first, node.argument(1)),
     "aten::squeeze": lambda builder, node: builder.squeeze(node.first, node.argument(1)),
