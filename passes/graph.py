@@ -334,7 +334,12 @@ class Sizes:
             return int(expression)
         hint = value.node.hint
         if hint is None:
-            hint = value.node.shape_env.optimization_hint(expression, fallback=_UNKNOWN)
+            some = getattr(
+                value.node.shape_env, "optimization_hint", None
+            )  # older releases of torch have none
+            if some is None:
+                raise Unreadable(f"{value} has no known value")
+            hint = some(expression, fallback=_UNKNOWN)
         return int(hint)
 
     def real(self, value: torch.SymFloat) -> float:
