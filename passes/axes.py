@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from grape_compile.passes.graph import Sizes, Unreadable, op_name, require_fake
+from grape_compile.passes.graph import Unreadable, op_name, require_fake
 from grape_compile.passes.movement import PERMUTES, RESHAPES, operand_of, permutation
+from grape_compile.passes.sizes import Sizes
 from grape_compile.passes.terms import Index, ravel, unravel
 
 aten = torch.ops.aten

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from grape_compile.passes.graph import Sizes, Unreadable, op_name, require_fake
+from grape_compile.passes.graph import Unreadable, op_name, require_fake
 from grape_compile.passes.movement import is_symbolic, operand_of
+from grape_compile.passes.sizes import Sizes
 from grape_compile.passes.terms import Index, broadcast
 
 CONTRACTIONS = {"aten::matmul", "aten::bmm", "aten::mm", "aten::outer", "aten::ger", "aten::einsum"}

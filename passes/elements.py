@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from grape_compile.passes.contractions import CONTRACTIONS, Contraction, contraction, renamed
-from grape_compile.passes.graph import Program, Sizes, Taint, Unreadable, fake, op_name, require_fake
+from grape_compile.passes.graph import Program, Taint, Unreadable, fake, op_name, require_fake
 from grape_compile.passes.movement import (
     IDENTITIES,
     JOINS,
@@ -33,6 +33,7 @@ from grape_compile.passes.movement import (
 )
 from grape_compile.passes.pieces import PADS, SCATTERS, Back, joined, padded, scattered
 from grape_compile.passes.replay import Replay
+from grape_compile.passes.sizes import Sizes
 from grape_compile.passes.terms import (
     Factor,
     Index,

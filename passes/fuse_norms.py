@@ -24,11 +24,12 @@ from grape_compile.errors import GrapeError
 from grape_compile.operators.providers import choose_turn
 from grape_compile.operators.turn_call import Norm, TurnCall
 from grape_compile.passes.base import Outcome, Pass
-from grape_compile.passes.graph import Program, Sizes, Unreadable, op_name, require_fake
+from grape_compile.passes.graph import Program, Unreadable, op_name, require_fake
 from grape_compile.passes.norms import NormRead, norm_after, norm_before
 from grape_compile.passes.operands import Emitter
 from grape_compile.passes.replay import Replay
 from grape_compile.passes.rewrite_rotations import mutation_between, remove_unused
+from grape_compile.passes.sizes import Sizes
 from grape_compile.passes.verify import difference
 
 

@@ -17,8 +17,9 @@ from torch import fx
 from grape_compile.encoding import Learned, Positions, Rotation, Table, Tables, parse
 from grape_compile.operators.providers import computes_angles
 from grape_compile.passes.base import Outcome, Pass
-from grape_compile.passes.graph import Program, Sizes, require_fake
+from grape_compile.passes.graph import Program, require_fake
 from grape_compile.passes.operands import Emitter
+from grape_compile.passes.sizes import Sizes
 
 aten = torch.ops.aten
 

@@ -37,11 +37,12 @@ from grape_compile.errors import GrapeError, UpgradeError
 from grape_compile.operators.operands import compute_dtype, parse_encoding
 from grape_compile.operators.upgraded import TOKENS, asks_for_places
 from grape_compile.passes.base import Outcome, Pass
-from grape_compile.passes.graph import Program, Sizes, Unreadable, op_name, require_fake
+from grape_compile.passes.graph import Program, Unreadable, op_name, require_fake
 from grape_compile.passes.last_queries import LastQueries
 from grape_compile.passes.marks import Mark, Marked, tokens_last
 from grape_compile.passes.operands import Emitter, fake_value
 from grape_compile.passes.rewrite_rotations import remove_unused
+from grape_compile.passes.sizes import Sizes
 from grape_compile.passes.table_clocks import emit_positions
 from grape_compile.passes.unturned import RESHAPING, Unturned, put_behind
 

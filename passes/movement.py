@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from grape_compile.passes.graph import Sizes, Unreadable, fake, op_name, require_fake
+from grape_compile.passes.graph import Unreadable, fake, op_name, require_fake
+from grape_compile.passes.sizes import Sizes
 from grape_compile.passes.terms import Index, broadcast, ravel, unravel
 
 RESHAPES = {

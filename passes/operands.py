@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from grape_compile.errors import GrapeError
-from grape_compile.passes.graph import Program, Sizes, Unreadable, frozen, layout, require_fake
+from grape_compile.passes.graph import Program, Unreadable, frozen, layout, require_fake
+from grape_compile.passes.sizes import Sizes
 from grape_compile.passes.terms import Index
 
 aten = torch.ops.aten

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx
 
-from grape_compile.passes.graph import Sizes, op_name
+from grape_compile.passes.graph import op_name
 from grape_compile.passes.movement import ints, is_symbolic, join_dim, join_parts, operand_of
+from grape_compile.passes.sizes import Sizes
 from grape_compile.passes.terms import Index, Term, raise_if
 
 Back = Callable[[fx.Node, Index, Tensor], list[Term]]

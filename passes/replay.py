@@ -13,17 +13,9 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from grape_compile.passes.graph import (
-    ANGLES,
-    Program,
-    Sizes,
-    Taint,
-    Unreadable,
-    fake,
-    has_unknown_size,
-    op_name,
-)
+from grape_compile.passes.graph import ANGLES, Program, Taint, Unreadable, fake, has_unknown_size, op_name
 from grape_compile.passes.movement import CUTS
+from grape_compile.passes.sizes import Sizes
 
 Found = TypeVar("Found")
 

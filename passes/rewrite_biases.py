@@ -24,7 +24,7 @@ from grape_compile.passes.base import Outcome, Pass
 from grape_compile.passes.bias_slots import BiasSlots
 from grape_compile.passes.biases import BiasPlan, detect_biases
 from grape_compile.passes.finished_tables import TablePart
-from grape_compile.passes.graph import Program, Sizes, Unreadable, module_path, require_fake, source_line
+from grape_compile.passes.graph import Program, Unreadable, module_path, require_fake, source_line
 from grape_compile.passes.hidden_rows import hidden_rows
 from grape_compile.passes.marks import Marked
 from grape_compile.passes.operands import Emitter
@@ -34,6 +34,7 @@ from grape_compile.passes.rewrite_rotations import overwritten, refusal, remove_
 from grape_compile.passes.score_terms import ScoreTerm
 from grape_compile.passes.scores import DEAD, own_axes
 from grape_compile.passes.site import Site
+from grape_compile.passes.sizes import Sizes
 from grape_compile.passes.verify_biases import verify_bias
 
 aten = torch.ops.aten

@@ -22,7 +22,6 @@ from grape_compile.operators.turn_call import TurnCall
 from grape_compile.passes.base import Outcome, Pass
 from grape_compile.passes.graph import (
     Program,
-    Sizes,
     Unreadable,
     is_pure,
     module_path,
@@ -36,6 +35,7 @@ from grape_compile.passes.plans import Miss, RotationPlan
 from grape_compile.passes.replay import Replay
 from grape_compile.passes.rotations import detect_rotations
 from grape_compile.passes.site import Refusal, Site
+from grape_compile.passes.sizes import Sizes
 from grape_compile.passes.verify import verify_rotation
 
 

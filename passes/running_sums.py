@@ -14,9 +14,10 @@ from torch import Tensor, fx
 
 from grape_compile.passes.addends import cumsum_dim
 from grape_compile.passes.elements import Reader, is_zero_tensor
-from grape_compile.passes.graph import Program, Sizes, Taint, Unreadable, fake, op_name
+from grape_compile.passes.graph import Program, Taint, Unreadable, fake, op_name
 from grape_compile.passes.movement import SINGLE, is_frozen, move
 from grape_compile.passes.operands import Axis, Operand, fit
+from grape_compile.passes.sizes import Sizes
 from grape_compile.passes.terms import Factor, Index, Term, unit
 
 _PROJECTIONS = {"aten::linear", "aten::addmm", "aten::mm", "aten::matmul"}

@@ -17,11 +17,12 @@ from grape_compile.passes.axes import KEY as KEY
 from grape_compile.passes.axes import QUERY as QUERY
 from grape_compile.passes.axes import Axes, on_tensors
 from grape_compile.passes.facts import numbers_of
-from grape_compile.passes.graph import Fact, Program, Sizes, Taint, require_fake
+from grape_compile.passes.graph import Fact, Program, Taint, require_fake
 from grape_compile.passes.movement import is_symbolic
 from grape_compile.passes.operands import Axis, Operand, fit
 from grape_compile.passes.replay import Found, Replay
 from grape_compile.passes.score_terms import ScoreTerm
+from grape_compile.passes.sizes import Sizes
 from grape_compile.passes.terms import Factor, Index, broadcast
 
 DEAD = -1e4

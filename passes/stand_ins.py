@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from grape_compile.passes.graph import Program, Role, Sizes, Unreadable, fake, frozen
+from grape_compile.passes.graph import Program, Role, Unreadable, fake, frozen
 from grape_compile.passes.operands import fake_value
 from grape_compile.passes.origins import Leaf, Mark, Part, alike, mark_on
+from grape_compile.passes.sizes import Sizes
 
 
 def graft(program: Program, marks: Mapping[fx.Node, Mark]) -> Program:

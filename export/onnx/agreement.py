@@ -22,8 +22,9 @@ from grape_compile.export.onnx.emit_blocks import SMALLEST
 from grape_compile.export.onnx.reading.examples import Example, Feeds, inputs_of
 from grape_compile.export.onnx.reading.trace import Imported
 from grape_compile.export.onnx.runs import Arrays, Session
-from grape_compile.passes.graph import Sizes, Unreadable
+from grape_compile.passes.graph import Unreadable
 from grape_compile.passes.replay import Replay, exact
+from grape_compile.passes.sizes import Sizes
 
 _AGAINST = ", against the original"
 _APART = {"float64": 1e-10, "float32": 1e-4, "float16": 1e-2}

@@ -36,8 +36,9 @@ from grape_compile.kernels.tensorir.rotation import supports
 from grape_compile.kernels.tunable import Shape
 from grape_compile.operators.operands import slot_names
 from grape_compile.passes.capture import capture_export
-from grape_compile.passes.graph import Sizes, op_name
+from grape_compile.passes.graph import op_name
 from grape_compile.passes.pipeline import rewrite_program
+from grape_compile.passes.sizes import Sizes
 from grape_compile.tuning.workloads import (
     Workload,
     attention_workload,

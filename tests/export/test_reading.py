@@ -18,8 +18,8 @@ from grape_compile.export.onnx.reading.call import READERS
 from grape_compile.export.onnx.reading.examples import Example
 from grape_compile.export.onnx.reading.opening import open_file
 from grape_compile.export.onnx.reading.trace import import_graph
-from grape_compile.passes.graph import Sizes
 from grape_compile.passes.replay import Replay, exact
+from grape_compile.passes.sizes import Sizes
 
 RANDOM = np.random.default_rng(0)
 

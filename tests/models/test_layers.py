@@ -16,7 +16,7 @@ from rotation_spellings import plain
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from grape_compile.passes import capture, rotations, verify_biases
+from grape_compile.passes import capture, channel_maps, verify_biases
 from grape_compile.passes.assignments import FunctionalAssignments
 from grape_compile.passes.capture import capture_dynamo
 from grape_compile.passes.graph import Program
@@ -136,7 +136,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     count(fx.Interpreter, "call_function")
     count(fx.Interpreter, "call_method")
     count(Replay, "_run")
-    count(rotations._Reading, "plan")
+    count(channel_maps.ChannelMap, "plan")
     count(verify_biases._Check, "error")
     return taken
 
