@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from grape_compile.encoding import Encoding, alibi
-from grape_compile.operators import attend_decomposition, reference_attend, reference_bias
+from grape_compile.operators import attend_decomposition, attention, reference_attend, reference_bias
 from grape_compile.operators.operands import slot_list
 from grape_compile.operators.samples import (
     BATCH,
@@ -43,21 +43,9 @@ QUERIES = {"one query": 1, "three queries": 3, "everything": LENGTH}
 
 
 def dense_attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    encoding: Encoding,
-    slots: dict[str, Tensor],
-    *,
-    mask: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-    window: int | None = None,
-    cap: float | None = None,
-    sinks: Tensor | None = None,
-    segments: Tensor | None = None,
+    query: Tensor, key: Tensor, value: Tensor, encoding: Encoding, slots: dict[str, Tensor], **given: Any
 ) -> Tensor:
-    options = (mask, is_causal, scale, window, cap, sinks, segments)
+    options = [given.get(name, False if name == "is_causal" else None) for name in attention.OPTIONS]
     return attend_decomposition(query, key, value, slot_list(encoding, slots), str(encoding), *options)[0]
 
 
