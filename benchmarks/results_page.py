@@ -51,7 +51,7 @@ by [`examples/train_tiny_lm.py`](../examples/train_tiny_lm.py). This page is mad
 * Every tenth file, chosen by its name, is kept for validation. All lengths see the same bytes of them.
 * Seeds {seeds}; runs of one seed read the same bytes in the same order and start from the same weights.
 * Learning rate and size of a batch were chosen with RoPE and another seed.
-* {machine}.
+* The {count} runs trained for {minutes:.0f} minutes together, each in a process of its own on one thread; {machine}.
 
 """
 
@@ -109,6 +109,8 @@ def text(document: Mapping[str, Any], figures: Path) -> str:
         parameters=f"{min(run['parameters'] for run in runs):,} to {max(run['parameters'] for run in runs):,}",
         read=settings["steps"] * settings["batch"] * settings["length"] / 1e6,
         seeds=", ".join(map(str, seeds)),
+        count=len(runs),
+        minutes=sum(run["seconds"] for run in runs) / 60,
         machine=", ".join(f"{key} {value}" for key, value in document["machine"].items()),
     )
     if len(runs) < document.get("planned", 0):
