@@ -48,8 +48,9 @@ class Settings:
 
 PRESETS = {
     "cpu": Settings(width=128, layers=5, heads=4, length=128, batch=4, steps=1200),
+    # The text is read four to five times.
     "gpu": Settings(
-        width=512, layers=8, heads=8, length=512, batch=64, steps=4000, windows=256, device="cuda"
+        width=512, layers=8, heads=8, length=512, batch=64, steps=1500, windows=256, device="cuda"
     ),
     "quick": Settings(width=32, layers=1, heads=2, length=16, batch=4, steps=12, windows=2),
     "minute": Settings(width=128, layers=2, heads=4, length=128, batch=4, steps=500),
@@ -218,7 +219,8 @@ def train(
     path = checkpoint(encoding, seed, settings, folder)
     state: dict[str, Any] = {"step": 0, "losses": [], "validation": [], "seconds": 0.0}
     if path.exists():
-        state = torch.load(path, map_location=settings.device, weights_only=True)
+        # The optimiser counts its steps on the CPU, and moves the rest to where the parameters are.
+        state = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(state.pop("model"))
         optimiser.load_state_dict(state.pop("optimiser"))
     every = max(settings.steps // 20, 1)
@@ -283,7 +285,8 @@ def trained(
     """Return a trained model, from its checkpoint or trained now; "plain rope" is that of "rope" in plain torch."""
     settings, written = PRESETS[preset], encoding.removeprefix("plain ")
     train(written, seed, settings, folder)
-    state = torch.load(checkpoint(written, seed, settings, folder), weights_only=True)
+    path = checkpoint(written, seed, settings, folder)
+    state = torch.load(path, map_location="cpu", weights_only=True)
     model = TinyLM(settings, encoding)
     model.load_state_dict(state["model"])
     return model.eval()

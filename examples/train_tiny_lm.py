@@ -53,10 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     chosen = parser.parse_args(arguments)
     settings = PRESETS[chosen.preset]
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        parser.error(f"preset {chosen.preset!r} trains on a GPU, and torch sees none here")
     results = chosen.results or chosen.work / "tiny_lm.json"
     runs = [(encoding, seed) for seed in chosen.seeds for encoding in chosen.encodings]
     found = [document for run in runs if (document := read(done(run, settings, chosen.work))) is not None]
-    about = {"machine": machine(), "preset": chosen.preset, "planned": len(runs)}
+    about = {"machine": machine(settings.device), "preset": chosen.preset, "planned": len(runs)}
     finished = {(document["encoding"], document["seed"]) for document in found}
     console = Console(stderr=True)
     for document in compared(
@@ -120,6 +122,8 @@ def prepare(heard: Any, device: str) -> None:
     Worker.heard, Worker.parent = heard, os.getppid()
     if device == "cpu":
         torch.set_num_threads(1)
+    else:
+        torch.set_float32_matmul_precision("high")
 
 
 def one(run: Run, settings: Settings, work: Path) -> dict[str, Any]:
@@ -165,8 +169,8 @@ def rounded(value: Any) -> Any:
     return round(value, 4) if isinstance(value, float) else value
 
 
-def machine() -> dict[str, str]:
-    chip = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+def machine(device: str) -> dict[str, str]:
+    chip = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
     return {"chip": chip, "torch": torch.__version__, "python": sys.version.split()[0]}
 
 

@@ -90,7 +90,7 @@ def grape_compile(
     inner = _inner_backend(backend, given)
     door = functools.partial(_compile_graph, inner=inner, record=record, strict=on_refusal == "raise")
     compiled = torch.compile(model._call_impl, backend=door, dynamic=dynamic, fullgraph=fullgraph)
-    call = _constant_floats(compiled) if dynamic else compiled
+    call = _constant_floats(compiled) if dynamic or is_upgraded(model) else compiled
     call = _as_many_graphs_as_needed(call) if is_upgraded(model) else call
     model._compiled_call_impl = _unwrapped_errors(_whole_graphs(call, model, record), model)
     _compiled[model] = record
@@ -240,7 +240,7 @@ def _inner_backend(backend: str | Backend, options: dict[str, Any] | None) -> Ba
 
 
 def _constant_floats(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """With every size symbolic, keep the model's numbers constants: a score scale that is a symbol cannot be proved."""
+    """Keep the model's numbers constants where torch makes symbols of them: a scale that is one cannot be proved."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with torch._dynamo.config.patch(specialize_float=True):

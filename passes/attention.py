@@ -3,13 +3,15 @@
 What: `softmax(scale * q k^T + terms) v`, written with matmul, bmm, baddbmm, einsum or `scaled_dot_product_attention`,
     with axes in any order, heads folded into the batch or split into groups that share a key; a soft cap on the scaled
     product below all terms, and sinks behind the keys.
-Leaves alone: layers whose weights leave the layer, are dropped out at random, or pass a non-linear operation.
+Leaves alone: layers whose weights pass a non-linear operation. Of weights that leave the layer or are dropped out at
+    random it is said that they have to stay.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, Final
 
 import torch
 from torch import fx
@@ -24,6 +26,8 @@ from grape_compile.passes.score_walk import ScoreWalk
 from grape_compile.passes.sinks import joined_sinks, without_sinks
 from grape_compile.passes.softmaxes import Softmax, softmax_at
 
+FUSED: Final = "aten::scaled_dot_product_attention"
+
 
 @dataclass
 class Attention:
@@ -31,7 +35,8 @@ class Attention:
 
     `product` is the one of query and key, or the fused call.
 
-    A `plain` one is wanted as an operator even where it adds nothing.
+    A `plain` one is wanted as an operator even where it adds nothing. `stays` says why its weights have to stay the
+    model's own: they are dropped out at random by `drops`, or used elsewhere. The softmax is `given` its scores.
     """
 
     softmax: fx.Node
@@ -49,6 +54,13 @@ class Attention:
     cap: float | None = None
     sinks: fx.Node | None = None
     plain: bool = False
+    stays: str = ""
+    drops: list[fx.Node] = field(default_factory=list)
+    given: fx.Node | None = None
+
+    @property
+    def is_fused(self) -> bool:
+        return op_name(self.softmax) == FUSED
 
 
 def find_attention(
@@ -72,7 +84,7 @@ def find_attention(
 
 
 def _layer_at(program: Program, node: fx.Node) -> Attention | None:
-    if op_name(node) == "aten::scaled_dot_product_attention":
+    if op_name(node) == FUSED:
         return _fused(program, node)
     softmax = softmax_at(node)
     return None if softmax is None else _Reader(program).around(softmax)
@@ -80,15 +92,19 @@ def _layer_at(program: Program, node: fx.Node) -> Attention | None:
 
 def _adds(layer: Attention) -> bool:
     """Whether a layer has terms, be it in a mask of a fused call that is added, which a choice of keys is not."""
-    fused = op_name(layer.softmax) == "aten::scaled_dot_product_attention"
-    return bool(layer.terms) and not (fused and all(term.dead is False for term in layer.terms))
+    return bool(layer.terms) and not (layer.is_fused and all(term.dead is False for term in layer.terms))
+
+
+def fused_arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a call of `scaled_dot_product_attention`, by name."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
 def _fused(program: Program, node: fx.Node) -> Attention | None:
     """A call of `scaled_dot_product_attention`."""
-    names = ["query", "key", "value", "attn_mask", "dropout_p", "is_causal"]
-    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    query, key, value, mask = (given.get(name) for name in names[:4])
+    given = fused_arguments(node)
+    query, key, value, mask = (given.get(name) for name in ("query", "key", "value", "attn_mask"))
     if not all(isinstance(part, fx.Node) for part in (query, key, value)):
         return None
     if mask is not None and (not isinstance(mask, fx.Node) or fake(mask) is None):
@@ -119,7 +135,11 @@ def _fused(program: Program, node: fx.Node) -> Attention | None:
     if layer is not None:
         layer.is_causal = bool(given.get("is_causal", False))
         if given.get("dropout_p", 0.0):
-            layer.obstacle = f"attention weights are dropped out with probability {given['dropout_p']}"
+            dropped = f"attention weights are dropped out with probability {given['dropout_p']}"
+            if layer.axes["scores"] == layer.layout.roles[:4]:
+                layer.stays, layer.drops = dropped, [node]
+            else:
+                layer.obstacle = dropped
     return layer
 
 
@@ -150,6 +170,8 @@ class _Reader:
         self.program = program
         self.walk = ScoreWalk(program)
         self.sinks: fx.Node | None = None
+        self.stays = ""
+        self.drops: list[fx.Node] = []
 
     def around(self, softmax: Softmax) -> Attention | None:
         scores = softmax.scores
@@ -185,7 +207,10 @@ class _Reader:
         if layer is not None:
             if self.sinks is not None and layer.axes["scores"] != layer.layout.roles[:4]:
                 self.walk.hinder("sinks stand beside scores whose axes are not batch, head, query and key")
+            if self.stays and not softmax.is_operator:
+                self.walk.hinder(self.stays)
             layer.obstacle, layer.cap, layer.sinks = self.walk.obstacle, self.walk.cap, self.sinks
+            layer.stays, layer.drops, layer.given = self.stays, self.drops, scores
         return layer
 
     def _hide(self, softmax: Softmax, axes: Axes) -> bool:
@@ -212,7 +237,9 @@ class _Reader:
                 continue
             product = next((user for user in users if _multiplies(user)), None)
             if len(users) > 1:
-                self.walk.hinder("the attention weights are used elsewhere (returned, masked or averaged)")
+                self.stays = self.stays or (
+                    "the attention weights are used elsewhere (returned, masked or averaged)"
+                )
             if product is not None:
                 given = product.args[1] if op_name(product) == "aten::einsum" else product.args
                 assert isinstance(given, list | tuple)
@@ -223,7 +250,8 @@ class _Reader:
             user = users[0]
             if op_name(user) == "aten::dropout":
                 if user.args[2] and user.args[1]:
-                    self.walk.hinder(
+                    self.drops.append(user)
+                    self.stays = self.stays or (
                         f"attention weights are dropped out with probability {user.args[1]} in training"
                     )
             elif op_name(user) not in PASSED and not _is_safe(user):

@@ -9,7 +9,7 @@ import enum
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -20,6 +20,9 @@ from grape_compile.passes.memory import late_readers, writes
 from grape_compile.passes.memory import op_name as op_name
 from grape_compile.passes.regions import is_mark
 from grape_compile.passes.site import Site
+
+if TYPE_CHECKING:
+    from grape_compile.passes.own_weights import OwnWeights
 
 
 class Role(enum.Enum):
@@ -61,7 +64,8 @@ class Program:
     `stands` for an input of this one. `rotated` and `attended` hold the sites of values that were
     turned and of calls that attend. `replaced` says, for every value of the graph as captured whose users were given
     another, which that is and the site it belongs to. The numbers of `kept` inputs may be read, as somebody sees to it
-    that the `facts` about them hold whenever the graph runs.
+    that the `facts` about them hold whenever the graph runs. Calls that attend and that nothing reads, the `weighted`
+    ones, say what scores layers are to have that keep their own weights.
     """
 
     module: fx.GraphModule
@@ -75,6 +79,7 @@ class Program:
     replaced: dict[fx.Node, tuple[fx.Node, Site]] = field(default_factory=dict)
     kept: frozenset[fx.Node] = frozenset()
     facts: dict[fx.Node, list[Fact]] = field(default_factory=dict)
+    weighted: dict[fx.Node, OwnWeights] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:

@@ -107,9 +107,11 @@ class _Move:
         for call in self.attentions if self.mark.attended else ():
             site = self.program.attended[call]
             outcome.absorbed.append(site)
-            unused += call.args[3]  # type: ignore[arg-type] # nodes
+            unused += [call, *call.args[3]]  # type: ignore[misc] # nodes
             query, key = unturned.get(call, cast(tuple[fx.Node, fx.Node], call.args[:2]))
             self._attend(call, query, key)
+            if call in self.program.weighted:
+                unused.append(self._weigh(call))
             if self.mark.biases:
                 outcome.sites.append(replace(site, encoding=_one(self.mark.biases)))
         self.mark.node.replace_all_uses_with(self.mark.hidden)
@@ -287,9 +289,21 @@ class _Move:
             elif isinstance(part.clock, Accumulated):
                 given[part.clock.slot] = self._cut(given[part.clock.slot], -1, key)
         if self._stands_elsewhere(query, key):
+            if call in self.program.weighted:
+                stays = self.program.weighted[call].layer.stays
+                raise self._error(
+                    f"keys in a cache of fixed size, while {stays}", "a cache that grows, or none"
+                )
             key, value = self._in_order(call, key, value, given)
         operands = [self._slot(name, given, query) for name in encoding.slots]
         self._change(call, (query, key, value, operands, str(encoding)))
+
+    def _weigh(self, call: fx.Node) -> fx.Node:
+        """Let a layer that keeps its own weights make them of the scores of a call; return its old ones."""
+        try:
+            return self.program.weighted[call].give(self.emitter, call)
+        except Unreadable as reason:
+            raise self._error(str(reason)) from reason
 
     def _in_order(
         self, call: fx.Node, key: fx.Node, value: fx.Node, given: dict[str, Any]

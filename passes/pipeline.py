@@ -94,7 +94,9 @@ def unmoved(refusals: Sequence[Refusal]) -> UpgradeError:
 
 def find_sites(program: Program) -> Outcome:
     """The sites of a program as operators, and every attention that can be one, whatever it adds."""
-    return _run(program, (FunctionalAssignments(), DropNothing(), RewriteRotations(), RewriteBiases(True)))
+    return _run(
+        program, (FunctionalAssignments(), DropNothing(), RewriteRotations(), RewriteBiases(True, looks=True))
+    )
 
 
 def _run(program: Program, passes: Sequence[Pass] = _PASSES) -> Outcome:

@@ -28,6 +28,7 @@ from grape_compile.passes.graph import Program, Unreadable, module_path, require
 from grape_compile.passes.hidden_rows import hidden_rows
 from grape_compile.passes.marks import Marked
 from grape_compile.passes.operands import Emitter
+from grape_compile.passes.own_weights import OwnWeights
 from grape_compile.passes.plans import Miss
 from grape_compile.passes.replay import Replay
 from grape_compile.passes.rewrite_rotations import overwritten, refusal, remove_unused
@@ -53,10 +54,12 @@ NEEDED = {"query": (BATCH, HEAD, QUERY), "key": (BATCH, KEY), "value": (BATCH, K
 class RewriteBiases(Pass):
     """Attention layers with an additive bias become `grape::attend` nodes, and those that are to get one.
 
-    `every`: whatever they add.
+    `every`: whatever they add. Layers whose weights stay their own become calls that nothing reads, where they are to
+    get another encoding, or where the program is looked at alone (`looks`).
     """
 
     every: bool = False
+    looks: bool = False
 
     def run(self, program: Program) -> Outcome:
         marked = Marked(program)
@@ -64,6 +67,7 @@ class RewriteBiases(Pass):
             program,
             lambda layer: self.every or _gets_bias(marked, layer),
             lambda layer: _had_none(marked, layer),
+            lambda layer: self.looks or _is_moved(marked, layer),
         )
         outcome = Outcome(refusals=[refusal(node, miss) for node, miss in misses])
         emitter = Emitter(program, Sizes())
@@ -86,7 +90,8 @@ class RewriteBiases(Pass):
             outcome.sites.append(site)
             outputs.append(plan.layer.output)
             turned += layer.turned
-        remove_unused(program.graph, [*outputs, *reversed(list(emitter.ranks))])
+        made = [node for node in emitter.ranks if node not in program.weighted]
+        remove_unused(program.graph, [*outputs, *reversed(made)])
         outcome.absorbed = [program.rotated[node] for node in dict.fromkeys(turned) if node._erased]
         return outcome
 
@@ -94,6 +99,11 @@ class RewriteBiases(Pass):
 def _gets_bias(marked: Marked, layer: Attention) -> bool:
     mark = marked.mark(layer.output, layer.query, layer.key)
     return mark is not None and bool(mark.biases)
+
+
+def _is_moved(marked: Marked, layer: Attention) -> bool:
+    mark = marked.mark(layer.output, layer.query, layer.key)
+    return mark is not None and bool(mark.attended)
 
 
 def _had_none(marked: Marked, layer: Attention) -> bool:
@@ -148,17 +158,10 @@ class _Layer:
                 plan, emitted, (query, key, value), (mask, sinks, hidden), self.replay
             )
         error = self.verified[same]
-        result = self.emitter.call(call, operator.getitem, (call, 0))
-        if hidden is not None:
-            mean = self._mean(value, result)
-            result = self.emitter.call(result, aten.where.self, (hidden, mean, result))
-        result = layer.layout.restored(self._do, result, layer.axes["output"], ROLES["output"])
-        if require_fake(result).dtype != output.dtype:
-            result = self.emitter.call(result, aten.to.dtype, (result, output.dtype))
+        result = call if layer.stays else self._result(call, value, hidden, output.dtype)
         for name in ("stack_trace", "nn_module_stack"):
             if name in layer.output.meta:
                 call.meta[name] = result.meta[name] = layer.output.meta[name]
-        layer.output.replace_all_uses_with(result)
         self.turned = [turn.value for turn in emitted.turns]
         evidence = "tables" if any(isinstance(part, TablePart) for part in plan.parts) else "proved"
         site = Site(
@@ -173,8 +176,24 @@ class _Layer:
         for kept, facts in plan.scores.facts.items():
             self.program.rely(kept, facts)
         self.program.attended[call] = site
+        if layer.stays:
+            self.program.weighted[call] = OwnWeights(layer, hidden)
+            return site
+        layer.output.replace_all_uses_with(result)
         self.program.replaced[layer.output] = (result, site)
         return site
+
+    def _result(self, call: fx.Node, value: fx.Node, hidden: fx.Node | None, dtype: torch.dtype) -> fx.Node:
+        """What a call gives, in the axes and the type of the layer's output."""
+        result = self.emitter.call(call, operator.getitem, (call, 0))
+        if hidden is not None:
+            mean = self._mean(value, result)
+            result = self.emitter.call(result, aten.where.self, (hidden, mean, result))
+        axes = self.layer.axes["output"]
+        result = self.layer.layout.restored(self._do, result, axes, ROLES["output"])
+        if require_fake(result).dtype != dtype:
+            result = self.emitter.call(result, aten.to.dtype, (result, dtype))
+        return result
 
     def _lowering(self, call: fx.Node) -> str:
         """What computes the layer, by the operands of its operator."""

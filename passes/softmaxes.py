@@ -35,6 +35,11 @@ class Softmax:
     hidden: tuple[tuple[fx.Node, bool], ...] = ()
     product: fx.Node | None = None
 
+    @property
+    def is_operator(self) -> bool:
+        """Whether one operator is given the scores and makes the weights of them."""
+        return op_name(self.weights) in _SOFTMAXES
+
 
 def softmax_at(node: fx.Node) -> Softmax | None:
     """The softmax whose weights a node is."""

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from grape_compile.operators import reference_attend
 from grape_compile.operators.reference import reference_bias
+from grape_compile.passes.attention import FUSED, fused_arguments
 from grape_compile.passes.axes import BATCH, HEAD, KEY, QUERY, WIDTH, on_tensors
 from grape_compile.passes.bias_slots import Emitted
 from grape_compile.passes.biases import BiasPlan
 from grape_compile.passes.finished_tables import TablePart
-from grape_compile.passes.graph import Taint, Unreadable
+from grape_compile.passes.graph import Taint, Unreadable, op_name
+from grape_compile.passes.movement import operand_of
 from grape_compile.passes.replay import Replay
 from grape_compile.passes.scores import DEAD
 from grape_compile.passes.verify import difference
@@ -60,7 +63,10 @@ class _Check:
             node: torch.randn(self.sizes.shape(node), dtype=torch.float64, generator=generator)
             for node in dict.fromkeys(nodes)
         }
-        return Replay(replay.program, self.sizes, bound) if weights else replay.branch(bound)
+        found = Replay(replay.program, self.sizes, bound) if weights else replay.branch(bound)
+        for drop in self.layer.drops:
+            found.known[drop] = _kept_whole(drop, found)
+        return found
 
     def _leaves(self) -> list[fx.Node]:
         """Everything the bias is made of; behind a rotation that is taken in, what it turns."""
@@ -122,3 +128,12 @@ class _Check:
             model, ours = (each - each.gather(-1, first) for each in (model, ours))
         live = ~ours.isinf() & ~ours.isnan()
         return difference(model[live], ours[live], self.evaluated)
+
+
+def _kept_whole(node: fx.Node, replay: Replay) -> Tensor:
+    """What a dropout, or attention with one, gives where nothing is dropped."""
+    if op_name(node) != FUSED:
+        return replay.tensor(operand_of(node, 0))
+    given: Any = fx.node.map_arg({**fused_arguments(node), "dropout_p": 0.0}, replay)
+    whole: Tensor = torch.ops.aten.scaled_dot_product_attention.default(**given)
+    return whole

@@ -64,6 +64,17 @@ def learn_anything(model: nn.Module, seed: int = 0, size: float = 0.3) -> None:
             parameter.add_(size * torch.randn(parameter.shape, generator=generator))
 
 
+def drop_weights(model: nn.Module, share: float) -> nn.Module:
+    """The model in training, its attention dropping out this share of its weights; nothing else is dropped."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout):
+            module.p = share if name.endswith("attention_dropout") else 0.0
+        for kind in ("attention_dropout", "attn_dropout_p", "dropout"):
+            if isinstance(getattr(module, kind, None), int | float):
+                setattr(module, kind, share)
+    return model.train()
+
+
 def relative(found: Tensor, right: Tensor) -> float:
     """Relative root-mean-square difference."""
     return float((found.double() - right.double()).norm() / right.double().norm())

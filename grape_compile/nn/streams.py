@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grape_compile.errors import UpgradeError
-
 
 @dataclass(frozen=True, eq=False)
 class Stream:
@@ -46,7 +44,10 @@ class Stream:
             sizes["max_cache_len"] = own.keys.shape[2]
         if "max_cache_len" in sizes and own.is_sliding:
             sizes["sliding_window"] = sizes["max_cache_len"]
-        return type(own)(**sizes)
+        made = type(own)(**sizes)
+        if getattr(own, "record_past", False):
+            made.activate_past_recording()
+        return made
 
     @property
     def grows(self) -> bool:
@@ -55,14 +56,21 @@ class Stream:
         # Layers that a cache adds as it needs them grow.
         return own is None or own >= len(layers) or not hasattr(layers[own], "max_cache_len")
 
-    @property
-    def has_room(self) -> bool:
-        """Whether new tokens stand in room that was made beforehand, and stay there."""
-        return not self.grows and not self.cache.layers[self.own].is_sliding
+    def ends_with(self, new: Tensor) -> bool:
+        """Whether the keys that a layer reads end with those of its hidden states `new`, [B, T, C].
+
+        Not where there is room behind them. A window of fixed size has none once it is full: its first tokens make way.
+        """
+        if self.grows:
+            return True
+        own = self.cache.layers[self.own]
+        return bool(own.is_sliding and own.get_seq_length() + new.shape[1] > own.max_cache_len)
 
     def tokens(self, new: Tensor) -> Tensor:
-        """Number of tokens of the layer with the keys once it has those of the hidden states `new`, [B, T, C]."""
-        before = self.cache.layers[self.own].get_seq_length()
+        """Number of tokens of a layer with room, once it has the keys of the hidden states `new`, [B, T, C]."""
+        own = self.cache.layers[self.own]
+        # A window counts in whole numbers too, which a CUDA graph would keep.
+        before = own.cumulative_length if own.is_initialized else 0
         tokens: Tensor = torch.full((), new.shape[1], dtype=torch.int64, device=new.device) + before
         return tokens
 
@@ -76,14 +84,8 @@ class Stream:
         if not layer.is_initialized or not layer.keys.numel():
             return None
         keys: Tensor = layer.keys
-        if self.grows:
+        if self.grows or (layer.is_sliding and layer.get_seq_length() >= layer.max_cache_len):
             return keys[:, :, -1:]
-        if layer.is_sliding:
-            raise UpgradeError(
-                "a running sum beside a cache of fixed size that slides",
-                f"a {type(layer).__name__}",
-                "transformers.DynamicCache",
-            )
         length = layer.cumulative_length
         last: Tensor = keys.index_select(2, (length - 1).clamp(min=0).reshape(1)) * (length > 0)
         return last

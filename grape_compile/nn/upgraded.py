@@ -66,7 +66,7 @@ class Upgraded:
             list(self.frequencies),
             self.turned,
             self.attended,
-            stream is not None and stream.grows,
+            stream is not None and stream.ends_with(hidden),
             self.unbiased,
         )
         if isinstance(place, str):
@@ -150,7 +150,7 @@ class Carried:
             kept["phases"] = sums.unsqueeze(-1)
         if stream is None:
             return self.text
-        if self.asks_for_places and stream.has_room:
+        if self.asks_for_places and not stream.ends_with(hidden):
             slots[TOKENS] = stream.tokens(hidden)
         for name in self.sums:
             kept[name] = slots[name].unsqueeze(-1)

@@ -5,6 +5,7 @@ Importing this package registers the operators as `torch.ops.grape.rotate`, `tor
 
 from grape_compile.operators.attention import attend, attend_decomposition
 from grape_compile.operators.decode import decode
+from grape_compile.operators.logit_bias import logit_bias
 from grape_compile.operators.normed import rotate_normed
 from grape_compile.operators.reference import reference_attend, reference_bias, reference_rotate
 from grape_compile.operators.rotate_into import rotate_into
@@ -16,6 +17,7 @@ __all__ = [
     "attend_decomposition",
     "decode",
     "decompositions",
+    "logit_bias",
     "looked_at",
     "reference_attend",
     "reference_bias",

@@ -34,6 +34,8 @@ from grape_compile.operators.path import Path, later
 KEYS: Final = 256
 #: Queries that walk together at most.
 QUERIES: Final = 128
+#: A number this low stays itself whatever logit is added to it.
+ABSORBING: Final = -1e38
 #: Logits of a step at least, once heads have left: a megabyte, which caches hold.
 LOGITS: Final = 1 << 18
 #: Logits of the first step at most.
@@ -236,7 +238,9 @@ class _Walk:
             added = block if added is None else added + block
         if added is not None:
             added = added.flip(-1)
-            logits.add_(added[:, heads] if added.shape[1] > 1 else added, alpha=LOG2E)
+            # The lowest numbers are as low in powers of two: scaled they would be minus infinity, which hides for good.
+            added = torch.where(added < ABSORBING, added, added * LOG2E)
+            logits.add_(added[:, heads] if added.shape[1] > 1 else added)
         return _Step(heads, keys, query, key, back.value[:, heads, at], logits, product, sums)
 
     def _later(self, keys: slice) -> Tensor | None:

@@ -5,7 +5,7 @@ turns `turned` tensors and attends `attended` times by the encoding the layer's 
 these places `encoding` and its slots, and takes the mark out. Slots are those of `rotate` and `attend`, but for gates
 the directions [H, D] that queries and keys are multiplied by, and `phases` [B, T] in place of the rates of a rotation
 by an `Accumulated` clock; a spectrum for each head is [H_kv, 1, planes]. `frequencies` are those the code turns by.
-`grows`: keys come from a cache to which the new ones are appended; `unbiased`: what the code adds to its logits are
+`grows`: keys come from a cache and end with the new ones; `unbiased`: what the code adds to its logits are
 masks, no positions. The mark is never computed: run, it raises UpgradeError, for the layer's own code has the old
 encoding.
 

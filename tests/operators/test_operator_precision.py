@@ -211,12 +211,14 @@ def test_path_attention_with_a_mask(provider: str, sample: Sample, name: str) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_row_of_the_lowest_number_is_the_mean(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("sample", [BIASES[0], PATHS[0]], ids=lambda sample: sample.name)
+def test_a_row_of_the_lowest_number_is_the_mean(sample: Sample, dtype: torch.dtype) -> None:
     """finfo.min absorbs every logit: softmax is uniform, and models rely on a finite result."""
-    query, key, value = (tensor(1, HEADS, LENGTH, HEAD_DIM, seed=seed, dtype=dtype) for seed in range(3))
+    query, key, value = (tensor(BATCH, HEADS, LENGTH, HEAD_DIM, seed=seed, dtype=dtype) for seed in range(3))
     mask = torch.zeros(1, 1, LENGTH, LENGTH, dtype=dtype)
     mask[:, :, :2] = torch.finfo(dtype).min
-    found = attend(query, key, value, alibi(HEADS), mask=mask)
+    slots = {name: slot.to(dtype) for name, slot in sample.slots().items()}
+    found = attend(query, key, value, sample.encoding, slots, mask=mask)
     mean = value.double().mean(2, keepdim=True).expand(-1, -1, 2, -1)
     assert largest_difference(found[:, :, :2], mean) <= attend_tolerance(dtype, query, key, value)
 

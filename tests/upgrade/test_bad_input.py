@@ -102,13 +102,3 @@ def test_a_scripted_model() -> None:
     scripted = torch.jit.script(nn.Linear(2, 2))
     with pytest.raises(GrapeError, match="scripted"):
         upgrade(scripted, "grape-m", args=(torch.zeros(1, 2),))
-
-
-def test_attention_dropout_is_told_when_training() -> None:
-    model = ROWS["llama"].build()
-    model.config.attention_dropout = 0.1  # type: ignore[union-attr] # a configuration
-    for layer in model.model.layers:  # type: ignore[union-attr] # a list of layers
-        layer.self_attn.attention_dropout = 0.1
-    upgrade(model, "fox", backend="eager").train()
-    with pytest.raises(UpgradeError, match="dropped out"):
-        model(**ROWS["llama"].inputs())

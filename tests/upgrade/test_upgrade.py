@@ -7,7 +7,17 @@ import pytest
 import torch
 from architectures import output_of
 from torch import nn
-from upgrading import FAMILIES, ROWS, encodings, relative, starts_the_same, targets, upgraded
+from upgrading import (
+    FAMILIES,
+    ROWS,
+    drop_weights,
+    encodings,
+    learn_anything,
+    relative,
+    starts_the_same,
+    targets,
+    upgraded,
+)
 
 from grape_compile import report, upgrade
 
@@ -128,3 +138,91 @@ def test_one_encoding_for_all_layers() -> None:
         for each in encodings(one).values():
             each.add_(2.0)
         assert torch.equal(output_of(model(**inputs)), output_of(one(**inputs)))
+
+
+@pytest.mark.parametrize(
+    ("name", "to"),
+    [
+        ("falcon-alibi", "fox"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("bloom", "fox"),
+                ("bloom", "grape-a-qk"),
+                ("llama", "grape-m"),
+                ("llama", "grape-m+grape-ap"),
+                ("roformer", "grape-m"),
+                ("esm", "grape-m+fox"),
+            )
+        ),
+    ],
+)
+def test_weights_that_are_dropped_out_are_those_of_the_plain_model(name: str, to: str) -> None:
+    """The draws of one seed are the same with the attention written out and fused, and training learns."""
+    row = ROWS[name]
+    plain, model = (drop_weights(each, 0.1) for each in (row.build(), upgraded(row, to)))
+    ids = row.inputs(seq=12)["input_ids"]
+    if starts_the_same(row, to):
+        for training in (True, False):
+            found, right, whole = (
+                seeded(each.train(mode), ids)
+                for each, mode in ((model, training), (plain, training), (plain, False))
+            )
+            assert relative(found, right) < ROUNDING
+            assert (relative(right, whole) > 0.01) is training
+    losses = train(model.train(), ids, steps=20, all_learn=True)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "to", "attention"),
+    [
+        ("bloom", "grape-a-qk", "eager"),
+        ("mpt", "grape-ap", "eager"),
+        ("llama", "grape-a-k", "sdpa"),
+        ("gemma2", "fox", "eager"),
+        ("gpt_oss", "grape-m+fox", "eager"),
+        ("qwen3", "grape-m+grape-ap", "eager"),
+        ("esm", "fox", "sdpa"),
+    ],
+)
+def test_weights_that_are_not_dropped_are_those_of_the_operator(name: str, to: str, attention: str) -> None:
+    """A share of next to nothing: training computes what evaluation does, with gradients and left padding."""
+    row = ROWS[name]
+    model: Any = upgraded(row, to)
+    learn_anything(model)
+    model.set_attn_implementation(attention)
+    ids = row.inputs(seq=12)["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    outputs, gradients = [], []
+    drop_weights(model, 1e-12)
+    for training in (True, False):
+        model.train(training).zero_grad()
+        output = output_of(model(input_ids=ids, attention_mask=mask))
+        output[1:].square().mean().backward()
+        outputs.append(output.detach())
+        gradients.append(torch.cat([each.grad.flatten() for each in encodings(model).values()]))  # type: ignore[union-attr]
+    assert relative(*outputs) < ROUNDING
+    assert relative(*gradients) < 2 * ROUNDING
+
+
+@pytest.mark.slow
+def test_weights_that_are_returned_are_the_new_ones() -> None:
+    model: Any = upgraded(ROWS["llama"], "grape-m+fox")
+    learn_anything(model)
+    inputs = ROWS["llama"].inputs(seq=12)
+    with torch.no_grad():
+        right = model(**inputs).logits
+        model.set_attn_implementation("eager")
+        found = model(**inputs, output_attentions=True)
+    assert relative(found.logits, right) < ROUNDING
+    for weights in found.attentions:
+        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+        assert not weights.triu(1).any()
+
+
+def seeded(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    torch.manual_seed(0)
+    return outputs(model, ids)
