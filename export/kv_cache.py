@@ -107,8 +107,11 @@ def in_one_size(axes: Mapping[str, tuple[str | None, ...]]) -> dict[str, tuple[s
     return {name: sizes if name.startswith(caches) else own for name, own in axes.items()}
 
 
-def cached_cases(captured: Captured, seed: int) -> list[Case]:
-    """Return a prompt of one row, one of three rows padded on the left, several tokens more, and one step."""
+def cached_cases(captured: Captured, seed: int, least: int = 0) -> list[Case]:
+    """Return a prompt of one row, one of three rows padded on the left, several tokens more, and one step.
+
+    With `least`, the first prompt has at least so many tokens, and so many more are a case before the step.
+    """
     model = captured.model
     assert isinstance(model, Cached)
     random = torch.Generator().manual_seed(seed)
@@ -117,24 +120,25 @@ def cached_cases(captured: Captured, seed: int) -> list[Case]:
     def ids(rows: int, count: int) -> Tensor:
         return torch.randint(min(3, vocabulary - 1), vocabulary, (rows, count), generator=random)
 
-    one = _call(ids(1, 9), torch.ones(1, 9, dtype=torch.int64), _empty(captured, 1))
+    count = max(9, least)
+    one = _call(ids(1, count), torch.ones(1, count, dtype=torch.int64), _empty(captured, 1))
     mask = torch.ones(3, 11, dtype=torch.int64)
     mask[0, :4], mask[2, :1] = 0, 0
     prompt = _call(ids(3, 11), mask, _empty(captured, 3))
-    with torch.no_grad():
-        _, *held = model(*prompt[:3], list(prompt[3:]))
-    mask = torch.cat([mask, torch.ones(3, 3, dtype=torch.int64)], 1)
-    more = _call(ids(3, 3), mask, held)
-    with torch.no_grad():
-        _, *held = model(*more[:3], list(more[3:]))
-    mask = torch.cat([mask, torch.ones(3, 1, dtype=torch.int64)], 1)
-    step = _call(ids(3, 1), mask, held)
-    return [
+    cases = [
         Case("a prompt, batch 1", one),
         Case("a prompt, batch 3, left padding", prompt, prompt[1] != 0),
-        Case("three tokens more, batch 3", more, torch.ones(3, 3, dtype=torch.bool)),
-        Case("one token more, batch 3", step, torch.ones(3, 1, dtype=torch.bool)),
     ]
+    inputs = prompt
+    more = {3: "three tokens", least: f"{least} tokens", 1: "one token"}
+    for new, told in more.items():
+        if not new:
+            continue
+        with torch.no_grad():
+            _, *held = model(*inputs[:3], list(inputs[3:]))
+        inputs = _call(ids(3, new), torch.cat([inputs[1], inputs[1].new_ones(3, new)], 1), held)
+        cases.append(Case(f"{told} more, batch 3", inputs, torch.ones(3, new, dtype=torch.bool)))
+    return cases
 
 
 def _call(ids: Tensor, mask: Tensor, held: Sequence[Tensor]) -> tuple[Tensor, ...]:

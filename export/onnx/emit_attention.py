@@ -32,6 +32,7 @@ from grape_compile.encoding import (
 from grape_compile.encoding.clock import Accumulated
 from grape_compile.export.onnx.builder import (
     BOOL,
+    INT64,
     Builder,
     broadcast,
     compute_dtype,
@@ -40,7 +41,8 @@ from grape_compile.export.onnx.builder import (
 )
 from grape_compile.export.onnx.emit_bias import Column, Lengths, columns, is_lifted, seen, total, whole
 from grape_compile.export.onnx.emit_blocks import SMALLEST, bounded, in_blocks
-from grape_compile.export.onnx.emit_buffer import over_buffer
+from grape_compile.export.onnx.emit_branches import Make, either
+from grape_compile.export.onnx.emit_buffer import apart, over_buffer
 from grape_compile.export.onnx.emit_operators import (
     Call,
     as_numbers,
@@ -65,27 +67,70 @@ def attend(builder: Builder, call: Call, target: Target) -> Emitted:
         builder.size(call.query, 2), _count(builder, call.key), sizes(call.query)[2], sizes(call.key)[2]
     )
     call = _turned(builder, call, lengths, target)
-    call, told = _added(builder, call, lengths, target)
-    call = _hidden(builder, call, lengths)
-    width = sizes(call.value)[3]
-    call = fitted(builder, call, target)
-    bounds = bounded(builder, call) if _has_blocks(call, target) else Reach()
-    compute = partial(chosen, target=target)
-    if bounds.is_bounded:
-        emitted = in_blocks(builder, call, bounds, compute)
-    elif buffer_of(call.key) is not None and buffer_of(call.value) is not None:
-        emitted = over_buffer(builder, call, compute)
-    else:
-        emitted = compute(builder, call)
-    (mixed,) = emitted.values
-    assert isinstance(width, int)
-    return Emitted((builder.slice(mixed, 0, width),), ", ".join((*told, emitted.how)))
-
-
-def _has_blocks(call: Call, target: Target) -> bool:
-    """Whether there may be more queries than a block has, and keys that are not a cache."""
+    lifted, dense = _biases(builder, call, lengths, target)
+    call = replace(_hidden(builder, call, lengths), is_cached=is_grown(call.key))
+    for bias, _ in dense:
+        call = _biased(builder, call, bias)
     queries = sizes(call.query)[2]
-    return target.loops and not is_grown(call.key) and (not isinstance(queries, int) or queries > SMALLEST)
+    may_be_many = target.loops and (not isinstance(queries, int) or queries > SMALLEST)
+    bounds = bounded(builder, call) if may_be_many else Reach()
+    many: Make = partial(_prompt, call=call, lifted=lifted, bounds=bounds, target=target)
+    if not bounds.is_bounded:
+        return _told(dense, _step(builder, call, lifted, target)(builder))
+    if lengths.is_square or isinstance(queries, int):
+        return _told(dense, many(builder))
+    is_step = builder.op("LessOrEqual", lengths.queries, builder.constant(SMALLEST), dtype=BOOL, shape=(1,))
+    rows = builder.op("Where", is_step, lengths.queries, builder.constant([0]), dtype=INT64, shape=(1,))
+    few = _step(builder, call, lifted, target, rows)
+    shape = (*sizes(call.query)[:3], sizes(call.value)[3])
+    mixed, how, other = either(builder, is_step, few, many, shape)
+    return _told(dense, Emitted((mixed,), f"{how}; for more than {SMALLEST} queries {other}"))
+
+
+def _step(
+    builder: Builder, call: Call, lifted: Sequence[Column], target: Target, rows: ir.Value | None = None
+) -> Make:
+    """Return what computes all queries at once, over a cache where it lies.
+
+    Columns would copy a cache, so their products are added to the mask instead: for the first `rows` [1] queries alone.
+    Those are none where there are more than a step has, and a prompt makes no bias of all that it sees.
+    """
+    if not call.is_cached:
+        return partial(_prompt, call=call, lifted=lifted, bounds=Reach(), target=target)
+    is_buffer = buffer_of(call.key) is not None and buffer_of(call.value) is not None
+    if call.mask is not None and (lifted or is_buffer):
+        call = replace(call, mask=_first(builder, call.mask, rows, -2))
+    for column in lifted:
+        call = _biased(builder, call, _product(builder, column, rows))
+    told = ["products of numbers added to the mask: columns would copy the cache"] if lifted else []
+    compute = partial(chosen, target=target)
+    make = over_buffer(builder, call, compute) if is_buffer else partial(compute, call=call)
+
+    def tell(inner: Builder) -> Emitted:
+        made = make(inner)
+        return Emitted(made.values, ", ".join((*told, made.how)))
+
+    return tell
+
+
+def _prompt(
+    builder: Builder, *, call: Call, lifted: Sequence[Column], bounds: Reach, target: Target
+) -> Emitted:
+    """Compute queries by blocks where there are bounds, with columns, over keys that may be laid out anew."""
+    width, told = sizes(call.value)[3], []
+    call = replace(apart(builder, call), is_cached=False)
+    if call.cap:
+        for column in lifted:
+            call = _biased(builder, call, _product(builder, column))
+    elif lifted:
+        call = _with_columns(builder, call, lifted)
+        told = [f"{len(lifted)} column{'s' * (len(lifted) > 1)} of query and key"]
+    call = fitted(builder, call, target)
+    compute = partial(chosen, target=target)
+    emitted = in_blocks(builder, call, bounds, compute) if bounds.is_bounded else compute(builder, call)
+    assert isinstance(width, int)
+    (mixed,) = emitted.values
+    return Emitted((builder.slice(mixed, 0, width),), ", ".join((*told, emitted.how)))
 
 
 # -- what is made of the encoding -------------------------------------------------------------------------------------
@@ -134,27 +179,31 @@ def _tail(builder: Builder, slot: ir.Value, axis: int, lengths: Lengths) -> ir.V
     return builder.tail(slot, lengths.queries, axis, lengths.query_size)
 
 
-def _added(builder: Builder, call: Call, lengths: Lengths, target: Target) -> tuple[Call, list[str]]:
-    """Make columns or a float mask of the biases."""
+def _biases(
+    builder: Builder, call: Call, lengths: Lengths, target: Target
+) -> tuple[list[Column], list[tuple[ir.Value, str]]]:
+    """Return biases as sums of products, and the others with all their numbers, and why."""
     lifted: list[Column] = []
-    dense: list[ir.Value] = []
-    told: list[str] = []
+    dense: list[tuple[ir.Value, str]] = []
     for part in _parts(call.encoding):
-        if isinstance(part, Bias) and is_lifted(part, call.is_causal) and not _is_dense(call):
-            found = columns(builder, part, call.slots, call.query, lengths)
-            lifted += found
-            told.append(f"{len(found)} column{'s' * (len(found) > 1)} of query and key")
+        if isinstance(part, Bias) and is_lifted(part, call.is_causal) and call.sinks is None:
+            lifted += columns(builder, part, call.slots, call.query, lengths)
         elif isinstance(part, Bias | PathBias):
-            dense.append(whole(builder, part, call.slots, call.query, lengths, target))
-            told.append(f"a bias of all queries and keys: {_why_dense(part, call)}")
-    if dense:
-        mask = (
-            total(builder, dense)
-            if call.mask is None
-            else total(builder, [*dense, as_numbers(builder, call.mask, compute_dtype(call.query))])
-        )
-        call = replace(call, mask=mask)
-    return _with_columns(builder, call, lifted) if lifted else call, told
+            dense.append((whole(builder, part, call.slots, call.query, lengths, target), _why(part, call)))
+    return lifted, dense
+
+
+def _told(dense: Sequence[tuple[ir.Value, str]], emitted: Emitted) -> Emitted:
+    """Return what was made, and why there are biases that are no products."""
+    told = [f"a bias of all queries and keys: {why}" for _, why in dense]
+    return Emitted(emitted.values, ", ".join((*told, emitted.how)))
+
+
+def _biased(builder: Builder, call: Call, bias: ir.Value) -> Call:
+    """Return the call with numbers added to its scores."""
+    if call.mask is not None:
+        bias = total(builder, [bias, as_numbers(builder, call.mask, compute_dtype(call.query))])
+    return replace(call, mask=bias)
 
 
 def _count(builder: Builder, keys: ir.Value) -> ir.Value:
@@ -170,19 +219,25 @@ def _count(builder: Builder, keys: ir.Value) -> ir.Value:
     return total(builder, parts)
 
 
-def _why_dense(part: Bias | PathBias, call: Call) -> str:
+def _why(part: Bias | PathBias, call: Call) -> str:
     if isinstance(part, PathBias):
         return "a path integral has no finite rank"
-    if is_grown(call.key):
-        return "columns would copy the cache at every step"
     if call.sinks is not None:
         return "sinks see numbers of a row that softmax alone does not"
-    return "the soft cap comes before it" if call.cap else "its distance has no sign"
+    return "its distance has no sign"
 
 
-def _is_dense(call: Call) -> bool:
-    """Whether columns of query and key would copy a cache, be bent, or miss numbers of a row that sinks see."""
-    return is_grown(call.key) or bool(call.cap) or call.sinks is not None
+def _product(builder: Builder, column: Column, rows: ir.Value | None = None) -> ir.Value:
+    """Return a product of numbers of queries, all or the first `rows` [1], and of keys, [1 or B, 1 or H, T_q, T_k]."""
+    assert column.query is not None
+    by_query = builder.unsqueeze(_first(builder, column.query, rows, -1), -1)
+    return builder.binary("Mul", by_query, builder.unsqueeze(column.key, -2))
+
+
+def _first(builder: Builder, value: ir.Value, count: ir.Value | None, axis: int) -> ir.Value:
+    if count is None or sizes(value)[axis] == 1:
+        return value
+    return builder.part(value, builder.constant([0]), count, axis)
 
 
 def _with_columns(builder: Builder, call: Call, lifted: Sequence[Column]) -> Call:

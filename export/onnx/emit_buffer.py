@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from grape_compile.export.onnx.builder import BOOL, FLOAT, Builder, Size, dtype_of, sizes
+from grape_compile.export.onnx.emit_branches import Make, either
 from grape_compile.export.onnx.emit_operators import Call, as_numbers, both, buffer_of
 from grape_compile.export.onnx.emit_rotation import Emitted
 
@@ -21,35 +22,42 @@ from grape_compile.export.onnx.emit_rotation import Emitted
 _COPY = 2
 
 
-def over_buffer(builder: Builder, call: Call, attend: Callable[[Builder, Call], Emitted]) -> Emitted:
-    """Return attention [B, H, T_q, D_v] as a choice between two calls of `attend`; keys and values lie in buffers."""
+def over_buffer(builder: Builder, call: Call, attend: Callable[[Builder, Call], Emitted]) -> Make:
+    """Return what makes a choice between two calls of `attend`, [B, H, T_q, D_v]; keys and values lie in buffers.
+
+    What all layers of a model have in common is computed where `builder` stands, outside of the choice.
+    """
     key, value = (_buffer(part) for part in (call.key, call.value))
     queries, used, capacity = builder.size(call.query, 2), _used(call.key), builder.size(key, 2)
     whole = builder.op("Mul", queries, capacity, shape=(1,))
     part = builder.op("Mul", builder.binary("Add", queries, _COPY), used, shape=(1,))
     is_whole = builder.op("LessOrEqual", whole, part, dtype=BOOL, shape=(1,))
-    call = _prepared(builder, call)
-    hidden = _hidden(builder, call.mask, used, capacity, sizes(key)[2])
+    ready = _prepared(builder, call)
+    hidden = _hidden(builder, ready.mask, used, capacity, sizes(key)[2])
 
     def in_place(inner: Builder) -> Emitted:
-        return attend(inner, replace(call, key=key, value=value, mask=hidden))
+        return attend(inner, replace(ready, key=key, value=value, mask=hidden))
 
     def cut_out(inner: Builder) -> Emitted:
-        first, second = (inner.part(each, inner.constant([0]), used, 2) for each in (key, value))
-        first.shape, second.shape = call.key.shape, call.value.shape
-        return attend(inner, replace(call, key=first, value=second))
+        return attend(inner, apart(inner, ready))
 
-    shape = (*sizes(call.query)[:3], sizes(call.value)[3])
-    (then, how), (otherwise, _) = (_branch(builder, make, shape) for make in (in_place, cut_out))
-    result = builder.op(
-        "If",
-        builder.squeeze(is_whole, 0),
-        dtype=dtype_of(call.query),
-        shape=shape,
-        then_branch=then,
-        else_branch=otherwise,
+    def choose(inner: Builder) -> Emitted:
+        shape = (*sizes(call.query)[:3], sizes(call.value)[3])
+        mixed, how, _ = either(inner, is_whole, in_place, cut_out, shape)
+        return Emitted((mixed,), f"{how}, over a cache in place")
+
+    return choose
+
+
+def apart(builder: Builder, call: Call) -> Call:
+    """Return the call with keys and values of a buffer cut out, as far as it is in use; any other call as it is."""
+    if buffer_of(call.key) is None or buffer_of(call.value) is None:
+        return call
+    key, value = (
+        builder.part(_buffer(part), builder.constant([0]), _used(part), 2) for part in (call.key, call.value)
     )
-    return Emitted((result,), f"{how}, over a cache in place")
+    key.shape, value.shape = call.key.shape, call.value.shape
+    return replace(call, key=key, value=value)
 
 
 def _buffer(part: ir.Value) -> ir.Value:
@@ -94,19 +102,3 @@ def _hidden(
     never = builder.constant(False if dtype == BOOL else float(np.finfo(dtype.numpy()).min), dtype)
     pads = builder.concat([builder.constant([0]), empty], 0)
     return builder.op("Pad", mask, pads, never, builder.constant([-1]), shape=(*sizes(mask)[:-1], size))
-
-
-def _branch(
-    outer: Builder, make: Callable[[Builder], Emitted], shape: tuple[Size, ...]
-) -> tuple[ir.Graph, str]:
-    """Return the graph of one branch, and what computes it."""
-    result = outer.given("chosen", FLOAT, shape)
-    last = ir.Node("", "Identity", [None], outputs=[result])
-    body = ir.Graph([], [result], nodes=[last], name=f"{result.name}_branch")
-    emitted = make(Builder(body, last, outer.root))
-    last.replace_input_with(0, emitted.values[0])
-    result.type = emitted.values[0].type
-    for node in body:
-        for each in node.outputs:
-            each.shape = None  # the outer graph names its sizes later
-    return body, emitted.how

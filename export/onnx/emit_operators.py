@@ -47,7 +47,8 @@ class Call:
 
     `mask` has up to four axes that broadcast to [B, H, T_q, T_k], True or a number to add. `scale` is 1/sqrt(D) by
     default; `cap` c makes c tanh(scores / c) of the scaled product. `sinks` [1 or B, 1 or H], or [H], are logits of a
-    key without a value; `segments` [T_k], or [1 or B, T_k], hide keys of another number than the query's.
+    key without a value; `segments` [T_k], or [1 or B, T_k], hide keys of another number than the query's. Where
+    `is_cached`, keys and values are those of a cache, which is read where it lies.
     """
 
     query: ir.Value
@@ -62,6 +63,7 @@ class Call:
     cap: float | None = None
     sinks: ir.Value | None = None
     segments: ir.Value | None = None
+    is_cached: bool = False
 
     @property
     def factor(self) -> float:
@@ -156,7 +158,7 @@ def _is_multi_head(call: Call, target: Target) -> bool:
 def _would_copy(call: Call) -> bool:
     """Whether MultiHeadAttention would have a cache laid out anew: it has no groups, and one width."""
     width, value_width = _widths(call)
-    return is_grown(call.key) and (sizes(call.query)[1] != sizes(call.key)[1] or width != value_width)
+    return call.is_cached and (sizes(call.query)[1] != sizes(call.key)[1] or width != value_width)
 
 
 def _widths(call: Call) -> tuple[int, int]:
@@ -260,7 +262,7 @@ def _factors(builder: Builder, call: Call, dtype: ir.DataType) -> ir.Value:
     """
     width = sizes(call.query)[-1]
     assert isinstance(width, int)
-    return builder.constant([call.factor] * width if is_grown(call.key) else call.factor, dtype)
+    return builder.constant([call.factor] * width if call.is_cached else call.factor, dtype)
 
 
 def _grouped(

@@ -73,8 +73,7 @@ def export(
     GrapeError for a path that cannot be written and for a file that does not verify, of which nothing is left.
     """
     place = Path(path)
-    # A step of one query has no blocks, and would copy what a loop cuts out of the cache.
-    wanted = target_of(target, loops=list(providers) == [CPU] and not kv_cache)
+    wanted = target_of(target, loops=list(providers) == [CPU])
     with staged(place) as draft:
         progress("capture")
         captured, draw = _captured(model, args, kwargs or {}, dynamic_shapes, kv_cache)

@@ -1,6 +1,7 @@
 """Hand the cache to the attention that reads it: the operator appends the new keys and values itself.
 
-What: keys and values that are those of a cache with new ones behind them, read by one attention alone.
+What: keys and values that are those of a cache with new ones behind them, read by one attention alone, or by the
+    branches of one choice: then each of them appends, and one of them by its attention.
 Leaves alone: keys with columns beside them, a cache that something else reads, a causality that is an attribute.
 Ensures: the grown cache is the operator's own output, under the name it had, and the scale stands on the queries:
     ONNX Runtime multiplies one row by keys three times as fast where no factor is asked of the product.
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from grape_compile.export.onnx.builder import FLOAT, MICROSOFT, Builder, joined
+from grape_compile.export.onnx.builder import FLOAT, MICROSOFT, Builder, joined, sizes
 
 #: Where queries, keys, values, the caches and the outputs of keys and values stand.
 _OPERATORS = {("", "Attention"): (4, 5), (MICROSOFT, "MultiHeadAttention"): (6, 7)}
@@ -18,10 +19,62 @@ _OPERATORS = {("", "Attention"): (4, 5), (MICROSOFT, "MultiHeadAttention"): (6, 
 
 def hold_past(graph: ir.Graph) -> int:
     """Let attention take its cache, in place, and return how many do."""
-    return sum(_hold(graph, node) for node in list(graph) if (node.domain, node.op_type) in _OPERATORS)
+    for choice in [node for node in graph if node.op_type == "If"]:
+        _sink(choice)
+    graphs = [graph, *(branch for node in graph for branch in _branches(node))]
+    return sum(_hold(each, node, graph) for each in graphs for node in list(each) if _is_attention(node))
 
 
-def _hold(graph: ir.Graph, node: ir.Node) -> bool:
+def _is_attention(node: ir.Node) -> bool:
+    return (node.domain, node.op_type) in _OPERATORS
+
+
+def _branches(node: ir.Node) -> list[ir.Graph]:
+    """The graphs that an If chooses between."""
+    if node.op_type != "If":
+        return []
+    return [node.attributes[name].as_graph() for name in ("then_branch", "else_branch")]
+
+
+def _sink(choice: ir.Node) -> None:
+    """Let the branches of an If append to the caches that one of them hands to attention, if nobody else reads them."""
+    branches = _branches(choice)
+    attention = next((node for branch in branches for node in branch if _is_attention(node)), None)
+    if attention is None:
+        return
+    appends = [_appended(attention, place) for place in (1, 2)]
+    own = {node for branch in branches for node in branch.all_nodes()}
+    for append in appends:
+        if append is None or any(user not in own for user, _ in append.outputs[0].uses()):
+            return
+    for append in appends:
+        assert append is not None
+        _append_within(choice, append)
+
+
+def _append_within(choice: ir.Node, append: ir.Node) -> None:
+    """Let every branch append to a cache, and the choice return what it became."""
+    grown, graph = append.outputs[0], append.graph
+    assert graph is not None
+    choice.resize_outputs(len(choice.outputs) + 1)
+    chosen = choice.outputs[-1]
+    chosen.type, chosen.shape = grown.type, grown.shape
+    for branch in _branches(choice):
+        inner = ir.Node("", append.op_type, append.inputs, append.attributes.values(), num_outputs=1)
+        own, result = set(branch.all_nodes()), inner.outputs[0]
+        result.name, result.type = f"{branch.name}_{grown.name}", grown.type
+        result.shape = ir.Shape([size if isinstance(size, int) else None for size in sizes(grown)])
+        branch.insert_before(branch[0], inner)
+        for user, at in tuple(grown.uses()):
+            if user in own:
+                user.replace_input_with(at, result)
+        branch.outputs.append(result)
+    chosen.name, grown.name = grown.name, f"{grown.name}_before"
+    ir.convenience.replace_all_uses_with(grown, chosen, replace_graph_outputs=True)
+    graph.remove(append, safe=True)
+
+
+def _hold(graph: ir.Graph, node: ir.Node, root: ir.Graph) -> bool:
     places = _OPERATORS[node.domain, node.op_type]
     grown = [_grown(node, place) for place in (1, 2)]
     if grown[0] is None or grown[1] is None or len(node.outputs) != 1:
@@ -33,7 +86,7 @@ def _hold(graph: ir.Graph, node: ir.Node) -> bool:
     (past_key, new_key), (past_value, new_value) = (tuple(each.inputs) for each in grown if each is not None)
     if past_key is None or new_key is None or past_value is None or new_value is None:
         return False
-    builder = Builder(graph, node)
+    builder = Builder(graph, node, root)
     inputs = [*node.inputs, *(None,) * (places[0] - len(node.inputs)), past_key, past_value]
     news = [new_key, new_value]
     if node.domain == MICROSOFT:
@@ -43,7 +96,8 @@ def _hold(graph: ir.Graph, node: ir.Node) -> bool:
     attributes = dict(node.attributes)
     query = node.inputs[0]
     if query is not None and _may_be_scaled(node, query):
-        inputs[0] = builder.binary("Mul", query, node.attributes["scale"].as_float())
+        factor = builder.constant(node.attributes["scale"].as_float(), FLOAT)
+        inputs[0] = builder.op("Mul", query, factor, shape=query.shape)
         attributes["scale"] = ir.AttrFloat32("scale", 1.0)
     held = ir.Node(
         node.domain,
@@ -73,6 +127,13 @@ def _may_be_scaled(node: ir.Node, query: ir.Value) -> bool:
 
 def _grown(node: ir.Node, place: int) -> ir.Node | None:
     """What appends new tokens to a cache for this operand and nothing else."""
+    source = _appended(node, place)
+    alone = source is not None and all(user is node for user, _ in source.outputs[0].uses())
+    return source if alone else None
+
+
+def _appended(node: ir.Node, place: int) -> ir.Node | None:
+    """What appends new tokens to a cache that this operand is."""
     value = node.inputs[place]
     source = None if value is None else value.producer()
     if value is None or source is None or source.op_type != "Concat" or len(source.inputs) != 2:
@@ -80,6 +141,4 @@ def _grown(node: ir.Node, place: int) -> ir.Node | None:
     if value.shape is None or len(value.shape) != 4 or source.attributes.get_int("axis", 0) not in (2, -2):
         return None
     past = source.inputs[0]
-    if past is None or not past.is_graph_input() or any(user is not node for user, _ in value.uses()):
-        return None
-    return source
+    return None if past is None or not past.is_graph_input() else source

@@ -1,6 +1,8 @@
-"""Caches of one size: new tokens are written where they belong, and nobody reads what lies behind them."""
+"""Caches: new tokens are written where they belong, nobody reads what lies behind them, prompts are read by blocks."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -15,30 +17,35 @@ from grape_compile.export.onnx.builder import Builder
 from grape_compile.export.onnx.emit_attention import attend
 from grape_compile.export.onnx.emit_operators import Call
 from grape_compile.export.onnx.emit_rotation import Emitted
+from grape_compile.export.onnx.hold_past import hold_past
 from grape_compile.export.onnx.targets import TARGETS, Target
 from grape_compile.export.onnx.write_in_place import write_in_place
 from grape_compile.operators import reference_attend
 from grape_compile.operators.samples import BATCH, HEAD_DIM, HEADS, tensor
 
 TOKENS = 12
+#: Past and new tokens of a prompt: of three blocks, the last of them shorter, or of two behind a past.
+MANY = 150
 #: What lies in a buffer where no token is.
 LEFT = 1e3
 
 
-def _tensors(key_heads: int, new: int, capacity: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _tensors(
+    key_heads: int, new: int, capacity: int, tokens: int = TOKENS
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Inputs of a file whose caches hold all tokens but the new ones, and queries, keys and values of all."""
     query = tensor(BATCH, HEADS, new, HEAD_DIM, dtype=torch.float32, seed=1)
     inputs = {
         "query": query,
         "input_ids": torch.zeros(BATCH, new, dtype=torch.int64),
-        "attention_mask": torch.ones(BATCH, TOKENS, dtype=torch.int64),
+        "attention_mask": torch.ones(BATCH, tokens, dtype=torch.int64),
     }
     whole = {"query": query}
     for seed, part in ((2, "key"), (3, "value")):
-        whole[part] = tensor(BATCH, key_heads, TOKENS, HEAD_DIM, dtype=torch.float32, seed=seed)
+        whole[part] = tensor(BATCH, key_heads, tokens, HEAD_DIM, dtype=torch.float32, seed=seed)
         buffer = torch.full((BATCH, key_heads, capacity, HEAD_DIM), LEFT)
-        buffer[:, :, : TOKENS - new] = whole[part][:, :, : TOKENS - new]
-        inputs |= {f"past_key_values.0.{part}": buffer, f"new_{part}": whole[part][:, :, TOKENS - new :]}
+        buffer[:, :, : tokens - new] = whole[part][:, :, : tokens - new]
+        inputs |= {f"past_key_values.0.{part}": buffer, f"new_{part}": whole[part][:, :, tokens - new :]}
     return inputs, whole
 
 
@@ -75,28 +82,77 @@ def test_attention_over_a_buffer_is_attention_over_its_tokens(
     key_heads: int, new: int, capacity: int, target: Target
 ) -> None:
     inputs, whole = _tensors(key_heads, new, capacity)
+    file, emitted = _attended(inputs, target, is_buffer=True)
+    assert emitted.how.endswith("over a cache in place")
+    found, *held = file.run(emitted)
+    assert _error(found, whole) <= 5e-6
+    for part, buffer in zip(("key", "value"), held, strict=True):
+        assert np.array_equal(buffer[:, :, :TOKENS], whole[part].numpy())
+        assert (buffer[:, :, TOKENS:] == LEFT).all()
+
+
+def _attended(inputs: dict[str, Tensor], target: Target, *, is_buffer: bool) -> tuple[File, Emitted]:
+    """A file that attends to its cache with the bias of ALiBi, and its results: what it mixes, and the caches."""
     file, grown = _file(inputs, target)
     mixing = file.builder.op("Concat", file.values["query"], *grown, shape=None, axis=0)
     producer = mixing.producer()
     assert producer is not None
-    assert write_in_place(file.graph) == 2
+    if is_buffer:
+        assert write_in_place(file.graph) == 2
     query, key, value = producer.inputs
     assert query is not None
     assert key is not None
     assert value is not None
     call = Call(query, key, value, alibi(HEADS), is_causal=True)
     emitted = attend(Builder(file.graph, producer), call, target)
-    file.graph.remove(producer)
-    assert emitted.how.endswith("over a cache in place")
+    file.graph.remove(producer, safe=True)
+    hold_past(file.graph)
     presents = list(file.graph.outputs)
     file.graph.outputs.clear()
-    found, *held = file.run(Emitted((*emitted.values, *presents), emitted.how))
+    return file, Emitted((*emitted.values, *presents), emitted.how)
+
+
+def _error(found: np.ndarray, whole: dict[str, Tensor]) -> float:
     queries, keys, values = (each.double() for each in whole.values())
     expected = reference_attend(queries, keys, values, alibi(HEADS), is_causal=True)
-    assert float((torch.from_numpy(found).double() - expected).abs().max()) <= 5e-6
+    return float((torch.from_numpy(found).double() - expected).abs().max())
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=list(TARGETS))
+@pytest.mark.parametrize("capacity", [0, MANY, 4 * MANY], ids=["growing", "full", "mostly empty"])
+@pytest.mark.parametrize("new", [1, 70, MANY])
+def test_a_prompt_behind_a_cache_is_computed_by_blocks(new: int, capacity: int, target: Target) -> None:
+    """A step beside it reads the cache where it lies; neither makes a bias of all queries, keys and heads."""
+    inputs, whole = _tensors(HEADS, new, capacity or MANY - new, MANY)
+    file, emitted = _attended(inputs, replace(target, loops=True), is_buffer=bool(capacity))
+    step, prompt = emitted.how.split("; for more than 64 queries ")
+    assert ("over a cache in place" in step) == bool(capacity)
+    assert "a loop over blocks of queries" in prompt
+    # What is computed before the choice between the two, in front of the results.
+    shared = [value for node in file.graph if node.op_type not in ("If", "call") for value in node.outputs]
+    found, *others = file.run(replace(emitted, values=(emitted.values[0], *shared, *emitted.values[1:])))
+    assert _error(found, whole) <= 2e-5
+    made, held = others[: len(shared)], others[-2:]
+    assert new == 1 or not any(
+        each.ndim == 4 and each.shape[1:3] == (HEADS, new) and each.shape[3] >= MANY for each in made
+    )
     for part, buffer in zip(("key", "value"), held, strict=True):
-        assert np.array_equal(buffer[:, :, :TOKENS], whole[part].numpy())
-        assert (buffer[:, :, TOKENS:] == LEFT).all()
+        assert np.array_equal(buffer[:, :, :MANY], whole[part].numpy())
+        assert (buffer[:, :, MANY:] == LEFT).all()
+
+
+@pytest.mark.parametrize("name", ["standard", "ort"])
+def test_the_operator_of_a_step_appends_to_a_growing_cache(name: str) -> None:
+    inputs, _ = _tensors(HEADS, 1, MANY - 1, MANY)
+    file, _ = _attended(inputs, replace(TARGETS[name], loops=True), is_buffer=False)
+    assert [
+        node.op_type for node in file.graph if node.op_type in ("Concat", "Attention", "MultiHeadAttention")
+    ] == []
+    (choice,) = (node for node in file.graph if node.op_type == "If")
+    step = choice.attributes["then_branch"].as_graph()
+    (operator,) = (node for node in step if "Attention" in node.op_type)
+    assert len(operator.outputs) == 3
+    assert list(operator.outputs[1:]) == list(step.outputs[1:])
 
 
 @pytest.mark.parametrize(
