@@ -29,7 +29,7 @@ from grape_compile.passes.softmaxes import Softmax, softmax_at
 class Attention:
     """One attention layer: `output` is its value; `axes` are those of scores, query, key, value and output.
 
-    `product` is the one of query and key, or the fused call.
+    `product` is the one of query and key, or the fused call; `floored` scores are raised to a lowest number.
 
     A `plain` one is wanted as an operator even where it adds nothing.
     """
@@ -48,6 +48,7 @@ class Attention:
     obstacle: str = ""
     cap: float | None = None
     sinks: fx.Node | None = None
+    floored: bool = False
     plain: bool = False
 
 
@@ -186,6 +187,7 @@ class _Reader:
             if self.sinks is not None and layer.axes["scores"] != layer.layout.roles[:4]:
                 self.walk.hinder("sinks stand beside scores whose axes are not batch, head, query and key")
             layer.obstacle, layer.cap, layer.sinks = self.walk.obstacle, self.walk.cap, self.sinks
+            layer.floored = self.walk.floored
         return layer
 
     def _hide(self, softmax: Softmax, axes: Axes) -> bool:
