@@ -1,8 +1,8 @@
 """Turn writes into a fresh tensor into values: `out[..., ::2] = x` becomes a scatter that returns `out`.
 
-What: `copy_` into slices and selections of a tensor made in this graph: who reads it later, by whatever view, reads
-    the scatter, or what the scatter was given where that is all it reads; and arithmetic in place (`omega /= 8`) on
-    one that nothing has read before. Who reads what a `copy_` has put into a buffer (frequencies chosen by the length,
+What: `copy_`, arithmetic in place and `index_put_` into a tensor made in this graph, or into slices and selections of
+    it: who reads it later, by whatever view, reads what was computed, or the scatter of it, or what the scatter was
+    given where that is all it reads. Who reads what a `copy_` has put into a buffer (frequencies chosen by the length,
     LongRoPE; a cache of angles) reads what was copied; the buffer is written all the same.
 Leaves alone: every other write into an input, a buffer or a cache, and every tensor that is read later by a name that
     may be a view of it or a copy. What is read after such a write is stale (`Program.stale`): no pass looks through it.
@@ -17,11 +17,13 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from grape_compile.passes.base import Outcome, Pass
-from grape_compile.passes.graph import Program, require_fake
+from grape_compile.passes.graph import Program, Taint, require_fake
 from grape_compile.passes.memory import CERTAIN_VIEWS, aliases, is_pure, op_name, owner, viewed, written
 from grape_compile.passes.operands import fake_value
+from grape_compile.passes.pieces import PUTS
 from grape_compile.passes.regions import without_gradient
 
 aten = torch.ops.aten
@@ -43,7 +45,10 @@ _MADE = _FRESH | {
 }
 _IN_PLACE = {
     f"aten::{name}_": getattr(aten, name)
-    for name in ("add", "sub", "mul", "div", "neg", "exp", "reciprocal", "masked_fill", "clamp", "fill")
+    for name in (
+        *("add", "sub", "mul", "div", "neg", "exp", "reciprocal", "masked_fill", "clamp", "fill", "addcmul"),
+        *("index_put", "index_add", "index_copy"),
+    )
 }
 _SCATTERS = {"aten::slice": aten.slice_scatter.default, "aten::select": aten.select_scatter.default}
 
@@ -54,11 +59,12 @@ class FunctionalAssignments(Pass):
 
     def run(self, program: Program) -> Outcome:
         for node in program.graph.nodes:
-            if op_name(node) in _IN_PLACE:
+            if node.target is aten.copy_.default:
+                _functionalise(program.graph, node)
+                _read_what_was_copied(program, node)
+            elif op_name(node) in _IN_PLACE and _is_placed(program, node):
                 _out_of_place(program.graph, node)
-        for node in program.graph.find_nodes(op="call_function", target=aten.copy_.default):
-            _functionalise(program.graph, node)
-            _read_what_was_copied(program, node)
+                _functionalise(program.graph, node)
         silent = set(without_gradient(program.graph))
         for node in program.graph.nodes:
             while (
@@ -70,22 +76,40 @@ class FunctionalAssignments(Pass):
         return Outcome()
 
 
+def _is_placed(program: Program, write: fx.Node) -> bool:
+    """Whether what is written is arithmetic, or put at places that activations do not choose."""
+    name = op_name(write).removesuffix("_")
+    places = pytree.tree_leaves(write.args[1 if name == "aten::index_put" else 2]) if name in PUTS else []
+    return all(
+        program.taints.get(each, Taint.DATA) < Taint.PARAMETER for each in places if isinstance(each, fx.Node)
+    )
+
+
 def _out_of_place(graph: fx.Graph, write: fx.Node) -> None:
     """Arithmetic in place on a tensor made here whose first reader it is: no view of it can be waiting."""
     base = write.args[0]
-    if not isinstance(base, fx.Node) or not _is_alone(base):
+    if not isinstance(base, fx.Node) or not _is_alone(base) or min(base.users) is not write:
         return
+    value = _result(graph, write)
+    if value is not None:
+        base.replace_all_uses_with(value, delete_user_cb=lambda user: user not in (write, value))
+        write.replace_all_uses_with(value)
+        graph.erase_node(write)
+
+
+def _result(graph: fx.Graph, write: fx.Node) -> fx.Node | None:
+    """What a node writes, as a value of its own; None where that has another type than the place has."""
     function = getattr(_IN_PLACE[op_name(write)], str(write.target).rpartition(".")[2], None)
-    if function is None or min(base.users) is not write or base in write.args[1:]:
-        return
+    if function is None or write.args[0] in write.args[1:]:
+        return None
     with graph.inserting_before(write):
         value = _call(graph, function, write.args, write, dict(write.kwargs))
-    if require_fake(value).dtype != require_fake(base).dtype:  # in place keeps the type
-        graph.erase_node(value)
-        return
-    base.replace_all_uses_with(value, delete_user_cb=lambda user: user not in (write, value))
-    write.replace_all_uses_with(value)
-    graph.erase_node(write)
+    base = write.args[0]
+    assert isinstance(base, fx.Node)
+    if require_fake(value).dtype == require_fake(base).dtype:  # in place keeps the type
+        return value
+    graph.erase_node(value)
+    return None
 
 
 def _is_alone(node: fx.Node) -> bool:
@@ -99,10 +123,17 @@ def _is_alone(node: fx.Node) -> bool:
 
 
 def _functionalise(graph: fx.Graph, write: fx.Node) -> None:
+    """What is written into a tensor made here, or into cuts of it, is what is read there from now on."""
     views = _views(write)
-    if not views or write.users or len(write.args) > 2 or not isinstance(write.args[1], fx.Node):
+    if (
+        write._erased
+        or views is None
+        or (write.target is aten.copy_.default and not _copies_into(write, views))
+    ):
         return
-    base = views[-1].all_input_nodes[0]
+    into = write.args[0]
+    assert isinstance(into, fx.Node)
+    base = views[-1].all_input_nodes[0] if views else into
     root = owner(base)
     if root.op != "call_function" or not (is_pure(root) or op_name(root) in _FRESH):
         return
@@ -112,8 +143,13 @@ def _functionalise(graph: fx.Graph, write: fx.Node) -> None:
     known = {base}
     if not all(_is_rebuilt(alias, known) for alias, _ in late):
         return
+    value: Any = write.args[1] if write.target is aten.copy_.default else _result(graph, write)
+    if value is None:
+        return
+    late += [(into, user) for user in write.users]
+    write.replace_all_uses_with(into)
     with graph.inserting_before(write):
-        value: Any = _matching(graph, write.args[1], views[0])
+        value = _matching(graph, value, into)
         for view in views:
             target = view.all_input_nodes[0]
             value = _call(graph, _SCATTERS[op_name(view)], (target, value, *view.args[1:]), write)
@@ -121,6 +157,11 @@ def _functionalise(graph: fx.Graph, write: fx.Node) -> None:
         for alias, user in late:
             user.replace_input_with(alias, _rebuilt(graph, alias, now))
     graph.erase_node(write)
+
+
+def _copies_into(write: fx.Node, views: list[fx.Node]) -> bool:
+    """Whether a copy writes one tensor into cuts of another."""
+    return bool(views) and len(write.args) == 2 and isinstance(write.args[1], fx.Node)
 
 
 def _is_rebuilt(alias: fx.Node, known: set[fx.Node]) -> bool:
@@ -221,7 +262,7 @@ def _taken(name: str, cut: tuple[Any, ...], base: torch.Tensor) -> tuple[int, ra
 
 
 def _views(write: fx.Node) -> list[fx.Node] | None:
-    """The slices and selections between the written view and its base, innermost first; None for other views."""
+    """The slices and selections between the written view and its base, innermost first; None for odd ones."""
     views: list[fx.Node] = []
     node = write.args[0]
     while isinstance(node, fx.Node) and op_name(node) in _SCATTERS:
@@ -229,7 +270,7 @@ def _views(write: fx.Node) -> list[fx.Node] | None:
             return None
         views.append(node)
         node = node.args[0]
-    return views or None
+    return views
 
 
 def _matching(graph: fx.Graph, value: fx.Node, view: fx.Node) -> fx.Node:

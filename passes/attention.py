@@ -33,7 +33,7 @@ FUSED: Final = "aten::scaled_dot_product_attention"
 class Attention:
     """One attention layer: `output` is its value; `axes` are those of scores, query, key, value and output.
 
-    `product` is the one of query and key, or the fused call.
+    `product` is the one of query and key, or the fused call; `floored` scores are raised to a lowest number.
 
     A `plain` one is wanted as an operator even where it adds nothing. `stays` says why its weights have to stay the
     model's own: they are dropped out at random by `drops`, or used elsewhere. The softmax is `given` its scores.
@@ -53,6 +53,7 @@ class Attention:
     obstacle: str = ""
     cap: float | None = None
     sinks: fx.Node | None = None
+    floored: bool = False
     plain: bool = False
     stays: str = ""
     drops: list[fx.Node] = field(default_factory=list)
@@ -210,6 +211,7 @@ class _Reader:
             if self.stays and not softmax.is_operator:
                 self.walk.hinder(self.stays)
             layer.obstacle, layer.cap, layer.sinks = self.walk.obstacle, self.walk.cap, self.sinks
+            layer.floored = self.walk.floored
             layer.stays, layer.drops, layer.given = self.stays, self.drops, scores
         return layer
 

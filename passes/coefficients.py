@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
-from grape_compile.passes.facts import numbers_of
-from grape_compile.passes.graph import Taint, Unreadable, op_name, require_fake
-from grape_compile.passes.movement import ints, is_symbolic, operand_of
+from grape_compile.passes.facts import rely_on_numbers
+from grape_compile.passes.graph import Taint, Unreadable, frozen, op_name, require_fake
+from grape_compile.passes.movement import ints, is_symbolic, operand_of, table_of
 from grape_compile.passes.plans import Entry, Miss, Reading
 from grape_compile.passes.replay import Replay, exact
 from grape_compile.passes.terms import Factor, Index, Term, multiply, unit
@@ -18,7 +18,7 @@ from grape_compile.passes.terms import Factor, Index, Term, multiply, unit
 Read = Callable[[fx.Node, Index, Tensor], list[Term]]
 
 _EQUAL = 1e-9
-_LOOKUPS = {"aten::embedding": 0, "aten::index_select": 0, "aten::index": 0}
+_LOOKUPS = {"aten::embedding", "aten::index_select", "aten::index"}
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ class Coefficients:
         first, second = self.resolve(*one), self.resolve(*other)
         sign = self._same(first, second)
         if sign == 0 and (behind := self.looked_up(first, second)) is not None:
-            sign = self._same(*behind)
+            first, second = behind
+            sign = self._same(first, second)
         if sign != 0:
             return sign
         if first.kind != "table" or second.kind != "table":
@@ -111,7 +112,8 @@ class Coefficients:
                 return None
             ((axis, places),) = picked
         else:
-            axis = ints(node.args[1])[0] if op_name(node) == "aten::index_select" else 0
+            picks = op_name(node) == "aten::index_select"
+            axis = ints(node.args[1])[0] % require_fake(node).dim() if picks else 0
             places = operand_of(node, 1 if op_name(node) == "aten::embedding" else 2)
         source = operand_of(node, 0)
         if require_fake(places).dtype is torch.bool:
@@ -136,36 +138,49 @@ class Coefficients:
         return int(signs.pop()) if signs in ({1.0}, {-1.0}) else 0
 
     def _hold(self, one: Factor, other: Factor, number: float = 1.0, second: float = 1.0) -> int:
-        """1 if stored tables hold equal numbers for two channels, at every position they have; -1 for opposite ones."""
-        first, last = self._column(one), self._column(other)
-        if first is None or last is None:
-            return 0
-        (left, at), (right, place) = first, last
-        values = [self.reading.replay.tensor(node)[..., where] for node, where in (first, last)]
-        if values[0].shape != values[1].shape:
-            return 0
-        sign = _same_or_opposite(number * values[0], second * values[1])
-        if sign != 0:
-            self._rely(left, right, Alike(at, place, number, second, sign))
-        return sign
+        """1 if stored tables hold equal numbers for two channels, at every position they have; -1 for opposite ones.
 
-    def _column(self, leaf: Factor) -> tuple[fx.Node, int] | None:
+        A channel is a place on the last axis, or, of tables of matrices, on the last two.
+        """
+        for axes in (1, 2):
+            first, last = self._column(one, axes), self._column(other, axes)
+            if first is None or last is None or not self._same_rows(one, other, axes):
+                continue
+            (left, at), (right, place) = first, last
+            values = [self.reading.replay.tensor(node)[(..., *where)] for node, where in (first, last)]
+            if values[0].shape != values[1].shape:
+                continue
+            sign = _same_or_opposite(number * values[0], second * values[1])
+            if sign != 0:
+                self._rely(left, right, Alike(at, place, number, second, sign))
+                return sign
+        return 0
+
+    def _column(self, leaf: Factor, axes: int) -> tuple[fx.Node, tuple[int, ...]] | None:
         """The stored table a leaf is an element of, and its channel: what tables are compared by at every position."""
-        channel = leaf.index[-1] if leaf.index else None
-        if channel is None or leaf.part != "value" or bool((channel != channel[0]).any()):
-            return None
-        node = leaf.node
+        channels = leaf.index[-axes:]
         if (
-            op_name(node) in _LOOKUPS
-            and require_fake(node).shape[-1]
-            == require_fake(operand_of(node, _LOOKUPS[op_name(node)])).shape[-1]
+            len(leaf.index) < axes
+            or leaf.part != "value"
+            or any(bool((at != at[0]).any()) for at in channels)
         ):
-            node = operand_of(node, _LOOKUPS[op_name(node)])
+            return None
+        node = table_of(leaf.node, axes) or leaf.node
         if self.program.taints[node] is not Taint.STRUCTURE or any(
             map(is_symbolic, require_fake(node).shape)
         ):
             return None
-        return node, int(channel[0])
+        return node, tuple(int(at[0]) for at in channels)
+
+    def _same_rows(self, one: Factor, other: Factor, axes: int) -> bool:
+        """Whether two elements stand at the same positions of their tables, their channels aside."""
+        if not all(map(torch.equal, one.index[:-axes], other.index[:-axes])):
+            return False
+        numbers, names = self.program.value_numbers, {op_name(one.node), op_name(other.node)}
+        if numbers[one.node] == numbers[other.node] or names.isdisjoint(_LOOKUPS):
+            return True
+        rows = [frozen(leaf.node.args[1:], numbers.__getitem__) for leaf in (one, other)]
+        return len(names) == 1 and rows[0] == rows[1]
 
     def _rely(self, one: fx.Node, other: fx.Node, fact: Alike) -> None:
         """What was found of two columns holds as long as the table does, or the columns of what is kept."""
@@ -174,8 +189,7 @@ class Coefficients:
             program.rely(one, [fact])
             return
         for node in (one, other):
-            for leaf, same in numbers_of(program, node, self.reading.replay):
-                program.rely(leaf, [same])
+            rely_on_numbers(program, node, self.reading.replay)
 
     def same_element(self, one: Factor | None, other: Factor | None) -> bool:
         if one is None or other is None:
@@ -270,15 +284,15 @@ class Coefficients:
 class Alike:
     """The fact that two columns of a table, each times a number, are equal, or (`sign` -1) opposite."""
 
-    one: int
-    other: int
+    one: tuple[int, ...]
+    other: tuple[int, ...]
     number: float
     second: float
     sign: int
 
     def __call__(self, tensor: Tensor) -> bool:
         left, right = (
-            exact(tensor[..., at]) * number
+            exact(tensor[(..., *at)]) * number
             for at, number in ((self.one, self.number), (self.other, self.second))
         )
         return _same_or_opposite(left, right) == self.sign

@@ -1,9 +1,9 @@
 """Take out operators that do nothing: what they hand on is, element by element, what they were given.
 
 What: movement that ends where it began (an axis added and dropped, axes exchanged twice, a flip or a roll undone, one
-    of several equal parts joined), products with one, sums with zero, a sign turned twice, casts to the own type, a
-    dropout that is off, what is copied over another value. Those who read the result read the operand instead. Of
-    two equal views of one value the first stands for both.
+    of several equal parts joined), products with one, sums with zero, padding by none, a sign turned twice, casts to
+    the own type, a dropout that is off, what is copied over another value. Those who read the result read the operand
+    instead. Of two equal views of one value the first stands for both.
 Why: detection reads layers by their form around the softmax; a detour would hide it.
 Leaves alone: results of the graph; what stands for an input, and its operands outside of the graph; copies where the
     graph writes into values; what stands under `no_grad` and reads from outside of it, since it stops the gradient.
@@ -33,6 +33,7 @@ from grape_compile.passes.movement import (
     operand_of,
     permutation,
 )
+from grape_compile.passes.pieces import PADS
 
 _STEPS = 8
 _CASTS = {"aten::to", "aten::_to_copy", "aten::type_as"}
@@ -125,6 +126,14 @@ def _unchanged(node: fx.Node) -> fx.Node | None:
         return None
     if name == "aten::dropout":
         return operands[0]
+    if name in PADS:
+        amounts = args[1]
+        return (
+            operands[0]
+            if isinstance(amounts, list | tuple)
+            and all(isinstance(each, int) and each == 0 for each in amounts)
+            else None
+        )
     number = next((arg for arg in args[:2] if isinstance(arg, int | float)), None)
     if name in _CASTS:
         return operands[0] if fake(node) is not None and _same_device(node, operands[0]) else None

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, fx
 
 from grape_compile.passes.contractions import CONTRACTIONS, Contraction, contraction, renamed
+from grape_compile.passes.facts import rely_on_numbers
 from grape_compile.passes.graph import Program, Taint, Unreadable, fake, op_name, require_fake
+from grape_compile.passes.matrices import SUM_LIMIT, is_matrix, signs, summands
 from grape_compile.passes.movement import (
     IDENTITIES,
     JOINS,
@@ -31,7 +33,18 @@ from grape_compile.passes.movement import (
     operand_of,
     places,
 )
-from grape_compile.passes.pieces import PADS, SCATTERS, Back, joined, padded, scattered
+from grape_compile.passes.pieces import (
+    BLOCKS,
+    PADS,
+    PUTS,
+    SCATTERS,
+    Back,
+    blocks,
+    joined,
+    padded,
+    put,
+    scattered,
+)
 from grape_compile.passes.replay import Replay
 from grape_compile.passes.sizes import Sizes
 from grape_compile.passes.terms import (
@@ -57,10 +70,9 @@ COMPLEX = {
 }
 SUMS = {"aten::add", "aten::sub", "aten::neg", "aten::sum", "aten::rsub", "aten::addcmul"}
 PRODUCTS = {"aten::mul", "aten::div", "aten::multiply", "aten::divide", "aten::true_divide"}
-PICKS = {"aten::index_select", "aten::index"}
+PICKS = {"aten::index_select", "aten::index", "aten::gather", "aten::take_along_dim"}
 _MASKED = {"aten::masked_fill", "aten::where"}
 _DETACHES = {"aten::detach", "aten::detach_"}
-SUM_LIMIT = 8
 
 
 def _filled(node: fx.Node, name: str) -> float | None:
@@ -69,6 +81,20 @@ def _filled(node: fx.Node, name: str) -> float | None:
         return 1.0
     number = node.args[-1] if name in ("aten::full", "aten::full_like", "aten::new_full") else None
     return float(number) if isinstance(number, int | float) and number else None
+
+
+def _axis_of(node: fx.Node) -> Any:
+    """The axis that `take_along_dim` picks along."""
+    dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else None)
+    raise_if(dim is None, "elements picked out of the flattened tensor")
+    return dim
+
+
+def holds_zeros(node: fx.Node) -> bool:
+    """A tensor of zeros, or a part of one."""
+    while op_name(node) in SINGLE and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return is_zero_tensor(node)
 
 
 def is_zero_tensor(node: fx.Node) -> bool:
@@ -99,7 +125,7 @@ class Reader:
         if node is stop:
             return [unit(rows, source=(node, index))]
         if self.program.taints[node] <= Taint.POSITION:
-            return [unit(rows, Factor(node, index))]
+            return [] if holds_zeros(node) else [unit(rows, Factor(node, index))]
         return self.pull(node, index, rows, lambda operand, at, who: self.linear(operand, stop, at, who))
 
     def position(self, node: fx.Node, index: Index, rows: Tensor) -> list[Term]:
@@ -114,9 +140,22 @@ class Reader:
         number = _filled(node, name)
         if number is not None:
             return [unit(rows).scaled(number)]
+        if is_zero_tensor(node):
+            return []
         if not self._goes_on(node, name):
-            return [self._leaf(node, index, rows)]
+            return self._leaf(node, index, rows)
+        if name in SUMS | CONTRACTIONS and is_matrix(node):
+            return self._pieced(node, index, rows)
         return self.pull(node, index, rows, self.position)
+
+    def _pieced(self, node: fx.Node, index: Index, rows: Tensor) -> list[Term]:
+        """A matrix put together by a sum: every element has one summand at most, or reading stops here."""
+        try:
+            terms = self.pull(node, index, rows, self.position)
+        except Unreadable:
+            return self._leaf(node, index, rows)
+        told = torch.cat([rows[:0], *(term.rows for term in terms)])
+        return terms if told.unique().numel() == told.numel() else self._leaf(node, index, rows)
 
     def product(self, node: fx.Node, index: Index, rows: Tensor) -> list[Term]:
         """Elements of a position-side value as products of elements of the two values the model multiplies last."""
@@ -139,16 +178,14 @@ class Reader:
             return [unit(rows, factor)]
         return self.position(factor.node, factor.index, rows)
 
-    def _leaf(self, node: fx.Node, index: Index, rows: Tensor) -> Term:
-        """A value reading stops at; signs written as a constant tensor are coefficients."""
-        if self.program.taints[node] is Taint.STRUCTURE and self.program.is_constant(node):
-            try:
-                values = self.replay.tensor(node)
-            except Unreadable:
-                return unit(rows, Factor(node, index))
-            if values.is_floating_point() and bool((values.abs() == 1).all()):
-                return Term(rows, values[index].to(torch.complex128).expand(rows.shape))
-        return unit(rows, Factor(node, index))
+    def _leaf(self, node: fx.Node, index: Index, rows: Tensor) -> list[Term]:
+        """A value reading stops at; signs written as a tensor, or as a matrix that moves channels, are coefficients."""
+        values = signs(self.program, self.replay, node)
+        if values is None:
+            return [unit(rows, Factor(node, index))]
+        numbers = values[index].to(torch.complex128).expand(rows.shape)
+        keep = numbers.nonzero().flatten()
+        return [Term(rows[keep], numbers[keep])] if keep.numel() else []
 
     def _goes_on(self, node: fx.Node, name: str) -> bool:
         """Whether reading a position-side value goes on behind this operator."""
@@ -166,7 +203,7 @@ class Reader:
             return not any(map(is_symbolic, node.args[2:]))
         if name in PICKS:
             return self._picks_channels(node)
-        if name in COMPLEX:
+        if name in COMPLEX | BLOCKS:
             return True
         value = fake(node)
         if value is None or not (value.is_floating_point() or value.is_complex()):
@@ -175,8 +212,10 @@ class Reader:
             return "rounding_mode" not in node.kwargs
         if name in CONTRACTIONS:
             product = contraction(node, self.sizes)
-            return product is not None and product.size == 1
-        return name == "aten::neg" or (name in SUMS and any(is_zero(operand) for operand in node.args[:2]))
+            return product is not None and (product.size == 1 or is_matrix(node))
+        if name == "aten::neg" or (name in SUMS and is_matrix(node)):
+            return True
+        return name in SUMS and any(is_zero(operand) for operand in node.args[:2])
 
     # -- one step back -----------------------------------------------------------------------------------------------
 
@@ -206,8 +245,12 @@ class Reader:
             return self._product(node, name, index, rows, back)
         if name in PICKS:
             return back(operand_of(node, 0), self._picked(node, index), rows)
+        if name in PUTS:
+            return put(node, index, rows, back, self.sizes, self._held)
         if name in SCATTERS:
             return scattered(node, index, rows, back, self.sizes)
+        if name in BLOCKS:
+            return blocks(node, index, rows, back, self.sizes)
         if name in PADS:
             return padded(node, index, rows, back, self.sizes)
         reordered = renamed(node, index)
@@ -219,13 +262,12 @@ class Reader:
         raise Unreadable(f"{name or node.op} is not linear movement")
 
     def _contracted(self, product: Contraction, index: Index, rows: Tensor, back: Back) -> list[Term]:
-        """A product of tensors over a few elements: a sum of products."""
-        raise_if(product.size > SUM_LIMIT, "a product of tensors over many elements")
+        """A product of tensors with few summands: a sum of products."""
         terms: list[Term] = []
-        for place in range(product.size):
-            at = torch.full_like(rows, place)
-            left = back(product.left, product.left_at(index, at), rows)
-            terms += multiply(left, back(product.right, product.right_at(index, at), rows))
+        for keep, at in summands(self.program, self.replay, self.position, product, index):
+            here = tuple(axis[keep] for axis in index)
+            left = back(product.left, product.left_at(here, at), rows[keep])
+            terms += multiply(left, back(product.right, product.right_at(here, at), rows[keep]))
         return terms
 
     def _kept(self, node: fx.Node, name: str) -> fx.Node | None:
@@ -235,17 +277,36 @@ class Reader:
         return kept[0] if len(kept) == 1 else None
 
     def _picked(self, node: fx.Node, index: Index) -> Index:
-        """`index_select`, or `index` along one axis, by a constant list of places (a buffer may change)."""
-        axes = list(index)
-        dim, chosen = places(node)
-        raise_if(not self.program.is_constant(chosen), "elements picked by an index that may change")
-        held = self.replay.tensor(chosen)
-        raise_if(held.dtype.is_floating_point or held.dtype is torch.bool, "elements picked by a mask")
-        axes[dim] = held[axes[dim]].to(torch.int64) % self.shape(operand_of(node, 0))[dim]
+        """Elements picked along one axis by a list of places, or by a place for every element, that cannot change."""
+        axes, name = list(index), op_name(node)
+        if name in ("aten::gather", "aten::take_along_dim"):
+            chosen = operand_of(node, 2 if name == "aten::gather" else 1)
+            dim = ints(node.args[1] if name == "aten::gather" else _axis_of(node))[0] % len(axes)
+            at = self._held(chosen, broadcast(index, self.shape(chosen)))
+        else:
+            dim, chosen = places(node)
+            at = self._held(chosen, (axes[dim],))
+        axes[dim] = at % self.shape(operand_of(node, 0))[dim]
         return tuple(axes)
+
+    def _held(self, node: fx.Node, index: Index) -> Tensor:
+        """The integers of a list, moved about or not; of one in a buffer that is kept they are relied on."""
+        while (
+            self.program.made_of(node) is None
+            and op_name(node) in SINGLE
+            and not is_frozen(node, op_name(node))
+        ):
+            node, index = move(node, op_name(node), index, self.sizes)
+        raise_if(self.program.made_of(node) is None, "elements picked by an index that may change")
+        held = self.replay.tensor(node)
+        raise_if(held.dtype.is_floating_point or held.dtype is torch.bool, "elements picked by a mask")
+        rely_on_numbers(self.program, node, self.replay)
+        return held[index].to(torch.int64)
 
     def _picks_channels(self, node: fx.Node) -> bool:
         """Whether a constant list picks along the last axis; rows of a table are looked up, and reading stops there."""
+        if op_name(node) not in ("aten::index", "aten::index_select"):
+            return False
         try:
             dim, chosen = places(node)
         except Unreadable:

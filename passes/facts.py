@@ -43,6 +43,20 @@ def numbers_of(program: Program, node: fx.Node, replay: Replay) -> list[tuple[fx
     return [(leaf, replay.once("same", [leaf], partial(Same.as_in, program.values[leaf]))) for leaf in leaves]
 
 
+def rely_on_numbers(program: Program, node: fx.Node, replay: Replay) -> None:
+    """What is read off a value made of constants and kept inputs holds as long as these are what they are."""
+    for leaf, same in numbers_of(program, node, replay):
+        program.rely(leaf, [same])
+
+
+def rely_on(program: Program, node: fx.Node, fact: Fact, replay: Replay) -> None:
+    """What is read off a value holds as long as the fact does, where the value is kept, or else as its numbers do."""
+    if node in program.kept:
+        program.rely(node, [fact])
+    else:
+        rely_on_numbers(program, node, replay)
+
+
 def _memory(value: Any) -> int | None:
     """The memory of a tensor, whoever else sees it."""
     return value.untyped_storage().data_ptr() if _is_plain(value) else None
@@ -82,6 +96,22 @@ class Same:
         if known is None and first is not None and _state(first) == self.state:
             known = first
         return known is not None and known.device == tensor.device and torch.equal(known, tensor)
+
+
+@dataclass(frozen=True, eq=False)
+class Zeros:
+    """The fact that the matrices a tensor ends in are zero at these `places`."""
+
+    places: Tensor
+
+    def leave_few(self, most: int) -> bool:
+        """Whether no row and no column has more entries than that."""
+        entries = ~self.places
+        return int(max(*entries.sum(0), *entries.sum(1))) <= most
+
+    def __call__(self, tensor: Tensor) -> bool:
+        same = tensor.shape[-2:] == self.places.shape
+        return same and not bool((tensor[..., self.places.to(tensor.device)] != 0).any())
 
 
 @dataclass(frozen=True, eq=False)

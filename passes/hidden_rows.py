@@ -16,12 +16,9 @@ from grape_compile.passes.biases import BiasPlan
 from grape_compile.passes.graph import Unreadable, require_fake
 from grape_compile.passes.operands import Emitter
 from grape_compile.passes.regions import may_differentiate
-from grape_compile.passes.score_terms import NEVER, ScoreTerm
+from grape_compile.passes.score_terms import ABSORBING, NEVER, ScoreTerm
 
 aten = torch.ops.aten
-
-ABSORBING = -1e30
-"""A number this low stays itself in fp32 and fp64 whatever score is added to it."""
 
 
 def hidden_rows(plan: BiasPlan, emitter: Emitter, mask_of: Callable[[ScoreTerm], fx.Node]) -> fx.Node | None:
@@ -50,6 +47,11 @@ def _fills(plan: BiasPlan) -> list[ScoreTerm]:
     # Beside a sink such a row has no weight left for its keys, and no gradient.
     if plan.is_causal or plan.layer.sinks is not None or _leaves_keys(plan):
         return []
+    if plan.layer.floored and plan.masks:
+        raise Unreadable(
+            "scores are raised to a lowest number: a row whose keys are all hidden would weigh them alike, and nothing "
+            "shows that there is none"
+        )
     if any(term.dead is not None and not term.whole and term.value > NEVER for term in plan.masks):
         raise Unreadable(
             f"a bias is filled with a number above {NEVER:.0e}: a row whose keys are all hidden would weigh them by "

@@ -294,3 +294,19 @@ def places(node: fx.Node) -> tuple[int, fx.Node]:
     if len(picked) != 1 or require_fake(picked[0][1]).dim() != 1:
         raise Unreadable("elements picked one by one")
     return picked[0]
+
+
+def table_of(node: fx.Node, axes: int) -> fx.Node | None:
+    """The table that rows are looked up in, of which the last `axes` axes are left as they are."""
+    name = op_name(node)
+    if name not in ("aten::embedding", "aten::index_select", "aten::index"):
+        return None
+    table = operand_of(node, 0)
+    rank = require_fake(table).dim()
+    if name == "aten::index":
+        given = node.args[1]
+        assert isinstance(given, list | tuple)
+        picked = [dim for dim, each in enumerate(given) if each is not None]
+    else:
+        picked = [0 if name == "aten::embedding" else ints(node.args[1])[0] % rank]
+    return table if picked and max(picked) < rank - axes else None

@@ -70,7 +70,7 @@ def fit(
 
     `lead` and `plane` say, row by row, for which target position and plane the element `index` was read; `counts` are
     the sizes of the target's axes followed by the number of planes. With `runs` the planes may be channels in a few
-    runs.
+    runs. Planes may take two axes: a diagonal of matrices.
     """
     axes: list[Axis] = []
     used: set[str | int] = set()
@@ -95,7 +95,7 @@ def _fit_dimension(
     if not values.numel() or bool((values == values[0]).all()):
         return Axis("fixed", int(values[0]) if values.numel() else 0)
     for role, positions, count in targets:
-        if role in used or count < 2:
+        if (role in used and role != "plane") or count < 2:
             continue
         low, high = int(positions.min()), int(positions.max())
         if low == high:
@@ -210,6 +210,11 @@ class Emitter:
                 node = self.call(node, aten.select.int, (node, dimension, axis.offset))
                 continue
             node = self._slice(node, axis, dimension, counts[axis.role])
+            if axis.role in names:
+                first = names.index(axis.role)
+                diagonal = self.call(node, aten.diagonal.default, (node, 0, first, dimension))
+                node = self.call(diagonal, aten.movedim.int, (diagonal, -1, first))
+                continue
             names.append(axis.role)
         order = sorted(range(len(names)), key=lambda dimension: wanted.index(names[dimension]))
         if order != list(range(len(order))):

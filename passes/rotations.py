@@ -20,7 +20,7 @@ from torch import fx
 from grape_compile.passes.channel_maps import ChannelMap
 from grape_compile.passes.chosen_tables import turned_by_chosen_tables
 from grape_compile.passes.contractions import CONTRACTIONS
-from grape_compile.passes.elements import COMPLEX, PICKS, PRODUCTS, SUMS
+from grape_compile.passes.elements import COMPLEX, PICKS, PRODUCTS, SUMS, holds_zeros
 from grape_compile.passes.graph import Program, Taint, Unreadable, fake, is_pure, op_name
 from grape_compile.passes.movement import JOINS, LIKE, MOVEMENTS, operand_of
 from grape_compile.passes.pieces import SCATTERS
@@ -62,7 +62,7 @@ class _Finder:
             name != "getitem" and not isinstance(node.meta.get("val"), torch.Tensor | tuple | list)
         ):
             return None
-        operands = _read_by(node)
+        operands = [each for each in _read_by(node) if name not in SUMS or not holds_zeros(each)]
         taints = [self.program.taints[operand] for operand in operands]
         if any(taint is Taint.PARAMETER for taint in taints):
             return None

@@ -20,6 +20,9 @@ _LOWEST = -1e4
 NEVER = -1e9
 """A value this low removes an entry whatever the scores are; only such a mask may be replaced by `is_causal`."""
 
+ABSORBING = -1e30
+"""A number this low stays itself in fp32 and fp64 whatever score is added to it."""
+
 
 @dataclass(frozen=True)
 class ScoreTerm:

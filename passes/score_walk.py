@@ -11,7 +11,7 @@ from grape_compile.passes.axes import Axes, Letters
 from grape_compile.passes.graph import Program, Taint, fake, op_name, require_fake
 from grape_compile.passes.movement import PERMUTES, RESHAPES
 from grape_compile.passes.products import Product, product_of
-from grape_compile.passes.score_terms import PASSED, ScoreTerm, constant, split_terms
+from grape_compile.passes.score_terms import ABSORBING, PASSED, ScoreTerm, constant, split_terms
 
 _BENDING = {
     "aten::max",
@@ -40,7 +40,10 @@ class Core:
 
 
 class ScoreWalk:
-    """What was met so far: `terms` beside the product, the soft `cap` below them, the first `obstacle`."""
+    """What was met so far: `terms` beside the product, the soft `cap` below them, the first `obstacle`.
+
+    `floored` scores are raised to a lowest number where a mask left less.
+    """
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -48,6 +51,7 @@ class ScoreWalk:
         self.terms: list[ScoreTerm] = []
         self.obstacle = ""
         self.cap: float | None = None
+        self.floored = False
 
     def read(self, node: fx.Node, factor: float) -> Core | None:
         """Walk from the softmax back to the product of query and key, collecting what was added on the way."""
@@ -72,10 +76,18 @@ class ScoreWalk:
             return self._masked(node, name, data[0], factor)
         if name == "aten::tanh" and factor and self.cap is None:
             return self._capped(data[0], factor)
+        if name in ("aten::max", "aten::maximum") and self._is_lowest(args, data[0]):
+            self.floored = True
+            return self.read(data[0], factor)
         if name in _BENDING:
             self.hinder(f"the scores pass {name.removeprefix('aten::')} on their way to the softmax")
             return self.read(data[0], factor)
         return None
+
+    def _is_lowest(self, args: tuple[Any, ...], data: fx.Node) -> bool:
+        """Whether scores are compared with a number below all of them that are no mask's."""
+        others = [constant(each, self.program) for each in args if each is not data]
+        return len(others) == 1 and others[0] is not None and others[0] <= ABSORBING
 
     def _moved(self, node: fx.Node, core: Core | None) -> Core | None:
         axes = None if core is None else self.letters.moved(node, core.axes)

@@ -194,6 +194,12 @@ def through_axes_of_one(query: Tensor, key: Tensor, value: Tensor, slopes: Tenso
     return scores[None][0].softmax(-1) @ value
 
 
+def raised_to_the_lowest(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    """As OPT and Baichuan keep minus infinity out of their scores."""
+    scores = fill_above_diagonal(scores_of(query, key) + by_distance(slopes, key.shape[-2]))
+    return torch.max(scores, torch.tensor(torch.finfo(scores.dtype).min)).softmax(-1) @ value
+
+
 class LearnedSlopes(nn.Module):
     """Slopes that are trained."""
 
@@ -261,6 +267,7 @@ BIAS_SPELLINGS: tuple[BiasSpelling, ...] = (
     _row(sliding_window),
     _row(softmax_in_wider_type),
     _row(through_axes_of_one),
+    _row(raised_to_the_lowest),
     _row(above_a_soft_cap),
     _row(beside_sinks),
     BiasSpelling("learned_slopes", lambda: LearnedSlopes(distance_then_masked_fill)),

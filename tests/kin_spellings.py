@@ -71,6 +71,11 @@ def shifted_rates(layer: Kin, x: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return -apart(functional.pad(layer.rates(x)[..., :-1], (1, 0)).cumsum(-1))
 
 
+def padded_by_none(layer: Kin, x: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """As code has it that makes room for memories where there are none."""
+    return functional.pad(-apart(layer.rates(x).cumsum(-1)), (0, 0))
+
+
 def gates_of_a_mirrored_distance(layer: Kin, x: Tensor, query: Tensor, key: Tensor) -> Tensor:
     distance = apart(torch.arange(x.shape[1])).abs()
     gate = functional.softplus(query.mean(-1)).unsqueeze(-1) + functional.softplus(key.mean(-1)).unsqueeze(-2)
@@ -106,6 +111,7 @@ KIN_SPELLINGS: tuple[KinSpelling, ...] = (
     _row(alibi_and_forgetting, "compose(", "constant(", "steps", 'accumulated("log_forget", true)'),
     _row(two_runnings_sums, "compose(", 'accumulated("log_forget", false)', "uniform(-0.5)", ", true)"),
     _row(shifted_rates, 'accumulated("log_forget", false)'),
+    _row(padded_by_none, 'accumulated("log_forget", true)'),
     _row(gates_of_a_mirrored_distance, "steps", "gate(query=", ", key="),
     _row(exponential_path, "path_bias(negative_exp"),
     _row(exponential_path_by_name, "path_bias(negative_exp"),

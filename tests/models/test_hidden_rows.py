@@ -35,6 +35,9 @@ class Filled(nn.Module):
             scores = (scores + bias).masked_fill(later, self.number).masked_fill(padded, self.number)
         elif self.kind == "two kinds":
             scores = (scores + bias).masked_fill(padded, self.number).masked_fill(later, -torch.inf)
+        elif self.kind == "raised":
+            scores = (scores + bias).masked_fill(later | padded, -torch.inf)
+            scores = torch.max(scores, torch.tensor(self.number))
         elif self.kind == "below":
             scores = torch.where(later | padded, self.number, scores) + bias
         elif self.kind == "added":
@@ -79,7 +82,8 @@ def test_a_row_without_keys_is_that_of_the_model(kind: str, number: float, diffe
 
 
 @pytest.mark.parametrize(
-    ("kind", "number"), [("below", -1e4), ("in the bias", -1e4), ("two kinds", -1e4), ("two kinds", LOWEST)]
+    ("kind", "number"),
+    [("below", -1e4), ("in the bias", -1e4), ("two kinds", -1e4), ("two kinds", LOWEST), ("raised", LOWEST)],
 )
 def test_a_number_that_scores_can_be_told_from_is_refused(kind: str, number: float) -> None:
     compiled = grape_compile.grape_compile(Filled(kind, number), backend="eager")

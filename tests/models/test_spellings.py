@@ -9,6 +9,7 @@ from bias_spellings import BIAS_SPELLINGS, BiasSpelling
 from detour_spellings import DETOUR_SPELLINGS
 from layer_spellings import LAYER_SPELLINGS
 from library_spellings import LIBRARY_SPELLINGS
+from matrix_spellings import MATRIX_SPELLINGS
 from measuring import GrapeCalls
 from place_spellings import PLACE_SPELLINGS
 from rotation_spellings import ROTATION_SPELLINGS, Spelling
@@ -17,7 +18,10 @@ from torch import Tensor, nn
 from grape_compile import grape_compile, inspect, report, rewrite
 from grape_compile.encoding import Bias, Rotation
 
-ROTATIONS = (*ROTATION_SPELLINGS, *DETOUR_SPELLINGS, *LAYER_SPELLINGS, *PLACE_SPELLINGS, *LIBRARY_SPELLINGS)
+ROTATIONS = (
+    *(*ROTATION_SPELLINGS, *DETOUR_SPELLINGS, *MATRIX_SPELLINGS),
+    *(*LAYER_SPELLINGS, *PLACE_SPELLINGS, *LIBRARY_SPELLINGS),
+)
 rotations = pytest.mark.parametrize("spelling", ROTATIONS, ids=lambda row: row.name)
 growing = pytest.mark.parametrize(
     "spelling", [row for row in ROTATIONS if row.grows], ids=lambda row: row.name
@@ -59,7 +63,9 @@ def test_a_rotation_equals_itself(spelling: Spelling) -> None:
     calls = GrapeCalls()
     compiled = grape_compile(copy.deepcopy(plain), backend=calls)
     lengths = (
-        (12, 17) if spelling.grows and spelling not in (*ROTATION_SPELLINGS, *DETOUR_SPELLINGS) else (12,)
+        (12, 17)
+        if spelling.grows and spelling not in (*ROTATION_SPELLINGS, *DETOUR_SPELLINGS, *MATRIX_SPELLINGS)
+        else (12,)
     )
     for length in lengths:
         inputs = in_double(spelling, length)
