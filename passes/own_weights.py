@@ -61,13 +61,14 @@ class OwnWeights:
         def do(target: Any, node: fx.Node, *args: Any) -> fx.Node:
             return emitter.call(added, target, (node, *args))
 
-        dtype = require_fake(before).dtype
+        dtype = require_fake(layer.query).dtype
         query, key = (do(aten.to.dtype, node, dtype) for node in call.args[:2])  # type: ignore[arg-type] # nodes
         heads, own = (require_fake(node).shape[1] for node in (query, key))
         if own != heads:
             key = do(aten.repeat_interleave.self_int, key, heads // own, 1)
+        # Scaled queries keep products within the range of half precision.
+        query = do(aten.mul.Tensor, query, layer.scale)
         scores = do(aten.matmul.default, query, do(aten.transpose.int, key, 2, 3))
-        scores = do(aten.mul.Tensor, scores, layer.scale)
         if layer.cap is not None:
             scores = do(
                 aten.mul.Tensor, do(aten.tanh.default, do(aten.div.Tensor, scores, layer.cap)), layer.cap
@@ -75,7 +76,7 @@ class OwnWeights:
         scores = do(aten.add.Tensor, scores, added)
         if self.hidden is not None:
             scores = do(aten.masked_fill.Scalar, scores, self.hidden, 0.0)
-        before.replace_all_uses_with(self._like_scores(emitter, scores, dtype))
+        before.replace_all_uses_with(self._like_scores(emitter, scores, require_fake(before).dtype))
         return before
 
     def _like_scores(self, emitter: Emitter, node: fx.Node, dtype: torch.dtype) -> fx.Node:

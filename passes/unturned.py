@@ -75,6 +75,9 @@ def put_behind(graph: fx.Graph, node: fx.Node) -> None:
 
 def _joins_tokens(node: fx.Node) -> bool:
     """Whether a node puts tokens beside others, [B, H, T, D]: behind them, or into room of a cache of fixed size."""
+    if op_name(node) in ("aten::index_put", "aten::index_put_"):
+        places: Any = node.args[1]
+        return require_fake(node).dim() == 4 and len(places) == 3 and places[0] is None and places[1] is None
     if op_name(node) not in ("aten::cat", "aten::index_copy", "aten::index_copy_"):
         return False
     dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)

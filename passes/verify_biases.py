@@ -63,10 +63,7 @@ class _Check:
             node: torch.randn(self.sizes.shape(node), dtype=torch.float64, generator=generator)
             for node in dict.fromkeys(nodes)
         }
-        found = Replay(replay.program, self.sizes, bound) if weights else replay.branch(bound)
-        for drop in self.layer.drops:
-            found.known[drop] = _kept_whole(drop, found)
-        return found
+        return Replay(replay.program, self.sizes, bound) if weights else replay.branch(bound)
 
     def _leaves(self) -> list[fx.Node]:
         """Everything the bias is made of; behind a rotation that is taken in, what it turns."""
@@ -79,6 +76,8 @@ class _Check:
         batch, heads, queries, keys = plan.scores.shape
         if batch * heads * queries * keys > _LARGEST_REPLAY:
             return self._rows(tensors[1])
+        for drop in layer.drops:
+            self.replay.known[drop] = _kept_whole(drop, self.replay)
         original = self.replay.tensor(layer.output)
         query, key, value = (self.replay.tensor(node) for node in tensors)
         rewritten = reference_attend(

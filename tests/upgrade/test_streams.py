@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from transformers import StaticCache
 from upgrading import FAMILIES, ROWS, learn_anything, relative, upgraded
 
 from grape_compile.errors import UpgradeError
@@ -155,8 +156,40 @@ def test_a_cache_of_fixed_size_compiles_the_prompt_and_one_token(to: str) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to", ["grape-ap", "grape-a-k"])
-def test_where_keys_of_a_window_move_a_fixed_size_is_refused(to: str) -> None:
-    model, ids = model_of("gemma2", to), prompt()
-    with pytest.raises(UpgradeError, match="a cache that grows"):
-        generated(model, *ids, cache_implementation="static")
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "mistral"])
+@pytest.mark.parametrize("to", ["grape-ap", "grape-a-k", "grape-m-ctx", "grape-m+fox+grape-a-qk"])
+@pytest.mark.parametrize("length", [5, 9])
+def test_a_window_of_fixed_size_that_fills(name: str, to: str, length: int) -> None:
+    """A window of 8 is full at once, or while tokens are added one by one."""
+    model, (ids, mask) = model_of(name, to), prompt()
+    inputs = ids[:, :length], mask[:, :length]
+    right = generated(model, *inputs, use_cache=False)
+    assert_same(generated(model, *inputs, cache_implementation="static"), right)
+
+
+@pytest.mark.slow
+def test_a_window_of_fixed_size_goes_on_with_several_tokens() -> None:
+    """Behind a window that is full, or that becomes full."""
+    model, (ids, _) = model_of("mistral", "grape-m-ctx+grape-ap"), prompt()
+    for first in (4, 9):
+        tokens = torch.cat([ids, ids + 1], 1)[:, : first + 6]
+        with torch.no_grad():
+            cache = StaticCache(config=model.config, max_cache_len=32)
+            model(input_ids=tokens[:, :first], past_key_values=cache)
+            found = model(input_ids=tokens[:, first:], past_key_values=cache).logits
+            right = model(input_ids=tokens, use_cache=False).logits
+        assert relative(found, right[:, first:]) < ROUNDING
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "to"), [("llama", "grape-ap"), ("mistral", "grape-m-ctx"), ("gemma3", "fox")]
+)
+def test_assisted_generation(name: str, to: str) -> None:
+    """Tokens that were looked up are taken back where they were wrong, from windows too."""
+    model, (ids, mask) = model_of(name, to), prompt()
+    ids, mask = ids[:1].repeat(1, 2), mask[:1].repeat(1, 2)
+    settings: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "output_logits": False}
+    found = generated(model, ids, mask, prompt_lookup_num_tokens=3, **settings)
+    right = generated(model, ids, mask, use_cache=False, **settings)
+    assert torch.equal(found.sequences, right.sequences)
