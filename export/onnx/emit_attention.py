@@ -119,10 +119,7 @@ def _prompt(
     """Compute queries by blocks where there are bounds, with columns, over keys that may be laid out anew."""
     width, told = sizes(call.value)[3], []
     call = replace(apart(builder, call), is_cached=False)
-    if call.cap:
-        for column in lifted:
-            call = _biased(builder, call, _product(builder, column))
-    elif lifted:
+    if lifted:
         call = _with_columns(builder, call, lifted)
         told = [f"{len(lifted)} column{'s' * (len(lifted) > 1)} of query and key"]
     call = fitted(builder, call, target)
@@ -186,7 +183,7 @@ def _biases(
     lifted: list[Column] = []
     dense: list[tuple[ir.Value, str]] = []
     for part in _parts(call.encoding):
-        if isinstance(part, Bias) and is_lifted(part, call.is_causal) and call.sinks is None:
+        if isinstance(part, Bias) and is_lifted(part, call.is_causal) and not _is_bent(call):
             lifted += columns(builder, part, call.slots, call.query, lengths)
         elif isinstance(part, Bias | PathBias):
             dense.append((whole(builder, part, call.slots, call.query, lengths, target), _why(part, call)))
@@ -224,7 +221,12 @@ def _why(part: Bias | PathBias, call: Call) -> str:
         return "a path integral has no finite rank"
     if call.sinks is not None:
         return "sinks see numbers of a row that softmax alone does not"
-    return "its distance has no sign"
+    return "the soft cap comes before it" if call.cap else "its distance has no sign"
+
+
+def _is_bent(call: Call) -> bool:
+    """Whether columns of query and key would be bent, or miss numbers of a row that sinks see."""
+    return bool(call.cap) or call.sinks is not None
 
 
 def _product(builder: Builder, column: Column, rows: ir.Value | None = None) -> ir.Value:
