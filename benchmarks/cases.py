@@ -33,10 +33,14 @@ def keep(name: str, rows: Iterable[Row], path: Path, about: Row, before: Iterabl
 
 def left_over(path: Path, about: Row) -> list[Row]:
     """Return the rows that a run with the same `about` left behind when it was stopped; none where there was none."""
-    unfinished = _unfinished(path)
-    if not unfinished.exists():
+    return kept(_unfinished(path), about)
+
+
+def kept(path: Path, about: Row) -> list[Row]:
+    """Return the rows of a file that a run with the same `about` wrote; none where there is none."""
+    if not path.exists():
         return []
-    document = json.loads(unfinished.read_text(encoding="utf-8"))
+    document = json.loads(path.read_text(encoding="utf-8"))
     same = all(document.get(name) == value for name, value in about.items())
     return list(document["rows"]) if same else []
 

@@ -30,7 +30,7 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases import keep
+from benchmarks.cases import keep, kept
 from benchmarks.coverage.architectures import draw_parameters
 from benchmarks.measuring import machine
 from benchmarks.onnx_files import FAMILIES, OURS, PLAIN, VOCABULARY, files
@@ -250,7 +250,7 @@ WAYS: dict[str, Callable[[str, int], Iterator[dict[str, Any]]]] = {"prompts": me
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure the families named on the command line, all without a name."""
+    """Measure the families named on the command line, all without a name; rows of others on this machine stay."""
     parser = argparse.ArgumentParser(description="compare ONNX files of several exporters")
     parser.add_argument(
         "way", choices=WAYS, help="whole prompts without a cache, or steps of one token behind one"
@@ -261,10 +261,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    rows = (row for family in given.families or FAMILIES for row in WAYS[given.way](family, given.rounds))
-    about = {**machine(), "onnxruntime": onnxruntime.__version__, "clock": "processor time, one thread"}
+    families = given.families or list(FAMILIES)
+    rows = (row for family in families for row in WAYS[given.way](family, given.rounds))
+    machine_now = {**machine(), "onnxruntime": onnxruntime.__version__, "clock": "processor time, one thread"}
+    about = {"machine": machine_now}
     out = given.out or Path("benchmarks/results") / f"onnx_{given.way}.json"
-    keep("onnx", rows, out, {"machine": about})
+    others = [row for row in kept(out, about) if row["family"] not in families]
+    keep("onnx", rows, out, about, others)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from grape_compile.export.onnx.builder import (
     dtype_of,
     sizes,
 )
-from grape_compile.export.onnx.emit_bias import Column, Lengths, columns, is_lifted, seen, total, whole
+from grape_compile.export.onnx.emit_bias import Column, Lengths, columns, first, is_lifted, seen, total, whole
 from grape_compile.export.onnx.emit_blocks import SMALLEST, bounded, in_blocks
 from grape_compile.export.onnx.emit_branches import Make, either
 from grape_compile.export.onnx.emit_buffer import apart, over_buffer
@@ -74,35 +74,41 @@ def attend(builder: Builder, call: Call, target: Target) -> Emitted:
     queries = sizes(call.query)[2]
     may_be_many = target.loops and (not isinstance(queries, int) or queries > SMALLEST)
     bounds = bounded(builder, call) if may_be_many else Reach()
-    many: Make = partial(_prompt, call=call, lifted=lifted, bounds=bounds, target=target)
+    many: Make = partial(_prompt, call=call, lifted=lifted, lengths=lengths, bounds=bounds, target=target)
     if not bounds.is_bounded:
-        return _told(dense, _step(builder, call, lifted, target)(builder))
+        return _told(dense, _step(builder, call, lifted, lengths, target)(builder))
     if lengths.is_square or isinstance(queries, int):
         return _told(dense, many(builder))
     is_step = builder.op("LessOrEqual", lengths.queries, builder.constant(SMALLEST), dtype=BOOL, shape=(1,))
     rows = builder.op("Where", is_step, lengths.queries, builder.constant([0]), dtype=INT64, shape=(1,))
-    few = _step(builder, call, lifted, target, rows)
+    few = _step(builder, call, lifted, lengths, target, rows)
     shape = (*sizes(call.query)[:3], sizes(call.value)[3])
     mixed, how, other = either(builder, is_step, few, many, shape)
     return _told(dense, Emitted((mixed,), f"{how}; for more than {SMALLEST} queries {other}"))
 
 
 def _step(
-    builder: Builder, call: Call, lifted: Sequence[Column], target: Target, rows: ir.Value | None = None
+    builder: Builder,
+    call: Call,
+    lifted: Sequence[Bias],
+    lengths: Lengths,
+    target: Target,
+    rows: ir.Value | None = None,
 ) -> Make:
     """Return what computes all queries at once, over a cache where it lies.
 
-    Columns would copy a cache, so their products are added to the mask instead: for the first `rows` [1] queries alone.
-    Those are none where there are more than a step has, and a prompt makes no bias of all that it sees.
+    Columns would copy a cache, so biases are added to the mask instead: for the first `rows` [1] queries alone. Those
+    are none where there are more than a step has, and a prompt makes no bias of all that it sees.
     """
     if not call.is_cached:
-        return partial(_prompt, call=call, lifted=lifted, bounds=Reach(), target=target)
+        return partial(_prompt, call=call, lifted=lifted, lengths=lengths, bounds=Reach(), target=target)
     is_buffer = buffer_of(call.key) is not None and buffer_of(call.value) is not None
     if call.mask is not None and (lifted or is_buffer):
-        call = replace(call, mask=_first(builder, call.mask, rows, -2))
-    for column in lifted:
-        call = _biased(builder, call, _product(builder, column, rows))
-    told = ["products of numbers added to the mask: columns would copy the cache"] if lifted else []
+        call = replace(call, mask=first(builder, call.mask, rows, -2))
+    for part in lifted:
+        bias = whole(builder, part, call.slots, call.query, lengths, target, rows)
+        call = _biased(builder, call, bias)
+    told = ["a bias of a step's queries and all keys: columns would copy the cache"] if lifted else []
     compute = partial(chosen, target=target)
     make = over_buffer(builder, call, compute) if is_buffer else partial(compute, call=call)
 
@@ -114,17 +120,15 @@ def _step(
 
 
 def _prompt(
-    builder: Builder, *, call: Call, lifted: Sequence[Column], bounds: Reach, target: Target
+    builder: Builder, *, call: Call, lifted: Sequence[Bias], lengths: Lengths, bounds: Reach, target: Target
 ) -> Emitted:
     """Compute queries by blocks where there are bounds, with columns, over keys that may be laid out anew."""
     width, told = sizes(call.value)[3], []
     call = replace(apart(builder, call), is_cached=False)
-    if call.cap:
-        for column in lifted:
-            call = _biased(builder, call, _product(builder, column))
-    elif lifted:
-        call = _with_columns(builder, call, lifted)
-        told = [f"{len(lifted)} column{'s' * (len(lifted) > 1)} of query and key"]
+    made = [each for bias in lifted for each in columns(builder, bias, call.slots, call.query, lengths)]
+    if made:
+        call = _with_columns(builder, call, made)
+        told = [f"{len(made)} column{'s' * (len(made) > 1)} of query and key"]
     call = fitted(builder, call, target)
     compute = partial(chosen, target=target)
     emitted = in_blocks(builder, call, bounds, compute) if bounds.is_bounded else compute(builder, call)
@@ -181,13 +185,13 @@ def _tail(builder: Builder, slot: ir.Value, axis: int, lengths: Lengths) -> ir.V
 
 def _biases(
     builder: Builder, call: Call, lengths: Lengths, target: Target
-) -> tuple[list[Column], list[tuple[ir.Value, str]]]:
-    """Return biases as sums of products, and the others with all their numbers, and why."""
-    lifted: list[Column] = []
+) -> tuple[list[Bias], list[tuple[ir.Value, str]]]:
+    """Return the biases that are sums of products, and the others with all their numbers, and why."""
+    lifted: list[Bias] = []
     dense: list[tuple[ir.Value, str]] = []
     for part in _parts(call.encoding):
-        if isinstance(part, Bias) and is_lifted(part, call.is_causal) and call.sinks is None:
-            lifted += columns(builder, part, call.slots, call.query, lengths)
+        if isinstance(part, Bias) and is_lifted(part, call.is_causal) and not _is_bent(call):
+            lifted.append(part)
         elif isinstance(part, Bias | PathBias):
             dense.append((whole(builder, part, call.slots, call.query, lengths, target), _why(part, call)))
     return lifted, dense
@@ -224,20 +228,12 @@ def _why(part: Bias | PathBias, call: Call) -> str:
         return "a path integral has no finite rank"
     if call.sinks is not None:
         return "sinks see numbers of a row that softmax alone does not"
-    return "its distance has no sign"
+    return "the soft cap comes before it" if call.cap else "its distance has no sign"
 
 
-def _product(builder: Builder, column: Column, rows: ir.Value | None = None) -> ir.Value:
-    """Return a product of numbers of queries, all or the first `rows` [1], and of keys, [1 or B, 1 or H, T_q, T_k]."""
-    assert column.query is not None
-    by_query = builder.unsqueeze(_first(builder, column.query, rows, -1), -1)
-    return builder.binary("Mul", by_query, builder.unsqueeze(column.key, -2))
-
-
-def _first(builder: Builder, value: ir.Value, count: ir.Value | None, axis: int) -> ir.Value:
-    if count is None or sizes(value)[axis] == 1:
-        return value
-    return builder.part(value, builder.constant([0]), count, axis)
+def _is_bent(call: Call) -> bool:
+    """Whether columns of query and key would be bent, or miss numbers of a row that sinks see."""
+    return bool(call.cap) or call.sinks is not None
 
 
 def _with_columns(builder: Builder, call: Call, lifted: Sequence[Column]) -> Call:

@@ -101,8 +101,12 @@ def whole(
     query: ir.Value,
     lengths: Lengths,
     target: Target,
+    rows: ir.Value | None = None,
 ) -> ir.Value:
-    """Return a bias with all its numbers, [1 or B, 1 or H, T_q, T_k]."""
+    """Return a bias with all its numbers, [1 or B, 1 or H, T_q, T_k].
+
+    `rows` [1]: of so many queries, the first ones; a path integral is always made for all.
+    """
     if isinstance(bias, PathBias):
         return _path(builder, bias, slots, query, lengths, target)
     dtype = compute_dtype(query)
@@ -111,12 +115,13 @@ def whole(
     apart = builder.binary(
         "Sub",
         builder.unsqueeze(times, -2),
-        builder.unsqueeze(_queries(builder, times, lengths), -1),
+        builder.unsqueeze(first(builder, _queries(builder, times, lengths), rows, -1), -1),
     )
     if bias.gate is not None:
         sides = []
         if bias.gate.query is not None:
-            sides.append(builder.unsqueeze(_gate(builder, slots[bias.gate.query], dtype), -1))
+            by_query = first(builder, _gate(builder, slots[bias.gate.query], dtype), rows, -1)
+            sides.append(builder.unsqueeze(by_query, -1))
         if bias.gate.key is not None:
             sides.append(builder.unsqueeze(_gate(builder, slots[bias.gate.key], dtype), -2))
         gate = sides[0] if len(sides) == 1 else builder.binary("Add", *sides)
@@ -238,6 +243,13 @@ def seen(builder: Builder, lengths: Lengths, *, is_causal: bool, window: int | N
         near = builder.op("Sub", queries, builder.constant(window), dtype=INT64, shape=sizes(queries))
         parts.append(builder.op("Greater", keys, near, dtype=BOOL, shape=shape))
     return parts[0] if len(parts) == 1 else builder.op("And", *parts, dtype=BOOL, shape=shape)
+
+
+def first(builder: Builder, value: ir.Value, count: ir.Value | None, axis: int) -> ir.Value:
+    """Return the first `count` [1] entries of one axis, or all; an axis of one is left, which broadcasts."""
+    if count is None or sizes(value)[axis] == 1:
+        return value
+    return builder.part(value, builder.constant([0]), count, axis)
 
 
 def total(builder: Builder, parts: Sequence[ir.Value]) -> ir.Value:

@@ -97,7 +97,8 @@ def _hold(graph: ir.Graph, node: ir.Node, root: ir.Graph) -> bool:
     query = node.inputs[0]
     if query is not None and _may_be_scaled(node, query):
         factor = builder.constant(node.attributes["scale"].as_float(), FLOAT)
-        inputs[0] = builder.op("Mul", query, factor, shape=query.shape)
+        shape = None if query.shape is None else sizes(query)  # a value of a branch has none
+        inputs[0] = builder.op("Mul", query, factor, shape=shape)
         attributes["scale"] = ir.AttrFloat32("scale", 1.0)
     held = ir.Node(
         node.domain,

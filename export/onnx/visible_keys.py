@@ -17,8 +17,9 @@ import onnx_ir as ir
 
 from grape_compile.export.onnx.builder import BOOL, INT64, Builder, sizes
 
-#: A number so low removes a key whatever the scores are.
+#: A number so low removes a key whatever the scores are; in half precision the lowest number does.
 NEVER: Final = -1e9
+_LOWEST_HALF: Final = -65504.0
 #: Which operand of a comparison is the smaller where it holds, and whether both may be equal.
 _COMPARISONS: Final = {
     "LessOrEqual": (0, True),
@@ -102,7 +103,8 @@ def _implied(value: ir.Value, node: ir.Node, truth: bool) -> list[tuple[ir.Value
     if kind == "Where":
         for chosen, other in ((1, 2), (2, 1)):
             number = _number(operands[chosen])
-            if number is not None and number <= NEVER:
+            never = _LOWEST_HALF if value.dtype == ir.DataType.FLOAT16 else NEVER
+            if number is not None and number <= never:
                 return [(operands[0], chosen == 2), (operands[other], True)]
     return []
 

@@ -94,6 +94,15 @@ def test_blocks_compute_the_whole(mask: Callable[[Builder], ir.Value] | None, ta
     assert float((torch.from_numpy(found).double() - expected).abs().max()) <= 2e-6
 
 
+@pytest.mark.parametrize(("low", "hides"), [(-65504.0, True), (-6e4, False)])
+def test_the_lowest_number_of_half_precision_hides(low: float, hides: bool) -> None:
+    builder = _file(TARGETS["standard"]).builder
+    half, shape = ir.DataType.FLOAT16, (1, 1, "tokens", "tokens")
+    numbers = [builder.constant(each, half) for each in (0.0, low)]
+    mask = builder.op("Where", _causal(builder), *numbers, dtype=half, shape=shape)
+    assert (reach(builder, mask).last is not None) is hides
+
+
 def _opposite(builder: Builder) -> ir.Value:
     return builder.op("Not", _causal(builder), dtype=BOOL, shape=(1, 1, "tokens", "tokens"))
 

@@ -82,22 +82,26 @@ QUICK = (("llama", True), ("gptj", "shared"), ("bloom", "shared"))
 
 
 @pytest.mark.parametrize(
-    ("name", "way"),
+    ("name", "way", "target"),
     [
-        *QUICK,
+        *((*row, "standard") for row in QUICK),
         *(
-            pytest.param(name, way, marks=pytest.mark.slow)
+            pytest.param(name, way, "standard", marks=pytest.mark.slow)
             for name in DECODERS
             for way in (True, "shared")
             if (name, way) not in QUICK
         ),
+        # Sinks are in no operator of com.microsoft either.
+        pytest.param("gpt_oss", "shared", "ort", marks=pytest.mark.slow),
     ],
 )
-def test_a_decoder_generates_what_the_model_does(name: str, way: bool | str, tmp_path: Path) -> None:
+def test_a_decoder_generates_what_the_model_does(
+    name: str, way: bool | str, target: str, tmp_path: Path
+) -> None:
     row = ARCHITECTURES[name]
     model: Any = row.build()
     path = tmp_path / "model.onnx"
-    export(model, path=path, kv_cache=way)
+    export(model, path=path, kv_cache=way, target=target)
     ids = torch.randint(3, VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(5))
     mask = torch.ones_like(ids)
     mask[0, :3], mask[1, :1] = 0, 0
@@ -106,6 +110,20 @@ def test_a_decoder_generates_what_the_model_does(name: str, way: bool | str, tmp
         expected = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)[:, 7:]
     room = 7 + 12 if way == "shared" else 0
     assert np.array_equal(_generated(path, ids.numpy(), mask.numpy(), 12, room), expected.numpy())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["standard", "ort", "portable"])
+@pytest.mark.parametrize("name", ["llama", "bloom", "gpt_oss"])
+def test_a_shared_cache_in_half_precision_is_verified(name: str, target: str, tmp_path: Path) -> None:
+    """Prompts and steps, each in three ways of giving buffers, to the error of the model in half precision."""
+    model = ARCHITECTURES[name].build().half()
+    path = tmp_path / "model.onnx"
+    report = export(model, path=path, kv_cache="shared", target=target)
+    assert len(report.comparisons) == 3 * (4 if name == "gpt_oss" else 5)
+    held = {value.name: value.type.tensor_type.elem_type for value in onnx.load(path).graph.input}
+    kinds = {kind for input_name, kind in held.items() if input_name.startswith("past_key_values")}
+    assert kinds == {onnx.TensorProto.FLOAT16}
 
 
 def _generated(path: Path, ids: np.ndarray, mask: np.ndarray, count: int, room: int) -> np.ndarray:

@@ -91,6 +91,19 @@ def test_attention_over_a_buffer_is_attention_over_its_tokens(
         assert (buffer[:, :, TOKENS:] == LEFT).all()
 
 
+@pytest.mark.parametrize("target", TARGETS.values(), ids=list(TARGETS))
+@pytest.mark.parametrize("capacity", [TOKENS + 1, 4 * TOKENS])
+@pytest.mark.parametrize("new", [1, TOKENS])
+def test_a_buffer_in_half_precision_is_attended_to(new: int, capacity: int, target: Target) -> None:
+    """Scores up to 5 are rounded by 5 * 2^-11, and weights relatively by as much: 2.5e-3 of values up to 4."""
+    inputs, whole = _tensors(HEADS, new, capacity)
+    halves = {name: each.half() if each.is_floating_point() else each for name, each in inputs.items()}
+    file, emitted = _attended(halves, target, is_buffer=True)
+    found, *held = file.run(emitted)
+    assert _error(found, {name: each.half() for name, each in whole.items()}) <= 1e-2
+    assert all((buffer[:, :, TOKENS:] == LEFT).all() for buffer in held)
+
+
 def _attended(inputs: dict[str, Tensor], target: Target, *, is_buffer: bool) -> tuple[File, Emitted]:
     """A file that attends to its cache with the bias of ALiBi, and its results: what it mixes, and the caches."""
     file, grown = _file(inputs, target)
