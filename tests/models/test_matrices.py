@@ -85,3 +85,11 @@ def test_halves_that_turn_by_other_rows_are_no_rotation() -> None:
         torch.testing.assert_close(compiled(x, rows, second), layer(x, rows, second))
     assert report(compiled).sites == ()
     assert report(compiled).refusals
+
+
+def test_matrices_that_a_state_dict_may_replace_are_told() -> None:
+    layer = RotaryAttention(KeptTurns("whole"))
+    layer.turn.register_buffer("turns", layer.turn.turns)
+    found = inspect(sharpen(layer), (example(),))
+    assert found.sites == ()
+    assert any("persistent=False" in refusal.reason for refusal in found.refusals), str(found)
