@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, fx
 
 from grape_compile.passes.contractions import Contraction, contraction, renamed
-from grape_compile.passes.elements import PRODUCTS, Reader, is_zero_tensor
+from grape_compile.passes.elements import PRODUCTS, Reader
+from grape_compile.passes.filled import is_zero_tensor
 from grape_compile.passes.graph import Taint, Unreadable, fake, op_name
 from grape_compile.passes.movement import (
     JOINS,

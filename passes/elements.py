@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from grape_compile.passes.contractions import CONTRACTIONS, Contraction, contraction, renamed
 from grape_compile.passes.facts import rely_on_numbers
+from grape_compile.passes.filled import filled, holds_zeros, is_zero, is_zero_tensor
 from grape_compile.passes.graph import Program, Taint, Unreadable, fake, op_name, require_fake
 from grape_compile.passes.matrices import SUM_LIMIT, is_matrix, signs, summands
 from grape_compile.passes.movement import (
@@ -75,34 +76,11 @@ _MASKED = {"aten::masked_fill", "aten::where"}
 _DETACHES = {"aten::detach", "aten::detach_"}
 
 
-def _filled(node: fx.Node, name: str) -> float | None:
-    """The number a tensor is made of alone."""
-    if name in ("aten::ones_like", "aten::ones", "aten::new_ones"):
-        return 1.0
-    number = node.args[-1] if name in ("aten::full", "aten::full_like", "aten::new_full") else None
-    return float(number) if isinstance(number, int | float) and number else None
-
-
 def _axis_of(node: fx.Node) -> Any:
     """The axis that `take_along_dim` picks along."""
     dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else None)
     raise_if(dim is None, "elements picked out of the flattened tensor")
     return dim
-
-
-def holds_zeros(node: fx.Node) -> bool:
-    """A tensor of zeros, or a part of one."""
-    while op_name(node) in SINGLE and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return is_zero_tensor(node)
-
-
-def is_zero_tensor(node: fx.Node) -> bool:
-    """A tensor of zeros, as it was made."""
-    name = op_name(node)
-    if name in ("aten::zeros", "aten::zeros_like", "aten::new_zeros"):
-        return True
-    return name in ("aten::full", "aten::full_like", "aten::new_full") and is_zero(node.args[-1])
 
 
 class Reader:
@@ -137,25 +115,29 @@ class Reader:
             radius = self.position(operand_of(node, 0), index, rows)
             angle = Factor(operand_of(node, 1), index, "polar")
             return [replace(term, factors=(*term.factors, angle)) for term in radius]
-        number = _filled(node, name)
+        number = filled(node, name)
         if number is not None:
             return [unit(rows).scaled(number)]
         if is_zero_tensor(node):
             return []
         if not self._goes_on(node, name):
             return self._leaf(node, index, rows)
-        if name in SUMS | CONTRACTIONS and is_matrix(node):
+        if name in PUTS or (name in SUMS | CONTRACTIONS and is_matrix(node)):
             return self._pieced(node, index, rows)
         return self.pull(node, index, rows, self.position)
 
     def _pieced(self, node: fx.Node, index: Index, rows: Tensor) -> list[Term]:
-        """A matrix put together by a sum: every element has one summand at most, or reading stops here."""
+        """A value put together: every element is one of a part, the other parts zero, or reading stops here."""
+        told = self.frozen, self.masked
         try:
             terms = self.pull(node, index, rows, self.position)
+            whose = torch.cat([rows[:0], *(term.rows for term in terms)])
+            if whose.unique().numel() == whose.numel():
+                return terms
         except Unreadable:
-            return self._leaf(node, index, rows)
-        told = torch.cat([rows[:0], *(term.rows for term in terms)])
-        return terms if told.unique().numel() == told.numel() else self._leaf(node, index, rows)
+            pass
+        self.frozen, self.masked = told
+        return self._leaf(node, index, rows)
 
     def product(self, node: fx.Node, index: Index, rows: Tensor) -> list[Term]:
         """Elements of a position-side value as products of elements of the two values the model multiplies last."""
@@ -399,11 +381,6 @@ class Reader:
         conjugate_too = any(factor.is_complex for term in terms for factor in term.factors)
         raise_if(conjugate_too, "the conjugate of a complex position-side value")
         return [replace(term, coefficient=term.coefficient.conj()) for term in terms]
-
-
-def is_zero(operand: Any) -> bool:
-    """The number zero: a sum with it is no sum."""
-    return isinstance(operand, int | float) and operand == 0
 
 
 def _number(value: Any) -> complex:

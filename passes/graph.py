@@ -56,6 +56,10 @@ class Unreadable(Exception):
     """A value that cannot be read here (missing real input, unknown op): detection stops, softly."""
 
 
+class Changing(Unreadable):
+    """Numbers that would have to be known and may change unseen: worth telling."""
+
+
 @dataclass
 class Program:
     """A flat ATen graph, what its inputs are, and their values where they are known.

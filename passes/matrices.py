@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from grape_compile.passes.contractions import Contraction
 from grape_compile.passes.facts import Zeros, rely_on, rely_on_numbers
-from grape_compile.passes.graph import Program, Taint, Unreadable, require_fake
+from grape_compile.passes.graph import Changing, Program, Taint, Unreadable, require_fake
 from grape_compile.passes.movement import table_of
 from grape_compile.passes.replay import Replay
 from grape_compile.passes.terms import Index, Term, raise_if
@@ -101,8 +101,14 @@ def _may_hold(program: Program, replay: Replay, term: Term) -> Tensor:
     node = None if leaf is None or leaf.part != "value" else leaf.node
     while node is not None and (table := table_of(node, 2)) is not None:
         node = table
-    if leaf is None or node is None or not _are_known(program, node):
+    if leaf is None or node is None or not _are_stored(program, node):
         return torch.ones_like(term.rows, dtype=torch.bool)
+    if program.made_of(node) is None:
+        raise Changing(
+            "activations are multiplied by matrices of their positions, kept in a tensor that may change unseen (a "
+            "buffer of an exported program that a state dict may replace): keep them with persistent=False, or make "
+            "them in the forward pass"
+        )
     values = replay.tensor(node)
     zeros = replay.once("zeros", [node], lambda: Zeros((values == 0).flatten(0, -3).all(0)))
     if not zeros.leave_few(SUM_LIMIT):
@@ -112,6 +118,10 @@ def _may_hold(program: Program, replay: Replay, term: Term) -> Tensor:
     return ~zeros.places[first, second]
 
 
-def _are_known(program: Program, node: fx.Node) -> bool:
-    known = is_matrix(node) and program.made_of(node) is not None
-    return known and program.taints[node] is Taint.STRUCTURE and require_fake(node).dim() > 2
+def _are_stored(program: Program, node: fx.Node) -> bool:
+    """Whether matrices lie in a tensor, several of them, or are made of known numbers."""
+    shape = require_fake(node).shape
+    if not is_matrix(node) or len(shape) < 3 or program.taints[node] is not Taint.STRUCTURE:
+        return False
+    several = any(isinstance(size, int) and size > 1 for size in shape[:-2])
+    return program.made_of(node) is not None or (node.op != "call_function" and several)

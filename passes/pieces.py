@@ -97,13 +97,11 @@ def _range(node: fx.Node, size: tuple[int, ...], sizes: Sizes) -> tuple[int, int
 def put(node: fx.Node, index: Index, rows: Tensor, back: Back, sizes: Sizes, held: Held) -> list[Term]:
     """Elements at listed places come from what was put there, or have it added, the others from the base."""
     base, values, lists, adds = _put(node)
-    dims = [dim for dim, each in enumerate(lists) if each is not None]
-    shape = tuple(sizes.shape(base)[dim] for dim in dims)
-    common = torch.broadcast_shapes(*(sizes.shape(each) for each in lists if each is not None))
+    dims, size = sorted(lists), sizes.shape(base)
+    shape = tuple(size[dim] for dim in dims)
+    common = torch.broadcast_shapes(*(sizes.shape(each) for each in lists.values()))
     every = unravel(torch.arange(torch.Size(common).numel()), common)
-    listed = [
-        held(lists[dim], broadcast(every, sizes.shape(lists[dim]))) % sizes.shape(base)[dim] for dim in dims
-    ]
+    listed = (held(lists[dim], broadcast(every, sizes.shape(lists[dim]))) % size[dim] for dim in dims)
     places = ravel(tuple(listed), shape)
     raise_if(places.unique().numel() != places.numel(), "elements put twice at one place")
     number = torch.full((torch.Size(shape).numel(),), -1).scatter(0, places, torch.arange(places.numel()))
@@ -121,24 +119,21 @@ def put(node: fx.Node, index: Index, rows: Tensor, back: Back, sizes: Sizes, hel
     return terms
 
 
-def _put(node: fx.Node) -> tuple[fx.Node, fx.Node, list[fx.Node | None], bool]:
-    """What is put into, what is put there, the list of places for every axis, and whether it is added."""
+def _put(node: fx.Node) -> tuple[fx.Node, fx.Node, dict[int, fx.Node], bool]:
+    """What is put into, what is put there, the lists of places by their axes, and whether it is added."""
     base = operand_of(node, 0)
-    rank = require_fake(base).dim()
     if op_name(node) == "aten::index_put":
-        given, adds = node.args[1], bool(node.kwargs.get("accumulate", (*node.args, False, False)[3]))
+        given, adds = node.args[1], bool(node.kwargs.get("accumulate", (*node.args, False)[3]))
         assert isinstance(given, list | tuple)
-        lists, values = [each if isinstance(each, fx.Node) else None for each in given], operand_of(node, 2)
+        lists = {dim: each for dim, each in enumerate(given) if isinstance(each, fx.Node)}
+        values = operand_of(node, 2)
     else:
-        dim, adds = ints(node.args[1])[0] % rank, op_name(node) == "aten::index_add"
         raise_if(bool(node.kwargs) or len(node.args) > 4, "values added with a factor")
-        lists, values = (
-            [operand_of(node, 2) if axis == dim else None for axis in range(rank)],
-            operand_of(node, 3),
-        )
-    kinds = {require_fake(each).dtype for each in lists if each is not None}
-    raise_if(not kinds or kinds & {torch.bool, torch.uint8}, "elements put by a mask")
-    return base, values, [*lists, *[None] * (rank - len(lists))], adds
+        adds, values = op_name(node) == "aten::index_add", operand_of(node, 3)
+        lists = {ints(node.args[1])[0] % require_fake(base).dim(): operand_of(node, 2)}
+    kinds = {require_fake(each).dtype for each in lists.values()}
+    raise_if(not kinds or bool(kinds & {torch.bool, torch.uint8}), "elements put by a mask")
+    return base, values, lists, adds
 
 
 def blocks(node: fx.Node, index: Index, rows: Tensor, back: Back, sizes: Sizes) -> list[Term]:

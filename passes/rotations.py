@@ -20,8 +20,9 @@ from torch import fx
 from grape_compile.passes.channel_maps import ChannelMap
 from grape_compile.passes.chosen_tables import turned_by_chosen_tables
 from grape_compile.passes.contractions import CONTRACTIONS
-from grape_compile.passes.elements import COMPLEX, PICKS, PRODUCTS, SUMS, holds_zeros
-from grape_compile.passes.graph import Program, Taint, Unreadable, fake, is_pure, op_name
+from grape_compile.passes.elements import COMPLEX, PICKS, PRODUCTS, SUMS
+from grape_compile.passes.filled import holds_zeros
+from grape_compile.passes.graph import Changing, Program, Taint, Unreadable, fake, is_pure, op_name
 from grape_compile.passes.movement import JOINS, LIKE, MOVEMENTS, operand_of
 from grape_compile.passes.pieces import SCATTERS
 from grape_compile.passes.plans import Miss, RotationPlan
@@ -210,7 +211,7 @@ class _Finder:
                 result = Miss(
                     "readable",
                     f"the values between {source.name} and {output.name} cannot be read: {reason}",
-                    0,
+                    1 if isinstance(reason, Changing) else 0,
                 )
             if isinstance(result, RotationPlan):
                 return result

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from grape_compile.passes.addends import cumsum_dim
-from grape_compile.passes.elements import Reader, is_zero_tensor
+from grape_compile.passes.elements import Reader
+from grape_compile.passes.filled import is_zero_tensor
 from grape_compile.passes.graph import Program, Taint, Unreadable, fake, op_name
 from grape_compile.passes.movement import SINGLE, is_frozen, move
 from grape_compile.passes.operands import Axis, Operand, fit

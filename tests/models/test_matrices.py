@@ -50,7 +50,7 @@ def test_a_kept_matrix_that_is_changed_turns_as_it_is_then(kind: str) -> None:
     torch.testing.assert_close(compiled(x), plain(x), rtol=1e-10, atol=1e-10)
     assert calls.rotated == 2, str(report(compiled))
     for layer in (plain, compiled):
-        (buffer,) = layer.turn.buffers()
+        (buffer,) = (each for name, each in layer.named_buffers() if name in ("turn.moved", "turn.turns"))
         with torch.no_grad():
             buffer.view(-1, buffer.shape[-1])[1] += 0.3
     torch.testing.assert_close(compiled(x), plain(x), rtol=1e-10, atol=1e-10)
@@ -85,3 +85,11 @@ def test_halves_that_turn_by_other_rows_are_no_rotation() -> None:
         torch.testing.assert_close(compiled(x, rows, second), layer(x, rows, second))
     assert report(compiled).sites == ()
     assert report(compiled).refusals
+
+
+def test_matrices_that_a_state_dict_may_replace_are_told() -> None:
+    kept = KeptTurns("whole")
+    kept.register_buffer("turns", kept.turns)
+    found = inspect(sharpen(RotaryAttention(kept)), (example(),))
+    assert found.sites == ()
+    assert any("persistent=False" in refusal.reason for refusal in found.refusals), str(found)
