@@ -25,17 +25,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from benchmarks.coverage.arguments import Inputs
-from benchmarks.coverage.generation import Ran, compared, generated, prompt
-from benchmarks.coverage.inputs import lengthened, sequence_axes
+from benchmarks.coverage.generation import Ran, compared, encoder_of, generated, prompt
+from benchmarks.coverage.inputs import decoded, lengthened, sequence_axes
 from benchmarks.coverage.oracle import Run, cast, live, measured, output_of
 from benchmarks.coverage.truth import Count, counting
 from grape_compile import grape_compile, inspect, report, rewrite
 from grape_compile.reporting import Report
 
 LONGER = 5
-PICTURE = ("grid_thw", "image_grid_thw")
 Outcome = dict[str, Any]
 
 
@@ -60,9 +60,10 @@ def static(case: Case) -> Outcome:
 def dynamic(case: Case) -> Outcome:
     """What `rewrite` finds in a program exported for any length, run at a longer one."""
     axes = sequence_axes(case.inputs)
-    if not axes or any(name in case.inputs for name in PICTURE):
+    if not axes:
         return {"skipped": "no input has a sequence of free length"}
-    shapes = {name: {axes[name]: torch.export.Dim.DYNAMIC} if name in axes else None for name in case.inputs}
+    still = pytree.tree_map(lambda _: None, case.inputs)
+    shapes = still | {name: {axis: torch.export.Dim.DYNAMIC} for name, axis in axes.items()}
     try:
         program = torch.export.export(case.fresh(), (), case.inputs, dynamic_shapes=shapes, strict=False)
     except Exception as failure:
@@ -92,21 +93,22 @@ def compiled(case: Case) -> Outcome:
 
 def cache(case: Case) -> Outcome:
     """One more token after a prefill, the past kept in a cache."""
-    accepted = set(python_inspect.signature(case.model.forward).parameters)
-    ids = case.inputs.get("input_ids")
-    if not {"past_key_values", "use_cache"} <= accepted or not isinstance(ids, Tensor):
+    accepted = python_inspect.signature(case.model.forward).parameters
+    if "past_key_values" not in accepted or "input_ids" not in case.inputs:
         return {"skipped": "the model keeps no cache"}
-    if "decoder_input_ids" in case.inputs or ids.dim() != 2 or "pixel_values" in case.inputs:
-        return {"skipped": "no decoder of plain token ids"}
-    model, inputs = case.fresh(), {"input_ids": ids}
+    inputs = decoded(case.inputs)
+    if inputs is None:
+        return {"skipped": "no decoder of token ids"}
+    model, decode = case.fresh(), _decode_its_own if "pixel_values" in inputs else _decode
     try:
         with torch.no_grad(), counting(model) as truth:
-            filled = _prefilled(model, ids)
-            truth.rotations = truth.biases = 0
-            output_of(_step(model, ids, filled))
+            filled = _prefilled(model, inputs)
+            if decode is _decode:
+                truth.rotations = truth.biases = 0
+            output_of(_step(model, inputs, filled))
     except Exception as failure:
         return {"skipped": f"the original does not decode: {first_line(failure)}"}
-    return _through_compile(Case(model, inputs, truth), _decode)
+    return _through_compile(Case(model, inputs, truth), decode)
 
 
 def training(case: Case) -> Outcome:
@@ -149,12 +151,12 @@ def _in_bf16(case: Case, backend: str) -> Outcome:
 
 def generate(case: Case) -> Outcome:
     """The prompt, then one token at a time: all tokens must run through every operator."""
-    ids = case.inputs.get("input_ids")
-    if not getattr(case.model, "can_generate", bool)() or not isinstance(ids, Tensor) or ids.dim() != 2:
+    if not getattr(case.model, "can_generate", bool)() or "input_ids" not in case.inputs:
         return {"skipped": "the model does not generate from token ids"}
-    if "decoder_input_ids" in case.inputs or "pixel_values" in case.inputs:
-        return {"skipped": "no decoder of plain token ids"}
-    model, inputs = case.fresh(), prompt({"input_ids": ids})
+    given = decoded(case.inputs)
+    if given is None:
+        return {"skipped": "no decoder of token ids"}
+    model, inputs = case.fresh(), prompt(given)
     try:
         with counting(model) as truth:
             generated(model, inputs)
@@ -162,6 +164,9 @@ def generate(case: Case) -> Outcome:
         return {"skipped": f"the original does not generate: {first_line(failure)}"}
     ran = Ran("eager")
     ours = grape_compile(case.fresh(), backend=ran)
+    if "pixel_values" in inputs:
+        # `generate` calls it by itself, not through the forward of the model.
+        grape_compile(encoder_of(ours), backend=ran)
     try:
         generated(ours, inputs)
     except Exception as failure:
@@ -259,21 +264,32 @@ def _forward(model: nn.Module, plain: nn.Module, inputs: Inputs) -> dict[str, Te
 
 
 def _decode(model: nn.Module, plain: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
-    ids = inputs["input_ids"]
+    """One token, the past filled by the plain twin: the step alone is judged."""
     with torch.no_grad():
-        return {"output": output_of(_step(model, ids, _prefilled(plain, ids)))}
+        return {"output": output_of(_step(model, inputs, _prefilled(plain, inputs)))}
 
 
-def _prefilled(model: nn.Module, ids: Tensor) -> Any:
+def _decode_its_own(model: nn.Module, plain: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+    """The same after a past of its own: some remember more of a picture than their cache holds."""
+    with torch.no_grad():
+        return {"output": output_of(_step(model, inputs, _prefilled(model, inputs)))}
+
+
+def _prefilled(model: nn.Module, inputs: Inputs) -> Any:
     """The cache after all tokens but the last."""
-    past = model(input_ids=ids[:, :-1], use_cache=True).past_key_values
+    axes = sequence_axes(inputs)
+    begun = {
+        name: value.narrow(axis, 0, value.shape[axis] - 1) if (axis := axes.get(name)) else value
+        for name, value in inputs.items()
+    }
+    past = model(**begun, use_cache=True).past_key_values
     if past is None:
         raise ValueError("no cache came back")
     return past
 
 
-def _step(model: nn.Module, ids: Tensor, past: Any) -> Any:
-    return model(input_ids=ids[:, -1:], past_key_values=past, use_cache=True)
+def _step(model: nn.Module, inputs: Inputs, past: Any) -> Any:
+    return model(input_ids=inputs["input_ids"][:, -1:], past_key_values=past, use_cache=True)
 
 
 def _gradients(model: nn.Module, plain: nn.Module, inputs: Inputs) -> dict[str, Tensor]:

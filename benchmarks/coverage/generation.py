@@ -60,11 +60,25 @@ class Generated:
 
 
 def prompt(inputs: Inputs) -> Inputs:
-    """A batch of two whose second sample begins with padding."""
+    """A batch of two whose second sample begins with padding; where there is a picture each has the same."""
+    if "pixel_values" in inputs:
+        inputs = {name: _twice(value) for name, value in inputs.items()}
     ids = inputs["input_ids"].clone()
     mask = torch.ones_like(ids)
     ids[1:, :PADDED] = mask[1:, :PADDED] = 0
-    return {"input_ids": ids, "attention_mask": mask}
+    return {**inputs, "input_ids": ids, "attention_mask": mask}
+
+
+def _twice(value: Any) -> Any:
+    """A value for each of two samples."""
+    return torch.cat([value, value]) if isinstance(value, Tensor) else value * 2
+
+
+def encoder_of(model: nn.Module) -> nn.Module:
+    """The part of a model that sees pictures."""
+    find: Any = model.get_encoder
+    found: nn.Module = find(modality="image")
+    return found
 
 
 def generated(model: nn.Module, inputs: Inputs) -> Generated:

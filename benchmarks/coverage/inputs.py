@@ -28,6 +28,7 @@ HIDDEN = (
 
 SEQUENCE_AXIS = {
     "input_ids": 1,
+    "mm_token_type_ids": 1,
     "decoder_input_ids": 1,
     "attention_mask": 1,
     "inputs_embeds": 1,
@@ -41,7 +42,10 @@ def candidates(model: nn.Module, config: Any, name: str) -> Iterator[Inputs]:
     accepted = set(inspect.signature(model.forward).parameters)
     settings: Inputs = {"use_cache": False} if "use_cache" in accepted else {}
     random = Random(config)
-    made: list[Iterator[Inputs]] = [SPECIAL[name](random)] if name in SPECIAL else []
+    if name in SPECIAL:
+        yield from ({**settings, **inputs} for inputs in SPECIAL[name](random))
+        return
+    made: list[Iterator[Inputs]] = []
     decodes = "decoder_input_ids" in accepted and getattr(config, "is_encoder_decoder", False)
     target = {"decoder_input_ids": random.ids[:, :8].clone()} if decodes else {}
     books = getattr(getattr(config, "decoder_config", None), "num_channels", None)
@@ -80,9 +84,9 @@ class Random:
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.generator)
 
-    def number(self, *names: str, default: int) -> int:
+    def number(self, *names: str, default: int, of: Any = None) -> int:
         for name in names:
-            value = getattr(self.config, name, None)
+            value = getattr(of or self.config, name, None)
             if isinstance(value, list | tuple) and value:
                 value = value[0]
             if isinstance(value, int) and value > 0:
@@ -180,18 +184,26 @@ def _hidden(random: Random, name: str) -> Iterator[Inputs]:
 
 
 def _picture_in_text(random: Random) -> Iterator[Inputs]:
-    """Text with one picture of 64 patches between its tokens."""
+    """Text with one picture of 64 patches between its tokens: patches in a grid, or a square of pixels."""
     vision, token = random.config.vision_config, random.config.image_token_id
-    values = getattr(vision, "in_channels", 3) * vision.temporal_patch_size * vision.patch_size**2
+    merged = 1 / vision.pixel_shuffle_ratio if hasattr(vision, "pixel_shuffle_ratio") else None
+    merged = merged or getattr(vision, "spatial_merge_size", None) or random.config.spatial_merge_size
     ids = random.ids[:1]
-    picture = torch.full((1, 64 // vision.spatial_merge_size**2), token)
-    ids = torch.cat([ids[:, :4], picture, ids[:, 4:]], 1)
-    yield {
-        "input_ids": ids,
-        "pixel_values": random.normal(64, values),
-        "image_grid_thw": torch.tensor([[1, 8, 8]]),
-        "mm_token_type_ids": (ids == token).long(),
-    }
+    picture = torch.full((1, 64 // int(merged) ** 2), token)
+    ids = torch.cat([ids[:, : LENGTH // 2], picture, ids[:, LENGTH // 2 :]], 1)
+    channels = random.number("in_channels", "num_channels", default=3, of=vision)
+    if hasattr(vision, "temporal_patch_size"):
+        yield {
+            "input_ids": ids,
+            "pixel_values": random.normal(64, channels * vision.temporal_patch_size * vision.patch_size**2),
+            "image_grid_thw": torch.tensor([[1, 8, 8]]),
+            "mm_token_type_ids": (ids == token).long(),
+        }
+        return
+    side = 8 * vision.patch_size
+    square = {"input_ids": ids, "pixel_values": random.normal(1, channels, side, side)}
+    yield square
+    yield {**square, "image_sizes": [(side, side)]}
 
 
 def _merged_video(random: Random) -> Iterator[Inputs]:
@@ -215,12 +227,27 @@ def _masked(random: Random) -> Iterator[Inputs]:
 
 
 SPECIAL: Mapping[str, Callable[[Random], Iterator[Inputs]]] = {
-    "qwen2_vl@image": _picture_in_text,
-    "qwen2_5_vl@image": _picture_in_text,
+    **dict.fromkeys(
+        (
+            f"{folder}@image"
+            for folder in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "mistral3", "llama4")
+        ),
+        _picture_in_text,
+    ),
     "video_llama_3/VideoLlama3Vision": _merged_video,
     "mllama/MllamaVision": _tiles,
     "bloom@mask": _masked,
 }
+
+
+def decoded(inputs: Inputs) -> Inputs | None:
+    """What tokens follow: token ids, with the picture among them; None where there is another sequence beside them."""
+    ids = inputs.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or "decoder_input_ids" in inputs:
+        return None
+    if "pixel_values" not in inputs:
+        return {"input_ids": ids}
+    return {name: value for name, value in inputs.items() if name != "use_cache"}
 
 
 def redrawn(inputs: Inputs, seed: int) -> Inputs:
@@ -231,7 +258,7 @@ def redrawn(inputs: Inputs, seed: int) -> Inputs:
         if isinstance(value, Tensor) and value.is_floating_point():
             fresh[name] = torch.randn(value.shape, generator=generator).to(value.dtype)
     ids = inputs.get("input_ids")
-    if isinstance(ids, Tensor) and "image_grid_thw" not in inputs:
+    if isinstance(ids, Tensor) and "pixel_values" not in inputs:
         fresh["input_ids"] = ids[:, torch.randperm(ids.shape[1], generator=generator)]
     return fresh
 
@@ -246,7 +273,7 @@ def lengthened(inputs: Inputs, by: int) -> Inputs:
 
 
 def sequence_axes(inputs: Inputs) -> dict[str, int]:
-    """The axis along which each input grows with the sequence; empty where a picture fixes it."""
+    """The axis along which each input grows with the sequence."""
     axes = {
         name: axis % inputs[name].dim()
         for name, axis in SEQUENCE_AXIS.items()

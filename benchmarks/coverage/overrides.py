@@ -136,5 +136,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom@mask": ("BloomForCausalLM", {}),
     "qwen2_vl@image": ("Qwen2VLForConditionalGeneration", {}),
     "qwen2_5_vl@image": ("Qwen2_5_VLForConditionalGeneration", {}),
+    "qwen3_vl@image": (
+        "Qwen3VLForConditionalGeneration",
+        {"vision_config": {"deepstack_visual_indexes": [0]}},
+    ),
+    "glm4v@image": ("Glm4vForConditionalGeneration", {}),
+    "mistral3@image": ("Mistral3ForConditionalGeneration", {}),
+    "llama4@image": ("Llama4ForConditionalGeneration", {"vision_config": {"intermediate_size": 256}}),
 }
 """Further rows: the model class and its settings."""
