@@ -225,10 +225,12 @@ class Namer:
         if len(inside) != 2 or len(keys) != 1 or len(queries) != 1 or keys[0].number != -queries[0].number:
             return None
         (key,), (query,) = keys, queries
+        same = as_key(query.queries[0]) == key.keys[0]
         clock = self.clock(key.keys[0], None)
+        if clock is None and same and self._is_place(key.keys[0]):
+            clock = Clock(1.0, key.keys[0], given=True)
         if clock is None or key.heads or query.heads or key.pairs or query.pairs:
             return None
-        same = as_key(query.queries[0]) == key.keys[0]
         if not same and not (clock.view is None and same_count(query.queries[0].node, key.keys[0].node)):
             return None
         number = clock.number * key.number

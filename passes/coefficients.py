@@ -23,16 +23,18 @@ _LOOKUPS = {"aten::embedding", "aten::index_select", "aten::index"}
 
 @dataclass(frozen=True)
 class Resolved:
-    """A coefficient followed to its end: `kind` is cos, sin or table; no `leaf` where it is a product of several.
+    """A coefficient followed to its end: `kind` is cos, sin, table or number; `leaf` is the one element it is.
 
     A table joined along the tokens (a class token beside the patches) has its parts in `pieces`: the sampled tokens of
-    each, its number and its element.
+    each, its number and its element. A product of several elements (a table times a factor that the model holds) is in
+    `product`, with its number.
     """
 
     kind: str
     number: float
     leaf: Factor | None
     pieces: tuple[Term, ...] = ()
+    product: Term | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,9 @@ class Coefficients:
             return 0
         if first.pieces and len(first.pieces) == len(second.pieces):
             return self._same_pieces(first, second)
+        sign = self._same_product(first.product, second.product) * sign_of(first.number * second.number)
+        if sign != 0 and abs(first.number) == abs(second.number):
+            return sign
         if first.leaf is None or second.leaf is None:
             return 0
         return self._hold(first.leaf, second.leaf, first.number, second.number)
@@ -136,6 +141,21 @@ class Coefficients:
                 return 0
             signs.add(one.number * left / (other.number * right) if right else 0.0)
         return int(signs.pop()) if signs in ({1.0}, {-1.0}) else 0
+
+    def _same_product(self, one: Term | None, other: Term | None) -> int:
+        """1 for the same elements times the same number, in any order, -1 for opposite numbers, 0 otherwise."""
+        if one is None or other is None or len(one.factors) != len(other.factors):
+            return 0
+        left = list(other.factors)
+        for factor in one.factors:
+            same = next((place for place, each in enumerate(left) if self.same_element(factor, each)), None)
+            if same is None:
+                return 0
+            del left[same]
+        first, second = one.constant(), other.constant()
+        if first is None or second is None or abs(first) != abs(second):
+            return 0
+        return 1 if first == second else -1
 
     def _hold(self, one: Factor, other: Factor, number: float = 1.0, second: float = 1.0) -> int:
         """1 if stored tables hold equal numbers for two channels, at every position they have; -1 for opposite ones.
@@ -260,6 +280,11 @@ class Coefficients:
                 terms = multiply(terms, self.reading.reader.element(factor, samples))
         except Unreadable:
             return table
+        constant = _constant(terms, samples)
+        if constant is not None:
+            return Resolved("number", own * constant, None)
+        if len(terms) == 1 and len(terms[0].factors) > 1 and len(terms[0].rows) == len(samples):
+            return replace(table, product=terms[0])
         if any(len(term.factors) != 1 for term in terms):
             return table
         if len(terms) != 1 or len(terms[0].rows) != len(samples):
@@ -296,6 +321,19 @@ class Alike:
             for at, number in ((self.one, self.number), (self.other, self.second))
         )
         return _same_or_opposite(left, right) == self.sign
+
+
+def _constant(terms: list[Term], samples: Tensor) -> float | None:
+    """The number a coefficient is at every token, as the model's code has it (zeros and ones beside a table)."""
+    if not terms:
+        return 0.0
+    alone = len(terms) == 1 and not terms[0].factors and len(terms[0].rows) == len(samples)
+    return terms[0].constant() if alone else None
+
+
+def sign_of(number: float) -> int:
+    """1 for a positive number, -1 for any other."""
+    return 1 if number > 0 else -1
 
 
 def _same_or_opposite(left: Tensor, right: Tensor) -> int:

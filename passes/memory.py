@@ -60,10 +60,13 @@ def writes(node: fx.Node) -> bool:
 _MAY_SHARE = {
     f"aten::{name}"
     for name in (
-        "type_as", "dropout", "einsum", "meshgrid", "broadcast_tensors", "lift_fresh", "positive",
-        "_unsafe_view", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk",
+        "type_as", "dropout", "einsum", "lift_fresh", "positive", "_unsafe_view", "unsafe_split",
+        "unsafe_split_with_sizes", "unsafe_chunk",
     )
 }  # fmt: skip
+
+#: Return a view of each of several operands.
+_TOGETHER = {"aten::meshgrid", "aten::broadcast_tensors"}
 
 #: Certainly views of their operand, be it of any strides.
 CERTAIN_VIEWS = {
@@ -99,7 +102,9 @@ def viewed(node: fx.Node) -> fx.Node | None:
     if node.op != "call_function" or not is_pure(node):
         return None
     if node.target is operator.getitem:
-        source = node.args[0]
+        source, which = node.args
+        if isinstance(source, fx.Node) and op_name(source) in _TOGETHER:
+            source = source.args[0][which]  # type: ignore[index] # a list of tensors and a number
         return source if isinstance(source, fx.Node) else None
     if op_name(node) in _MAY_SHARE:
         return node.all_input_nodes[0] if node.all_input_nodes else None
@@ -141,7 +146,9 @@ def aliases(root: fx.Node) -> list[fx.Node]:
     """A value and all views of it."""
     found = [root]
     for node in found:
-        found += [user for user in node.users if viewed(user) is node and user not in found]
+        together = [user for user in node.users if op_name(user) in _TOGETHER]
+        users = dict.fromkeys([*node.users, *(each for user in together for each in user.users)])
+        found += [user for user in users if viewed(user) is node and user not in found]
     return found
 
 

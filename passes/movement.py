@@ -32,7 +32,7 @@ PERMUTES = {
 SPLITS = {"aten::split", "aten::split_with_sizes", "aten::chunk", "aten::unbind", "aten::tensor_split"}
 GRIDS = {"aten::meshgrid"}
 # Operators with several results whose offsets are no sizes.
-UNCUT = GRIDS | {"aten::unbind"}
+UNCUT = GRIDS | {"aten::unbind", "aten::broadcast_tensors"}
 JOINS = {"aten::cat", "aten::concat", "aten::concatenate", "aten::stack"}
 CUTS = {"aten::slice", "aten::select", "aten::narrow"}
 REPEATS = {"aten::repeat", "aten::tile", "aten::repeat_interleave"}
@@ -243,6 +243,9 @@ def _part(node: fx.Node, split: fx.Node, index: Index, sizes: Sizes) -> tuple[fx
     name, which = op_name(split), node.args[1]
     if name in GRIDS and isinstance(which, int):
         return _axis_of_grid(split, which, index)
+    if name == "aten::broadcast_tensors" and isinstance(which, int):
+        operand = join_parts(split)[which]
+        return operand, broadcast(index, sizes.shape(operand))
     if name not in SPLITS or not isinstance(which, int):
         raise Unreadable(f"output of {name or split.op}")
     dim, parts = split_dim(split), list(split.meta["val"])

@@ -6,7 +6,7 @@ import torch
 
 from grape_compile.encoding import Rotation, planes_of
 from grape_compile.passes.angle_names import name_angle
-from grape_compile.passes.coefficients import Coefficients, scaled_turns
+from grape_compile.passes.coefficients import Coefficients, scaled_turns, sign_of
 from grape_compile.passes.plans import Entry, Miss, Reading, RotationPlan
 
 _NEAR = 1e-5
@@ -27,7 +27,7 @@ class _Planes:
         self.coefficients = Coefficients(reading, mixed)
 
     def plan(self) -> RotationPlan | Miss:
-        planes = self._pairs()
+        planes = self._unturned() or self._pairs()
         if isinstance(planes, Miss):
             return planes
         ordered = self._turns(planes)
@@ -65,6 +65,19 @@ class _Planes:
             reading.region,
             reading.order,
         )
+
+    def _unturned(self) -> Miss | None:
+        """Rows that are one input channel times the number one, since the table they are in is filled up: they pass."""
+        for out, entries in list(self.mixed.items()):
+            ends = {entry.source: self.coefficients.resolve(out, entry.source) for entry in entries}
+            left = {source: end for source, end in ends.items() if (end.kind, end.number) != ("number", 0.0)}
+            if len(left) == 2:
+                continue
+            if [(end.kind, end.number) for end in left.values()] != [("number", 1.0)]:
+                return Miss("planes", f"output channel {out} is scaled and not turned", 2)
+            self.through[out] = min(left)
+            del self.mixed[out]
+        return None if self.mixed else Miss("mixing", "no two channels are mixed", 0)
 
     def _pairs(self) -> list[tuple[int, int]] | Miss:
         """Rows that combine the same two input channels, as pairs ordered by their first input channel."""
@@ -109,7 +122,7 @@ class _Planes:
             signs.append(
                 1
                 if self.coefficients.resolve(o1, left).number
-                * _sign(self.coefficients.resolve(o0, left).number)
+                * sign_of(self.coefficients.resolve(o0, left).number)
                 > 0
                 else -1
             )
@@ -162,7 +175,3 @@ class _Planes:
             3,
             "a rotation by given positions",
         )
-
-
-def _sign(number: float) -> int:
-    return 1 if number > 0 else -1

@@ -19,8 +19,8 @@ class RotationPlan:
     """A rotation found: `output` equals `encoding` applied to `input` with `operands` in the slots of `operator`.
 
     `encoding` describes, `operator` is what is called: it reads frequencies and positions from slots, so that a model
-    may change them. Plans of equal `key` compute the same function of their input. `order` puts the channels last,
-    where they are not.
+    may change them. `region` are the activations from `input` to `output`. Plans of equal `key` compute the same
+    function of their input. `order` puts the channels last, where they are not.
     """
 
     input: fx.Node

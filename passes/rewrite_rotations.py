@@ -193,12 +193,19 @@ def _fits(emitter: Emitter, group: list[_Ready]) -> bool:
         return False
     start = max(emitter.position(item.input) for item in group)
     uses = [emitter.position(user) for item in group for user in item.plan.output.users]
-    return all(start < use for use in uses) and len({item.plan.input for item in group}) == len(group)
+    inputs, outputs = {item.plan.input for item in group}, {item.plan.output for item in group}
+    return all(start < use for use in uses) and len(inputs) == len(group) and inputs.isdisjoint(outputs)
 
 
 def _replace(program: Program, emitter: Emitter, group: list[_Ready], sites: list[Site]) -> None:
     """Call the operator and redirect the consumers; the program notes what was turned and what it stands for."""
-    tensors = [_cast(emitter, item.input, require_fake(item.plan.output).dtype) for item in group]
+    inputs = [
+        program.replaced[item.input][0] if item.input in program.replaced else item.input for item in group
+    ]
+    tensors = [
+        _cast(emitter, node, require_fake(item.plan.output).dtype)
+        for node, item in zip(inputs, group, strict=True)
+    ]
     place = emitter.last([*tensors, *group[0].operands, program.marks[group[0].plan.output]])
     call = emitter.call(
         place, torch.ops.grape.rotate.default, (tensors, list(group[0].operands), str(group[0].plan.operator))

@@ -23,7 +23,7 @@ from grape_compile.passes.contractions import CONTRACTIONS
 from grape_compile.passes.elements import COMPLEX, PICKS, PRODUCTS, SUMS
 from grape_compile.passes.filled import holds_zeros
 from grape_compile.passes.graph import Changing, Program, Taint, Unreadable, fake, is_pure, op_name
-from grape_compile.passes.movement import JOINS, LIKE, MOVEMENTS, operand_of
+from grape_compile.passes.movement import JOINS, LIKE, MOVEMENTS, PERMUTES, RESHAPES, operand_of
 from grape_compile.passes.pieces import SCATTERS
 from grape_compile.passes.plans import Miss, RotationPlan
 from grape_compile.passes.replay import Replay
@@ -111,16 +111,22 @@ class _Finder:
     def inputs(self, region: Sequence[fx.Node]) -> list[fx.Node]:
         """Nodes of the region every path runs through, earliest first: where the operator's input may be taken.
 
-        A factor common to all channels (the score scale) stays outside of the rotation.
+        A factor common to all channels (the score scale) stays outside of the rotation. Where paths meet again behind
+        it (queries and keys stacked, to be turned as one) there is another place to begin.
         """
-        members = set(region)
+        members, order = set(region), self.program.order
         trunk: list[fx.Node] = []
+        meetings: list[fx.Node] = []
+        split, reach = False, 0
         for node in region:
-            trunk = [node] if self._is_scaling(node) else [*trunk, node]
             users = [user for user in node.users if user in members and node in _read_by(user)]
-            if len(users) != 1:
-                break
-        return trunk
+            if not split:
+                trunk = [node] if self._is_scaling(node) else [*trunk, node]
+            elif order[node] >= reach:
+                meetings.append(node)
+            split = split or len(users) != 1
+            reach = max([reach, *(order[user] for user in users)])
+        return trunk + meetings
 
     def _is_scaling(self, node: fx.Node) -> bool:
         return (
@@ -158,7 +164,7 @@ class _Finder:
 
         kept: list[RotationPlan] = []
         for plan in sorted(found, key=rank):
-            if not any(set(plan.region[1:]) & set(other.region[1:]) - _trunk(plan, other) for other in kept):
+            if not any(set(plan.region[1:]) & set(other.region[1:]) for other in kept):
                 kept.append(plan)
         return sorted(kept, key=lambda plan: self.program.order[plan.output])
 
@@ -191,7 +197,8 @@ class _Finder:
             return held
         if held is not None:
             plan, nodes = held
-            return replace(plan, input=region[nodes.index(plan.input)], output=output, region=region)
+            place = nodes.index(plan.input)
+            return replace(plan, input=region[place], output=output, region=region[place:])
         result = self._read_new(output, region)
         if isinstance(result, RotationPlan):
             result = replace(result, key=signature)
@@ -206,7 +213,8 @@ class _Finder:
             if fake(source) is None or source is output:
                 continue
             try:
-                result = ChannelMap(self.program, self.replay, source, output, region).plan()
+                between = region[region.index(source) :]
+                result = ChannelMap(self.program, self.replay, source, output, between).plan()
             except Unreadable as reason:
                 result = Miss(
                     "readable",
@@ -230,24 +238,7 @@ _COMPLETIONS = (
     JOINS
     | SCATTERS
     | CONTRACTIONS
-    | {
-        "aten::transpose",
-        "aten::permute",
-        "aten::mT",
-        "aten::add",
-        "aten::sub",
-        "aten::addcmul",
-        "aten::sum",
-        "aten::view",
-        "aten::reshape",
-        "aten::flatten",
-        "aten::mul",
-    }
+    | RESHAPES
+    | PERMUTES
+    | {"aten::add", "aten::sub", "aten::addcmul", "aten::sum", "aten::mul"}
 )
-
-
-def _trunk(plan: RotationPlan, other: RotationPlan) -> set[fx.Node]:
-    """Nodes two regions share because both start at the same activation, before either has rotated anything."""
-    shared = set(plan.region) & set(other.region)
-    inside = {node for each in (plan, other) for node in each.region[each.region.index(each.input) + 1 :]}
-    return shared - inside

@@ -13,8 +13,10 @@ from torch import fx
 
 from grape_compile.passes.clocks import is_positional
 from grape_compile.passes.contractions import CONTRACTIONS
+from grape_compile.passes.elements import COMPLEX, PICKS
 from grape_compile.passes.graph import Program, Taint, Unreadable, fake, op_name
 from grape_compile.passes.movement import MOVEMENTS
+from grape_compile.passes.pieces import PADS
 from grape_compile.passes.plans import Miss
 from grape_compile.passes.replay import Replay
 from grape_compile.passes.score_terms import PASSED
@@ -128,25 +130,37 @@ def _kinds(
         own = {"aten::cos": {"cos"}, "aten::sin": {"sin"}, "aten::polar": {"cos", "sin"}}.get(name)
         if own is not None and is_positional(node):
             return frozenset(own), False
-        passed = (
-            {kind for each in node.all_input_nodes for kind in kinds.get(each, ())}
-            if fake(node) is not None
-            else ()
+        passed = _hands_on(program, node, name) and (
+            kind for each in node.all_input_nodes for kind in kinds.get(each, ())
         )
-        return frozenset(passed), False
+        return frozenset(passed or ()), False
     if name not in _LINEAR:
         return frozenset(), False
-    operands = [kinds.get(each, frozenset()) for each in node.all_input_nodes]
-    both = frozenset(kind for each in operands for kind in each)
     data = [
         kinds.get(each, frozenset()) for each in node.all_input_nodes if program.taints[each] is Taint.DATA
     ]
+    factors = [kinds.get(each, frozenset()) for each in node.all_input_nodes] if name in _TIMES else data
+    both = frozenset(kind for each in factors for kind in each)
     return both, len(both) == 2 and not any(len(each) == 2 for each in data)
+
+
+def _hands_on(program: Program, node: fx.Node, name: str) -> bool:
+    """Whether a table made of tables is one still: what a layer with weights makes of a time is a condition."""
+    weighs = name in CONTRACTIONS and any(
+        program.taints[each] is Taint.PARAMETER for each in node.all_input_nodes
+    )
+    return fake(node) is not None and name in _LINEAR | _HOLDS and not weighs
 
 
 _LINEAR = MOVEMENTS | CONTRACTIONS | {
     "aten::add", "aten::sub", "aten::mul", "aten::div", "aten::neg", "aten::addcmul", "aten::sum", "aten::complex",
     "aten::slice_scatter", "aten::select_scatter",
+}  # fmt: skip
+
+
+_TIMES = CONTRACTIONS | {"aten::mul", "aten::div", "aten::addcmul"}
+_HOLDS = COMPLEX | PICKS | PADS | {
+    "aten::detach", "aten::embedding", "aten::gather", "aten::masked_fill", "aten::where",
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from grape_compile.operators import reference_rotate
-from grape_compile.passes.graph import ANGLES, Program, Taint, Unreadable, fake, op_name
+from grape_compile.passes.graph import ANGLES, Program, Taint, Unreadable, fake, op_name, require_fake
 from grape_compile.passes.movement import MOVEMENTS
 from grape_compile.passes.plans import RotationPlan
 from grape_compile.passes.replay import Replay, has_value
@@ -29,7 +29,7 @@ def verify_rotation(plan: RotationPlan, operands: tuple[fx.Node, ...], replay: R
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(shape, dtype=torch.float64, generator=generator)
     phases = {
-        node: torch.randn(replay.sizes.shape(node), dtype=torch.float64, generator=generator)
+        node: _any_numbers(node, replay, generator)
         for node in (*_phases(plan, replay.program), *_unknown(operands, replay.program))
     }
     if phases:
@@ -38,6 +38,14 @@ def verify_rotation(plan: RotationPlan, operands: tuple[fx.Node, ...], replay: R
     slots = dict(zip(plan.operator.slots, (replay.tensor(node) for node in operands), strict=True))
     (rewritten,) = reference_rotate([query.permute(plan.order)], plan.operator, slots)
     return difference(original, rewritten.permute(plan.inverse))
+
+
+def _any_numbers(node: fx.Node, replay: Replay, generator: torch.Generator) -> torch.Tensor:
+    """Random numbers for a value; for one of integers those of its places, which rows may be looked up by."""
+    shape = replay.sizes.shape(node)
+    if require_fake(node).is_floating_point():
+        return torch.randn(shape, dtype=torch.float64, generator=generator)
+    return torch.arange(torch.Size(shape).numel()).reshape(shape)
 
 
 def _phases(plan: RotationPlan, program: Program) -> list[fx.Node]:
@@ -60,7 +68,7 @@ def _phases(plan: RotationPlan, program: Program) -> list[fx.Node]:
 
 
 def _unknown(operands: tuple[fx.Node, ...], program: Program) -> list[fx.Node]:
-    """Frequencies and tables that have no values yet: what is verified is what is done with them."""
+    """Frequencies, tables and positions that have no values here: what is verified is what is done with them."""
     seen, stack = set(operands), list(operands)
     while stack:
         for operand in stack.pop().all_input_nodes:
@@ -75,7 +83,8 @@ def _has_no_value(node: fx.Node, program: Program) -> bool:
     return (
         node.op in ("placeholder", "get_attr")
         and value is not None
-        and value.is_floating_point()
+        and not value.is_complex()
+        and value.dtype is not torch.bool
         and not has_value(program, node)
     )
 

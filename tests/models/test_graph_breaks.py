@@ -91,6 +91,32 @@ def test_tables_are_known_behind_the_break() -> None:
     assert report(model).refusals == ()
 
 
+class Fleeting(nn.Module):
+    """Breaks the graph where it makes tables, of positions that nobody keeps (OmniGen)."""
+
+    inv_freq: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("inv_freq", inverse_frequencies(8))
+
+    def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        pause()
+        angle = positions.double()[:, None] * self.inv_freq
+        return torch.cat((angle, angle), -1).cos(), torch.cat((angle, angle), -1).sin()
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        return turned(x, *self.tables(positions + 1))
+
+
+def test_tables_of_positions_that_are_gone() -> None:
+    model, calls = Fleeting().double(), GrapeCalls()
+    wanted = model(X.double(), STEPS)
+    compiled = grape_compile(model, backend=calls)
+    torch.testing.assert_close(compiled(X.double(), STEPS), wanted, rtol=1e-12, atol=1e-12)
+    assert calls.rotated == 1, str(report(compiled))
+
+
 def test_angles_of_activations_are_known_behind_the_break() -> None:
     calls = GrapeCalls()
     model = grape_compile(Broken(untouched), backend=calls)

@@ -53,6 +53,19 @@ def test_a_bias_at_every_length(spelling: BiasSpelling) -> None:
     )
 
 
+def along_both_axes(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    """Slopes times the rows and columns between two places of a picture four tokens wide (RMT)."""
+    steps = torch.arange(key.shape[-2])
+    places = torch.stack((steps // 4, steps % 4), dim=-1).to(query.dtype)
+    apart = (places[:, None] - places[None]).abs().sum(-1)
+    return (scores_of(query, key) - slopes.view(-1, 1, 1) * apart).softmax(-1) @ value
+
+
+def test_distances_along_axes_that_add_up() -> None:
+    found = rewritten(BiasedAttention(along_both_axes))
+    assert [str(site.encoding).count("distance=absolute") for site in found.sites] == [2], str(found)
+
+
 class ChannelsFirst(nn.Module):
     """Heads of [channels, tokens], as convolutions make them."""
 

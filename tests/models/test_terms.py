@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
-from attention_layers import BiasedAttention, example, sharpen
-from torch import Tensor
+from attention_layers import HIDDEN, BiasedAttention, example, inverse_frequencies, sharpen
+from torch import Tensor, nn
+from torch.nn import functional
 
-from grape_compile import grape_compile, report
+from grape_compile import grape_compile, inspect, report
 from grape_compile.passes.graph import Unreadable
 from grape_compile.passes.terms import broadcast
 
@@ -38,3 +39,26 @@ def test_a_mask_that_came_from_more_axes_than_the_scores_have() -> None:
     compiled = grape_compile(copy.deepcopy(layer), backend="eager")
     torch.testing.assert_close(compiled(example()), layer(example()), rtol=1e-5, atol=1e-5)
     assert (len(report(compiled).sites), report(compiled).refusals) == (1, ()), str(report(compiled))
+
+
+class Conditioned(nn.Module):
+    """Tokens scaled and shifted by weights times cosines and sines of a time, as diffusion models are told it.
+
+    Those stand beside what sums the tokens up.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.modulate = nn.Linear(8 + HIDDEN, 16), nn.Linear(16, 2 * HIDDEN)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        angle = time[:, None] * inverse_frequencies(4)
+        told = torch.cat((x.mean(1), angle.cos(), angle.sin()), dim=-1)
+        scale, shift = self.modulate(functional.silu(self.embed(told)))[:, None].chunk(2, dim=-1)
+        conditioned: Tensor = x * (1 + scale) + shift
+        return conditioned
+
+
+def test_a_time_that_conditions_is_no_rotation_that_was_missed() -> None:
+    found = inspect(Conditioned(), (example(), torch.arange(2)))
+    assert (found.sites, found.refusals) == ((), ()), str(found)

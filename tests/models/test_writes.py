@@ -80,6 +80,13 @@ def by_a_name_that_may_copy(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
     return other.view(turned.shape)
 
 
+def seen_beside_another(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    turned = torch.cat((first, second), dim=-1)
+    seen: Tensor = torch.broadcast_tensors(x, turned)[1]
+    turned += 1.0
+    return seen
+
+
 @pytest.mark.parametrize(
     ("write", "sites"),
     [
@@ -90,6 +97,7 @@ def by_a_name_that_may_copy(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
         (over_a_part_that_is_read, None),
         (over_a_view_that_waits, None),
         (by_a_name_that_may_copy, None),
+        (seen_beside_another, None),
     ],
 )
 def test_an_exported_program_returns_what_was_written(write: Write, sites: int | None) -> None:
