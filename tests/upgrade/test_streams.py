@@ -156,7 +156,7 @@ def test_a_cache_of_fixed_size_compiles_the_prompt_and_one_token(to: str) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gemma2", "gemma3", "mistral"])
+@pytest.mark.parametrize("name", ["gemma2", "mistral"])
 @pytest.mark.parametrize("to", ["grape-ap", "grape-a-k", "grape-m-ctx", "grape-m+fox+grape-a-qk"])
 @pytest.mark.parametrize("length", [5, 9])
 def test_a_window_of_fixed_size_that_fills(name: str, to: str, length: int) -> None:
