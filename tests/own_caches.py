@@ -52,7 +52,8 @@ def mixed(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, bias: Tenso
     """Attention [B, T, hidden] over keys that are not `hidden`, with a bias."""
     scores = query @ key.transpose(-1, -2) * HEAD_DIM**-0.5 + bias
     weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-    return (weights @ value).transpose(1, 2).flatten(-2)
+    found: Tensor = (weights @ value).transpose(1, 2).flatten(-2)
+    return found
 
 
 def later(count: int, total: int) -> Tensor:
