@@ -29,7 +29,7 @@ from grape_compile.passes.origins import Origin, marking, origins_of
 from grape_compile.passes.pipeline import rewrite_export, rewrite_program
 from grape_compile.passes.regions import outline_regions
 from grape_compile.passes.site import Refusal
-from grape_compile.passes.stand_ins import marked_as, settle
+from grape_compile.passes.stand_ins import found_on, marked_as, settle
 from grape_compile.passes.trace_run import capture_run, untouched
 from grape_compile.passes.turn_in_place import TurnInPlace
 from grape_compile.passes.turn_into_caches import TurnIntoCaches
@@ -137,10 +137,10 @@ def rewritten_graph(module: fx.GraphModule, examples: Sequence[Any]) -> Rewritte
     given, holds = bool(program.stands) and bool(found.sites), []
     if given:
         holds.append(marked_as(examples))
-    places = {node: place for place, node in enumerate(program.graph.find_nodes(op="placeholder"))}
-    facts = {places[node]: known for node, known in program.facts.items()}
+    ways = {node: (place,) for place, node in enumerate(program.graph.find_nodes(op="placeholder"))}
+    facts = {{**program.ways, **ways}[node]: known for node, known in program.facts.items()}
     if facts:
-        holds.append(still_hold(facts, examples))
+        holds.append(still_hold(facts, examples, found_on))
     return Rewritten(program.module, found, tables, holds, given, changed)
 
 

@@ -24,16 +24,16 @@ from torch import fx
 from grape_compile.encoding import Absolute, Distance, Euclidean, Signed
 from grape_compile.passes.addends import Addend, AddendReader
 from grape_compile.passes.causal import CausalMasks, same_count
-from grape_compile.passes.clocks import counted_by, counts, is_given, is_positional
+from grape_compile.passes.clocks import is_positional
 from grape_compile.passes.distances import cut_off, places_of
 from grape_compile.passes.graph import Program, Role, Taint, Unreadable, op_name
+from grape_compile.passes.key_clocks import Clock, KeyClocks
 from grape_compile.passes.movement import operand_of
 from grape_compile.passes.operands import Operand
 from grape_compile.passes.paths import PathPart, Paths
 from grape_compile.passes.plans import Miss
-from grape_compile.passes.running_sums import RunningSums
 from grape_compile.passes.score_terms import ScoreTerm
-from grape_compile.passes.scores import BATCH, HEAD, KEY, QUERY, Scores, as_key
+from grape_compile.passes.scores import HEAD, Scores, as_key
 from grape_compile.passes.terms import Index
 
 
@@ -76,16 +76,6 @@ class BiasPart:
         return tuple(view for view in views if view is not None)
 
 
-@dataclass(frozen=True)
-class Clock:
-    """A clock by itself: `number` times the count of the keys (`view` None), given positions or a running sum."""
-
-    number: float
-    view: Operand | None
-    inclusive: bool | None = None
-    given: bool = False
-
-
 class Namer:
     """Names the addends of one layer. `alive` are the entries its masks leave."""
 
@@ -100,12 +90,12 @@ class Namer:
         self.scores, self.reader, self.lead, self.alive, self.masks = scores, reader, lead, alive, masks
         self.program, self.causal = scores.program, CausalMasks(scores, reader)
         self.paths = Paths(scores, reader, lead, masks, self.causal)
-        self.sums = RunningSums(self.program, reader.reader, lead, scores.shape, KEY)
 
     def parts(self, addends: list[Addend]) -> list[BiasPart | PathPart] | Miss:
         """The biases whose sum the addends are, up to a constant per row."""
         rest = [addend for addend in addends if addend.keys or addend.pairs]
         self.rows = [addend for addend in addends if not addend.keys and not addend.pairs]
+        self.clocks = KeyClocks(self.scores, self.reader, self.lead, self.alive, self.rows)
         self.used: list[Addend] = []
         parts: list[BiasPart | PathPart] = []
         while rest:
@@ -157,7 +147,7 @@ class Namer:
         for addend in rest:
             if addend.pairs or len(addend.keys) != 1 or len(addend.queries) > 1:
                 continue
-            clock = self.clock(addend.keys[0], addend)
+            clock = self.clocks.read(addend.keys[0], addend)
             if clock is None:
                 continue
             gate = addend.queries[0] if addend.queries else None
@@ -173,7 +163,7 @@ class Namer:
                 continue
             for view, gate in (addend.keys, addend.keys[::-1]):
                 partner = next((each for each in rest if self._is_partner(addend, each, view, gate)), None)
-                clock = self.clock(view, None) if partner is not None and self._is_gate(gate) else None
+                clock = self.clocks.read(view) if partner is not None and self._is_gate(gate) else None
                 if clock is not None and partner is not None:
                     return self._part(addend, clock, gate_key=gate), [addend, partner]
         return None
@@ -226,7 +216,7 @@ class Namer:
             return None
         (key,), (query,) = keys, queries
         same = as_key(query.queries[0]) == key.keys[0]
-        clock = self.clock(key.keys[0], None)
+        clock = self.clocks.read(key.keys[0])
         if clock is None and same and self._is_place(key.keys[0]):
             clock = Clock(1.0, key.keys[0], given=True)
         if clock is None or key.heads or query.heads or key.pairs or query.pairs:
@@ -263,7 +253,7 @@ class Namer:
     def _is_place(self, view: Operand) -> bool:
         if view.part != "value" or HEAD in view.token_axes:
             return False
-        return self.program.taints[view.node] <= Taint.POSITION or self._is_coordinate(view, None)
+        return self.program.taints[view.node] <= Taint.POSITION or self.clocks.is_coordinate(view)
 
     def _part(self, addend: Addend, clock: Clock, **gates: Operand | None) -> BiasPart:
         return BiasPart(
@@ -277,64 +267,10 @@ class Namer:
             only=addend.only,
         )
 
-    # -- what plays the part of clock and gate -------------------------------------------------------------------------
-
-    def clock(self, view: Operand, addend: Addend | None) -> Clock | None:
-        """A value along the keys as a clock; `addend` is what holds it, where its counterpart is a row constant."""
-        if view.part != "value":
-            return None
-        alone = view.token_axes == (KEY,)
-        stride = next(axis.stride for axis in view.axes if axis.role == KEY)
-        steps = counted_by(view.node) if alone and stride == 1 else None
-        if steps is not None:
-            return Clock(float(steps), None)
-        if is_given(view.node) or self._is_coordinate(view, addend):
-            return Clock(1.0, view, given=True) if HEAD not in view.token_axes else None
-        total = self.sums.read(view)
-        if total is not None:
-            return Clock(total.number, total.rates, total.inclusive)
-        if HEAD not in view.token_axes and self._counts(view):
-            return Clock(1.0, view)
-        placed = self.program.taints[view.node] <= Taint.POSITION and addend is not None
-        if placed and HEAD not in view.token_axes and self._has_counterpart(view, addend):
-            return Clock(1.0, view, given=True)
-        return None
-
-    def _is_coordinate(self, view: Operand, addend: Addend | None) -> bool:
-        """Real positions given to the model: used as a difference, so that it is no mask that is added."""
-        if view.node.op != "placeholder" or self.program.roles.get(view.node) is not Role.INPUT:
-            return False
-        return addend is None or self._has_counterpart(view, addend)
-
-    def _has_counterpart(self, view: Operand, addend: Addend | None) -> bool:
-        """Whether the same value is taken off at the query: a difference of places."""
-        return addend is not None and any(
-            row.number == -addend.number
-            and (row.heads, row.only) == (addend.heads, addend.only)
-            and len(row.queries) == 1 + len(addend.queries)
-            and any(as_key(query) == view for query in row.queries)
-            for row in self.rows
-        )
-
-    def _counts(self, view: Operand) -> bool:
-        """A computed clock that counts whatever it is given, and moves by one step from live key to live key."""
-        if self.program.taints[view.node] >= Taint.PARAMETER or QUERY in view.token_axes:
-            return False
-        if not self.program.is_constant(view.node) and not counts(self.program, view):
-            return False
-        if set(view.token_axes) - {BATCH, KEY}:
-            return False
-        value = self.scores.aligned(view)
-        rises = value[..., 1:] - value[..., :-1]
-        alive = self.alive
-        both = alive[..., 1:] & alive[..., :-1] if alive.shape[-1] > 1 else alive
-        shape = torch.broadcast_shapes(rises.shape, both.shape)
-        return bool((rises.abs().expand(shape)[both.expand(shape)] == 1).all())
-
     def _is_gate(self, view: Operand) -> bool:
         if self.program.taints[view.node] is not Taint.DATA or view.part != "value":
             return False
-        return self.sums.read(as_key(view)) is None
+        return self.clocks.sums.read(as_key(view)) is None
 
     # -- why not -------------------------------------------------------------------------------------------------------
 

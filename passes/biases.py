@@ -94,6 +94,8 @@ def _plan(scores: Scores, unbiased: bool) -> BiasPlan | Miss | None:
     if isinstance(parts, Miss) and not contextual:
         values = evaluated(scores, biases, masks)
         parts = values if isinstance(values, Miss) else [*values]
+    if isinstance(parts, Miss) and parts.depth == 0 and any(_is_given_line(scores, term) for term in biases):
+        parts = _GIVEN
     if isinstance(parts, Miss):
         # Of a layer that is wanted as an operator it is told however far this is from a bias.
         return replace(parts, depth=max(parts.depth, 1)) if layer.plain else parts
@@ -114,6 +116,30 @@ def _plan(scores: Scores, unbiased: bool) -> BiasPlan | Miss | None:
 def _is_given(program: Program, term: ScoreTerm) -> bool:
     """Whether a term is an input of the graph, or a part of one."""
     return program.roles.get(owner(term.node)) is Role.INPUT
+
+
+def _is_given_line(scores: Scores, term: ScoreTerm) -> bool:
+    """Whether a term that the graph is given rises by one slope per head in this example."""
+    if not _is_given(scores.program, term) or scores.shape[KEY] < 3:
+        return False
+    value = scores.value(term).double()
+    steps = value.diff()
+    scale = float(value[value > DEAD].abs().max()) if bool((value > DEAD).any()) else 0.0
+    seen = (value[..., 1:] > DEAD) & (value[..., :-1] > DEAD)
+    high = torch.where(seen, steps, -torch.inf).amax((-2, -1))
+    low = torch.where(seen, steps, torch.inf).amin((-2, -1))
+    apart = (high - low)[high.isfinite()]
+    return apart.numel() > 0 and bool((apart <= 1e-6 * scale).all()) and bool((steps[seen] != 0).any())
+
+
+_GIVEN = Miss(
+    "outside",
+    "a bias that rises by one slope per head is an input of the graph: nothing proves that it does in the next call; "
+    "make it in the same graph, from slopes and positions (a graph break between the two, or a frame that receives it "
+    "ready made, takes them apart)",
+    3,
+    "ALiBi",
+)
 
 
 def _plain(scores: Scores, masks: list[ScoreTerm]) -> BiasPlan | Miss:

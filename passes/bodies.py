@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from grape_compile.passes.capture import program_of, retraced
+from grape_compile.passes.facts import keep
 from grape_compile.passes.graph import Program, Role, Taint, fake, module_path, source_line
 from grape_compile.passes.regions import inline_regions, outline_regions
 from grape_compile.passes.site import Refusal
@@ -30,12 +31,16 @@ _RUNS = (
 
 @dataclass(frozen=True)
 class Body:
-    """The graph a node runs, `name` on the module that holds it, as a program of its own."""
+    """The graph a node of the `outer` program runs, `name` on its module, as a program of its own.
+
+    `given` are the outer nodes that some inputs are in every turn.
+    """
 
     node: fx.Node
     name: str
-    owner: fx.GraphModule
+    outer: Program
     program: Program
+    given: Mapping[fx.Node, fx.Node]
 
     @property
     def may_change(self) -> bool:
@@ -43,9 +48,11 @@ class Body:
         return self.node.target in _RUNS
 
     def put_back(self) -> None:
-        """Let the node run the program."""
+        """Let the node run the program, for as long as what was read of its inputs holds."""
         outline_regions(self.program.module)
-        setattr(self.owner, self.name, self.program.module)
+        setattr(self.outer.module, self.name, self.program.module)
+        for each, facts in self.program.facts.items():
+            self.outer.rely(self.given[each], facts)
 
     def refusal(self, what: str) -> Refusal:
         """That something was found where it has to stay."""
@@ -63,7 +70,7 @@ def bodies_of(program: Program) -> Iterator[Body]:
             body = getattr(program.module, str(held.target), None) if held.op == "get_attr" else None
             read = _in_the_dialect(body) if isinstance(body, fx.GraphModule) else None
             if read is not None:
-                yield Body(node, str(held.target), program.module, _program(program, node, read))
+                yield _body(program, node, str(held.target), read)
 
 
 def _in_the_dialect(body: fx.GraphModule) -> fx.GraphModule | None:
@@ -88,16 +95,23 @@ def _is_read(node: fx.Node) -> bool:
     )
 
 
-def _program(outer: Program, node: fx.Node, module: fx.GraphModule) -> Program:
+def _body(outer: Program, node: fx.Node, name: str, module: fx.GraphModule) -> Body:
     inputs = module.graph.find_nodes(op="placeholder")
     same = _unchanging(node, inputs)
+    given = {
+        each: operand
+        for each, operand in zip(inputs[len(inputs) - len(same) :], same, strict=True)
+        if isinstance(operand, fx.Node)
+    }
     roles: dict[fx.Node, Role] = {}
     values: dict[fx.Node, Any] = {}
-    for each, operand in zip(inputs, [None] * (len(inputs) - len(same)) + same, strict=True):
-        roles[each] = _role(outer, operand) if isinstance(operand, fx.Node) else Role.INPUT
-        known = outer.values.get(operand) if isinstance(operand, fx.Node) else None
-        values[each] = None if roles[each] is Role.INPUT else known
-    return program_of(module, roles, values)
+    for each in inputs:
+        operand = given.get(each)
+        roles[each] = Role.INPUT if operand is None else _role(outer, operand)
+        values[each] = None if operand is None or roles[each] is Role.INPUT else outer.values.get(operand)
+    program = program_of(module, roles, values)
+    keep(program, (each for each, operand in given.items() if operand in outer.kept))
+    return Body(node, name, outer, program, given)
 
 
 def _unchanging(node: fx.Node, inputs: Sequence[fx.Node]) -> list[Any]:

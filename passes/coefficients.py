@@ -47,13 +47,17 @@ class _Lookup:
 
 
 class Coefficients:
-    """Entries of a matrix by output and input channel, followed back to their ends."""
+    """Entries of a matrix by output and input channel, followed back to their ends.
+
+    `may_change`: two of them hold equal numbers, in a tensor that may change unseen.
+    """
 
     def __init__(self, reading: Reading, mixed: dict[int, list[Entry]]) -> None:
         self.reading, self.mixed = reading, mixed
         self.program = reading.program
         self.samples = torch.arange(reading.lead[0].numel())
         self.resolved: dict[tuple[int, int], Resolved] = {}
+        self.may_change = False
 
     def values(self, at: tuple[int, int]) -> Tensor:
         entry = self.entry(at)
@@ -171,7 +175,9 @@ class Coefficients:
             if values[0].shape != values[1].shape:
                 continue
             sign = _same_or_opposite(number * values[0], second * values[1])
-            if sign != 0:
+            if sign != 0 and any(self.program.made_of(node) is None for node in (left, right)):
+                self.may_change = True
+            elif sign != 0:
                 self._rely(left, right, Alike(at, place, number, second, sign))
                 return sign
         return 0

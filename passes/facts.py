@@ -22,6 +22,9 @@ from grape_compile.passes.graph import Fact, Program
 from grape_compile.passes.memory import owner, writes, written
 from grape_compile.passes.replay import Replay, has_value
 
+Way = tuple[int, ...]
+"""Where a kept tensor is found in a call: the place of an input, and from there parts of what it is made of."""
+
 _LARGEST_COPY = 1 << 24
 """Bytes of a tensor that is worth a copy, to know its numbers again in another."""
 
@@ -134,12 +137,13 @@ class _Input:
 
 
 def still_hold(
-    facts: Mapping[int, Sequence[Fact]], examples: Sequence[Any]
+    facts: Mapping[Way, Sequence[Fact]], examples: Sequence[Any], find: Callable[[Way, Sequence[Any]], Any]
 ) -> Callable[[Sequence[Any]], bool]:
-    """Whether the facts about inputs, by their place, hold in a call; they do of the examples as they are now."""
-    inputs: list[tuple[int, _Input]] = []
-    for place, known in facts.items():
-        seen = WeakTensorKeyDictionary()
-        seen[examples[place]] = _state(examples[place]), True
-        inputs.append((place, _Input(known, seen)))
-    return lambda args: all(each.holds(args[place]) for place, each in inputs)
+    """Whether the facts about what is found on some ways hold in a call; they do of the examples as they are now."""
+    inputs: list[tuple[Way, _Input]] = []
+    for way, known in facts.items():
+        seen, example = WeakTensorKeyDictionary(), find(way, examples)
+        if example is not None:
+            seen[example] = _state(example), True
+        inputs.append((way, _Input(known, seen)))
+    return lambda args: all(each.holds(find(way, args)) for way, each in inputs)

@@ -68,8 +68,9 @@ class Program:
     `stands` for an input of this one. `rotated` and `attended` hold the sites of values that were
     turned and of calls that attend. `replaced` says, for every value of the graph as captured whose users were given
     another, which that is and the site it belongs to. The numbers of `kept` inputs may be read, as somebody sees to it
-    that the `facts` about them hold whenever the graph runs. Calls that attend and that nothing reads, the `weighted`
-    ones, say what scores layers are to have that keep their own weights.
+    that the `facts` about them hold whenever the graph runs; `ways` say where those are found that were inputs of
+    another graph: an input of this one by its place, and which part of what it is made of, and so on. Calls that attend
+    and that nothing reads, the `weighted` ones, say what scores layers are to have that keep their own weights.
     """
 
     module: fx.GraphModule
@@ -84,6 +85,7 @@ class Program:
     kept: frozenset[fx.Node] = frozenset()
     facts: dict[fx.Node, list[Fact]] = field(default_factory=dict)
     weighted: dict[fx.Node, OwnWeights] = field(default_factory=dict)
+    ways: Mapping[fx.Node, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:

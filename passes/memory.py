@@ -156,4 +156,5 @@ def late_readers(write: fx.Node, order: Mapping[fx.Node, int]) -> Iterator[fx.No
     """Nodes behind a write that read what it wrote into by a name from before it."""
     for root in dict.fromkeys(map(owner, written(write))):
         for alias in aliases(root):
-            yield from (user for user in alias.users if order.get(user, -1) > order[write])
+            if order.get(alias, -1) < order[write]:
+                yield from (user for user in alias.users if order.get(user, -1) > order[write])

@@ -32,7 +32,7 @@ _DEEPEST = 8
 class Leaf:
     """Where the copy of a table begins: argument `place` of its graph, or a value inside of it.
 
-    An open one may be a table of an earlier graph, or anything else.
+    An open one may be a table of an earlier graph, or anything else. The numbers of one that is kept may be read.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Leaf:
     role: Role
     value: Any
     is_open: bool
+    is_kept: bool
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,9 @@ class _Copy:
                 self.leaves.append(self._leaf(node))
                 self._size(fake(node))
         numbers = {node: number for number, node in enumerate(nodes)}
-        kinds = [(leaf.role, leaf.is_open, leaf.place is None, _kind(leaf)) for leaf in self.leaves]
+        kinds = [
+            (leaf.role, leaf.is_open, leaf.is_kept, leaf.place is None, _kind(leaf)) for leaf in self.leaves
+        ]
         key: list[object] = [tuple(kinds)]
         for node in nodes:
             if node not in self.copies:
@@ -199,7 +202,8 @@ class _Copy:
         if value is None:
             raise Unreadable(f"{node.name} is no tensor")
         role = self.program.roles.get(node, Role.INPUT)
-        return Leaf(node.name, place, role, value, _is_open(self.program, node))
+        kept = node in self.program.kept
+        return Leaf(node.name, place, role, value, _is_open(self.program, node), kept)
 
     def _copied(self, item: Any) -> Any:
         if isinstance(item, fx.Node) and item in self.copies:

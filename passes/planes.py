@@ -159,6 +159,8 @@ class _Planes:
 
     def _unproved(self, one: tuple[int, int], other: tuple[int, int]) -> Miss:
         """Of two coefficients that are equal in this example alone."""
+        if self.coefficients.may_change:
+            return _CHANGING
         if not self.coefficients.apart(one, other):
             return Miss(
                 "operands",
@@ -175,3 +177,13 @@ class _Planes:
             3,
             "a rotation by given positions",
         )
+
+
+_CHANGING = Miss(
+    "buffer",
+    "channels turn by numbers that are equal in the tensors they are kept in, which may change unseen (what the graph "
+    "writes to, a buffer of an exported program that a state dict may replace), and where they are not equal this is "
+    "no rotation: keep them with persistent=False, or keep one half and repeat it in the forward pass",
+    3,
+    "a rotation by tables",
+)

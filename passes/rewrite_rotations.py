@@ -29,7 +29,7 @@ from grape_compile.passes.graph import (
     require_fake,
     source_line,
 )
-from grape_compile.passes.memory import owner, writes, written
+from grape_compile.passes.memory import owner, viewed, writes, written
 from grape_compile.passes.operands import Emitter
 from grape_compile.passes.plans import Miss, RotationPlan
 from grape_compile.passes.replay import Replay
@@ -142,9 +142,12 @@ def mutation_between(program: Program, region: Iterable[fx.Node], output: fx.Nod
 
 
 def overwritten(program: Program, operands: Iterable[fx.Node], output: fx.Node) -> fx.Node | None:
-    """A node that writes into an operand before `output`, where the operator reads it."""
-    for root in map(owner, operands) if program.mutations else ():
-        write = _write_into(program, _handed_on(root), program.order.get(root, -1), output)
+    """A node that writes into an operand between where it is cut out and `output`, where the operator reads it."""
+    for operand in operands if program.mutations else ():
+        start = operand
+        while start not in program.order and (source := viewed(start)) is not None:
+            start = source
+        write = _write_into(program, _handed_on(owner(operand)), program.order.get(start, -1), output)
         if write is not None:
             return write
     return None

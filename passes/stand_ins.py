@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from grape_compile.passes.facts import keep
 from grape_compile.passes.graph import Program, Role, Unreadable, fake, frozen
 from grape_compile.passes.operands import fake_value
 from grape_compile.passes.origins import Leaf, Mark, Part, alike, mark_on
@@ -23,9 +24,10 @@ def graft(program: Program, marks: Mapping[fx.Node, Mark]) -> Program:
     """A program that seems to make its tables itself; `settle` has to follow when all is rewritten."""
     stock = _Stock(program, marks)
     stands: dict[fx.Node, fx.Node] = {}
+    places = {node: place for place, node in enumerate(program.graph.find_nodes(op="placeholder"))}
     for given, mark in marks.items():
         try:
-            end = stock.table(mark)
+            end = stock.table(mark, (places[given],))
         except Unreadable:
             continue
         made, taken = end.meta["val"], given.meta["val"]
@@ -34,15 +36,17 @@ def graft(program: Program, marks: Mapping[fx.Node, Mark]) -> Program:
             end.meta["val"] = taken
             given.replace_all_uses_with(end, delete_user_cb=lambda user: user.op != "output")
     outside = frozenset(stock.nodes - stands.keys())
-    return Program(
+    grafted = Program(
         program.module,
         stock.roles,
         stock.values,
         program.no_grad,
         outside=outside,
         stands=stands,
-        kept=program.kept,
+        ways=stock.ways,
     )
+    keep(grafted, (*program.kept, *stock.ways))
+    return grafted
 
 
 class _Stock:
@@ -55,20 +59,26 @@ class _Stock:
         self.mode: Any = torch._guards.detect_fake_mode([node.meta.get("val") for node in marks])
         self.made: dict[object, fx.Node] = {}
         self.nodes: set[fx.Node] = set()
+        self.ways: dict[fx.Node, tuple[int, ...]] = {}
 
-    def table(self, mark: Mark) -> fx.Node:
-        """The node that stands for a marked tensor."""
+    def table(self, mark: Mark, way: tuple[int, ...]) -> fx.Node:
+        """The node that stands for a marked tensor, which is found on this way."""
         origin, copies = mark.origin, dict[fx.Node, fx.Node]()
         sizes = Sizes({symbol: size for (symbol, *_), size in zip(origin.symbols, mark.sizes, strict=True)})
-        begins = iter(zip(origin.leaves, mark.parts, strict=True))
+        begins = enumerate(zip(origin.leaves, mark.parts, strict=True))
         for step in origin.graph.nodes:
             if step.op == "output":
                 return copies[step.args[0]]
             if step in origin.sizes:
                 copies[step] = self._size(origin.sizes[step], mark, sizes)
             elif step.op == "placeholder":
-                leaf, part = next(begins)
-                copies[step] = self.table(part) if isinstance(part, Mark) else self._leaf(leaf, part, sizes)
+                place, (leaf, part) = next(begins)
+                if isinstance(part, Mark):
+                    copies[step] = self.table(part, (*way, place))
+                    continue
+                copies[step] = self._leaf(leaf, part, sizes)
+                if leaf.is_kept:
+                    self.ways.setdefault(copies[step], (*way, place))
             else:
                 copies[step] = self._step(step, copies)
         raise Unreadable("a table without an end")
@@ -130,6 +140,17 @@ def settle(program: Program) -> None:
     program.forget()
     program.graph.lint()
     program.module.recompile()
+
+
+def found_on(way: Sequence[int], args: Sequence[Any]) -> Any:
+    """What a kept tensor is in a call: an input, or a part of what one is made of; None where it is gone."""
+    place, *parts = way
+    if not parts:
+        return args[place]
+    found: Mark | Part | None = mark_on(args[place])
+    for part in parts:
+        found = found.parts[part] if isinstance(found, Mark) else None
+    return found.value() if isinstance(found, Part) else None
 
 
 def marked_as(examples: Sequence[Any]) -> Callable[[Sequence[Any]], bool]:

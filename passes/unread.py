@@ -15,6 +15,7 @@ from grape_compile.passes.clocks import is_positional
 from grape_compile.passes.contractions import CONTRACTIONS
 from grape_compile.passes.elements import COMPLEX, PICKS
 from grape_compile.passes.graph import Program, Taint, Unreadable, fake, op_name
+from grape_compile.passes.memory import writes
 from grape_compile.passes.movement import MOVEMENTS
 from grape_compile.passes.pieces import PADS
 from grape_compile.passes.plans import Miss
@@ -45,7 +46,7 @@ def unread_biases(program: Program, replay: Replay, known: Container[fx.Node]) -
             if products.get(each) is not product and fake(each) is not None
         ]
         if len(others) == 1 and is_positional(others[0]) and _differs(program, replay, others[0]):
-            told[product] = node, _miss(node)
+            told[product] = node, _miss(program, node)
     return [
         *told.values(),
         *((node, _FLEXIBLE) for node in program.graph.nodes if _is_flexible(program, node)),
@@ -97,7 +98,17 @@ def _differs(program: Program, replay: Replay, node: fx.Node) -> bool:
     return live.numel() > 0 and bool((live != live[0]).any())
 
 
-def _miss(node: fx.Node) -> Miss:
+def _miss(program: Program, node: fx.Node) -> Miss:
+    stale = _stale_behind(program, node)
+    if stale is not None:
+        return Miss(
+            "memory",
+            "a position bias is added to a product of two activations, but it or a mask beside it is made of what the "
+            f"graph has written into in place ({stale.name} reads it), which is not looked through: make positions and "
+            "masks anew in the forward pass, or of what the write returns",
+            3,
+            "a bias by steps or by given positions",
+        )
     while len(users := [user for user in node.users if op_name(user) in _MASKED]) == 1:
         node = users[0]
     uses = ", ".join(sorted({op_name(user).removeprefix("aten::") or user.name for user in node.users}))
@@ -108,6 +119,23 @@ def _miss(node: fx.Node) -> Miss:
         3,
         "a bias by steps, by given positions or by a running sum",
     )
+
+
+def _stale_behind(program: Program, node: fx.Node) -> fx.Node | None:
+    """What reads memory that was written into, among all that is added to a product or hides a part of it."""
+    added = [node]
+    while len(users := [user for user in added[-1].users if op_name(user) in _MASKED]) == 1:
+        added.append(users[0])
+    stack = [each for step in added for each in step.all_input_nodes if each not in added]
+    seen = set(stack)
+    while stack:
+        each = stack.pop()
+        if each in program.stale or writes(each):
+            return each
+        inner = [] if op_name(each) in CONTRACTIONS else each.all_input_nodes
+        stack += [operand for operand in inner if operand not in seen]
+        seen.update(inner)
+    return None
 
 
 def unread_turns(program: Program, known: Container[fx.Node]) -> list[tuple[fx.Node, Miss]]:

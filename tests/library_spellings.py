@@ -103,7 +103,8 @@ class KeptTwice(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("frequencies", inverse_frequencies(HALF).repeat_interleave(2))
+        twice = inverse_frequencies(HALF).repeat_interleave(2)
+        self.register_buffer("frequencies", twice, persistent=False)
 
     def forward(self, x: Tensor, _: Tensor) -> Tensor:
         angle = torch.arange(x.shape[-2], device=x.device).to(x.dtype)[:, None] * self.frequencies

@@ -247,8 +247,8 @@ class CosAndSinTables(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         cos, sin = wide(torch.outer(torch.arange(64.0), inverse_frequencies(HALF)))
-        self.register_buffer("cos", cos)
-        self.register_buffer("sin", sin)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, x: Tensor, angle: Tensor) -> Tensor:
         positions = torch.arange(x.shape[-2], device=x.device)[None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -193,25 +194,36 @@ def test_a_parameter_that_is_not_trained() -> None:
         assert pair.attended(12) == (not trained)
 
 
-def test_tables_whose_halves_were_seen_to_be_equal() -> None:
+class Turned(nn.Module):
+    """Tables as wide as a head, kept in buffers; `between` runs before they are used."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, between: Callable[[], None] = lambda: None, *, persistent: bool = True) -> None:
+        super().__init__()
+        self.between = between
+        angle = torch.outer(torch.arange(32.0), 100.0 ** -torch.arange(0, 1, 0.25)).repeat(1, 2)
+        self.register_buffer("cos", angle.cos(), persistent=persistent)
+        self.register_buffer("sin", angle.sin(), persistent=persistent)
+
+    def forward(self, x: Tensor) -> Tensor:
+        cos, sin = self.cos[: x.shape[-2]], self.sin[: x.shape[-2]]
+        self.between()
+        half = torch.cat((-x[..., 4:], x[..., :4]), -1)
+        return x * cos + half * sin
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
+@torch.compiler.disable
+def pause() -> None:
+    """Breaks the graph."""
+
+
+@pytest.mark.parametrize("between", [lambda: None, pause], ids=["one graph", "a graph break"])
+def test_tables_whose_halves_were_seen_to_be_equal(between: Callable[[], None]) -> None:
     """Both halves of a table of cosines are one operand for as long as they are equal."""
-
-    class Turned(nn.Module):
-        cos: Tensor
-        sin: Tensor
-
-        def __init__(self) -> None:
-            super().__init__()
-            angle = torch.outer(torch.arange(32.0), 100.0 ** -torch.arange(0, 1, 0.25)).repeat(1, 2)
-            self.register_buffer("cos", angle.cos())
-            self.register_buffer("sin", angle.sin())
-
-        def forward(self, x: Tensor) -> Tensor:
-            half = torch.cat((-x[..., 4:], x[..., :4]), -1)
-            return x * self.cos[: x.shape[-2]] + half * self.sin[: x.shape[-2]]
-
     calls = GrapeCalls()
-    plain, ours = Turned(), grape_compile(Turned(), backend=calls)
+    plain, ours = Turned(between), grape_compile(Turned(between), backend=calls)
     x = torch.randn(2, 3, 12, 8)
     for rotated, place in ((1, None), (2, (slice(None), slice(None))), (2, (slice(5), slice(2)))):
         for layer in (plain, ours):
@@ -219,6 +231,15 @@ def test_tables_whose_halves_were_seen_to_be_equal() -> None:
                 layer.get_buffer("cos")[place] *= 0.5
         torch.testing.assert_close(ours(x), plain(x), rtol=1e-5, atol=1e-6)
         assert calls.rotated == rotated, str(report(ours))
+
+
+def test_equal_halves_that_a_state_dict_may_replace() -> None:
+    x = torch.randn(2, 3, 12, 8)
+    for persistent in (False, True):
+        rewritten, found = rewrite(torch.export.export(Turned(persistent=persistent), (x,), strict=False))
+        assert [refusal.rule for refusal in found.refusals] == ["buffer"] * persistent, str(found)
+        assert len(found.sites) == (not persistent)
+        torch.testing.assert_close(rewritten.module()(x), Turned()(x), rtol=1e-5, atol=1e-6)
 
 
 def test_distances_that_are_given_are_read_at_every_query() -> None:

@@ -331,6 +331,29 @@ def test_a_bias_made_before_the_break_is_refused() -> None:
     assert ["graph break" in refusal.reason for refusal in report(model).refusals] == [True]
 
 
+@pytest.mark.parametrize("cut", [lambda table, n: table[:, :n, :n], lambda table, n: table[:, -1:, -n:]])
+def test_a_bias_cut_from_a_buffer_before_the_break_is_told(cut: Callable[[Tensor, int], Tensor]) -> None:
+    """Also where the cut begins at an offset that is open, so that the graph is given any tensor."""
+
+    class Cut(nn.Module):
+        table: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            steps, slopes = torch.arange(32), 0.5 ** torch.arange(1.0, 4.0)
+            self.register_buffer("table", slopes[:, None, None] * (steps - steps[:, None]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            bias = cut(self.table, x.shape[2])
+            pause()
+            return (x @ x.transpose(-1, -2) + bias).softmax(-1) @ x
+
+    model = grape_compile(Cut(), backend="eager", dynamic=True)
+    torch.testing.assert_close(model(X), Cut()(X))
+    assert report(model).sites == ()
+    assert len(report(model).refusals) == 1, str(report(model))
+
+
 def test_a_gate_that_is_no_rotation_is_not_taken_for_one() -> None:
     """Factors of any modulus are no tables of one angle: neither a site nor a refusal."""
     found = inspect(Given(), (X, torch.randn(12, 16), torch.randn(12, 16)))
