@@ -268,8 +268,9 @@ class Reader:
         else:
             dim, chosen = places(node)
             at = self._held(chosen, (axes[dim],))
-        axes[dim] = at % self.shape(operand_of(node, 0))[dim]
-        return tuple(axes)
+        shape = self.shape(operand_of(node, 0))
+        axes[dim] = at % shape[dim]
+        return broadcast(tuple(axes), shape)
 
     def _held(self, node: fx.Node, index: Index) -> Tensor:
         """The integers of a list, moved about or not; of one in a buffer that is kept they are relied on."""
