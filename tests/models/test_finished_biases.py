@@ -214,7 +214,7 @@ class Turned(nn.Module):
         return x * cos + half * sin
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
 def pause() -> None:
     """Breaks the graph."""
 
