@@ -104,6 +104,7 @@ def run(encoding: str, seed: int, bits: float, slope: float = 0.0) -> dict[str, 
         "parameters": 1000,
         "losses": [bits],
         "validation": [[50, bits + 1], [100, bits]],
+        "seconds": 120.0,
         "bits per byte": {str(multiple): bits + slope * (multiple - 1) for multiple in (1, 2, 4, 8)},
     }
 

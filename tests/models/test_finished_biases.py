@@ -213,8 +213,8 @@ class Turned(nn.Module):
         half = torch.cat((-x[..., 4:], x[..., :4]), -1)
         return x * cos + half * sin
 
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
-@torch.compiler.disable
 def pause() -> None:
     """Breaks the graph."""
 
