@@ -90,6 +90,7 @@ def test_halves_that_turn_by_other_rows_are_no_rotation() -> None:
 def test_matrices_that_a_state_dict_may_replace_are_told() -> None:
     kept = KeptTurns("whole")
     kept.register_buffer("turns", kept.turns)
-    found = inspect(sharpen(RotaryAttention(kept)), (example(),))
+    x = (example(),)
+    found = inspect(torch.export.export(sharpen(RotaryAttention(kept)), x), x)
     assert found.sites == ()
     assert any("persistent=False" in refusal.reason for refusal in found.refusals), str(found)
