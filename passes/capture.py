@@ -207,7 +207,7 @@ def capture_export(
             values[node] = examples.pop(0) if examples else None
         elif spec.target is not None:
             values[node] = program.state_dict.get(spec.target, program.constants.get(spec.target))
-        stays = is_final or spec.target not in program.state_dict
+        stays = is_final or spec.target not in program.state_dict or _is_traced_constant(spec.target)
         if (
             stays
             and spec.kind is not InputKind.USER_INPUT
@@ -217,6 +217,11 @@ def capture_export(
     captured = program_of(module, roles, values)
     keep(captured, kept)
     return captured
+
+
+def _is_traced_constant(name: str) -> bool:
+    """Whether torch.fx named a tensor that it met while it traced: a number of the code, no state of the model."""
+    return name.rpartition(".")[2].startswith("_tensor_constant")
 
 
 def release_export(program: ExportedProgram, captured: Program) -> ExportedProgram:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import EllipsisType
 
 import torch
 from torch import Tensor, fx
@@ -171,7 +172,7 @@ class Coefficients:
             if first is None or last is None or not self._same_rows(one, other, axes):
                 continue
             (left, at), (right, place) = first, last
-            values = [self.reading.replay.tensor(node)[(..., *where)] for node, where in (first, last)]
+            values = [self.reading.replay.tensor(node)[_at(where)] for node, where in (first, last)]
             if values[0].shape != values[1].shape:
                 continue
             sign = _same_or_opposite(number * values[0], second * values[1])
@@ -323,7 +324,7 @@ class Alike:
 
     def __call__(self, tensor: Tensor) -> bool:
         left, right = (
-            exact(tensor[(..., *at)]) * number
+            exact(tensor[_at(at)]) * number
             for at, number in ((self.one, self.number), (self.other, self.second))
         )
         return _same_or_opposite(left, right) == self.sign
@@ -361,6 +362,10 @@ def element_values(replay: Replay, factor: Factor) -> Tensor:
     if factor.part in ("real", "imag"):
         return element.real if factor.part == "real" else element.imag
     return 1 / element if factor.part == "reciprocal" else element
+
+
+def _at(channel: tuple[int, ...]) -> tuple[EllipsisType | int, ...]:
+    return (..., *channel)
 
 
 def scaled_turns(lengths: Tensor, tolerance: float) -> Miss | None:

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from grape_compile.passes.contractions import Contraction
 from grape_compile.passes.facts import Zeros, rely_on, rely_on_numbers
 from grape_compile.passes.graph import Changing, Program, Taint, Unreadable, require_fake
-from grape_compile.passes.movement import table_of
+from grape_compile.passes.movement import is_symbolic, table_of
 from grape_compile.passes.replay import Replay
 from grape_compile.passes.terms import Index, Term, raise_if
 
@@ -26,7 +26,7 @@ Read = Callable[[fx.Node, Index, Tensor], list[Term]]
 def is_matrix(node: fx.Node) -> bool:
     """A value whose last two axes have one size, known beforehand."""
     shape = require_fake(node).shape
-    return len(shape) > 1 and isinstance(shape[-1], int) and shape[-1] == shape[-2] > 1
+    return len(shape) > 1 and not any(map(is_symbolic, shape[-2:])) and shape[-1] == shape[-2] > 1
 
 
 def signs(program: Program, replay: Replay, node: fx.Node) -> Tensor | None:
@@ -123,5 +123,5 @@ def _are_stored(program: Program, node: fx.Node) -> bool:
     shape = require_fake(node).shape
     if not is_matrix(node) or len(shape) < 3 or program.taints[node] is not Taint.STRUCTURE:
         return False
-    several = any(isinstance(size, int) and size > 1 for size in shape[:-2])
+    several = any(not is_symbolic(size) and size > 1 for size in shape[:-2])
     return program.made_of(node) is not None or (node.op != "call_function" and several)

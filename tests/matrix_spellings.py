@@ -5,6 +5,8 @@ Matrices are put together by sums, joins, blocks, slices and lists; what turns i
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from attention_layers import HEAD_DIM, RotaryAttention, Turn, inverse_frequencies
 from rotation_spellings import HALF, HALVES, NEIGHBOURS, Spelling, rotate_half, wide
@@ -171,7 +173,11 @@ class KeptTurns(nn.Module):
             return (self.turns[torch.arange(angle.shape[0])] @ x.unsqueeze(-1)).squeeze(-1)
         rows = x.permute(2, 0, 1, 3)
         turned = torch.bmm(rows.flatten(1, 2), self.turns[: angle.shape[0]].mT)
-        return turned.unflatten(1, rows.shape[1:3]).permute(1, 2, 0, 3)
+        return turned.view(rows.shape).permute(1, 2, 0, 3)
+
+
+def _kept(kind: str) -> Callable[[], nn.Module]:
+    return lambda: RotaryAttention(KeptTurns(kind))
 
 
 def _row(turn: Turn, planes: str, *, proved: bool = True, grows: bool = True) -> Spelling:
@@ -188,9 +194,7 @@ MATRIX_SPELLINGS = (
     *(_row(turn, HALVES) for turn in (multiplied_in_place, halves_in_place)),
     Spelling("kept_matrix", lambda: RotaryAttention(KeptMatrix()), HALVES, proved=True),
     *(
-        Spelling(
-            f"kept_turns_{kind}", lambda kind=kind: RotaryAttention(KeptTurns(kind)), NEIGHBOURS, proved=False
-        )
+        Spelling(f"kept_turns_{kind}", _kept(kind), NEIGHBOURS, proved=False)
         for kind in ("planes", "looked up", "whole")
     ),
 )

@@ -182,15 +182,18 @@ def test_queries_beside_a_cache_stay_where_they_are() -> None:
     """The rotation that writes keys into their cache leaves the queries where they stood."""
 
     class Decoding(Layer):
+        def __init__(self, project: Project) -> None:
+            super().__init__(project)
+            self.cache = nn.Buffer(torch.zeros(BATCH, HEADS, 8, SIZE), persistent=False)
+
         def forward(self, hidden: Tensor) -> Tensor:
-            cache = torch.zeros(BATCH, HEADS, 8, SIZE, device=DEVICE)
             wide = torch.cat((torch.arange(TOKENS, device=DEVICE)[:, None] * self.inv_freq,) * 2, -1)
             turned = []
             for x in (heads(self.query(hidden)), heads(self.key(hidden))):
                 half = torch.cat((-x[..., SIZE // 2 :], x[..., : SIZE // 2]), -1)
                 turned.append(x * wide.cos() + half * wide.sin())
-            cache.index_copy_(2, torch.arange(TOKENS, device=DEVICE), turned[1])
-            scores: Tensor = turned[0] @ cache.transpose(-1, -2)
+            self.cache.index_copy_(2, torch.arange(TOKENS, device=DEVICE), turned[1])
+            scores: Tensor = turned[0] @ self.cache.transpose(-1, -2)
             return scores
 
     watching = Watching()

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 from attention_layers import HEAD_DIM, RotaryAttention, Turn, example, inverse_frequencies, sharpen
-from matrix_spellings import EVEN, HALF, ODD, KeptMatrix, KeptTurns, halves_moved
+from matrix_spellings import EVEN, ODD, KeptMatrix, KeptTurns, halves_moved
 from measuring import GrapeCalls
-from rotation_spellings import rotate_half, wide
+from rotation_spellings import HALF, rotate_half, wide
 from torch import Tensor, nn
 
 from grape_compile import grape_compile, inspect, report
