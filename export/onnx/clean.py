@@ -106,9 +106,20 @@ def finish(model: ir.Model, target: Target) -> None:
     """Simplify once more, with the target's own normalization."""
     if target.fused:
         norms.fuse_rms_normalization(model)
+        _widen_normalized(model.graph)
     simplify(model)
     common.RemoveUnusedOpsetsPass()(model)
     common.TopologicalSortPass()(model)
+
+
+def _widen_normalized(graph: ir.Graph) -> None:
+    """Norms of numbers narrower than their weights take them as wide: ONNX Runtime has no kernel for two types."""
+    for node in list(graph):
+        if node.op_type != "RMSNormalization":
+            continue
+        value, scale = node.inputs[:2]
+        if value is not None and scale is not None and scale.dtype == FLOAT != value.dtype:
+            node.replace_input_with(0, Builder(graph, node).op("Cast", value, dtype=FLOAT, to=int(FLOAT)))
 
 
 def name_axes(graph: ir.Graph, axes: Mapping[str, tuple[str | None, ...]]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -115,12 +115,15 @@ def test_a_decoder_generates_what_the_model_does(
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["standard", "ort", "portable"])
 @pytest.mark.parametrize("name", ["llama", "bloom", "gpt_oss"])
-def test_a_shared_cache_in_half_precision_is_verified(name: str, target: str, tmp_path: Path) -> None:
-    """Prompts and steps, each in three ways of giving buffers, to the error of the model in half precision."""
+@pytest.mark.parametrize("way", [True, "shared"], ids=["growing", "shared"])
+def test_a_cache_in_half_precision_is_verified(
+    way: bool | Literal["shared"], name: str, target: str, tmp_path: Path
+) -> None:
+    """Prompts and steps, shared caches in three ways of giving buffers, to the error of the model in float16."""
     model = ARCHITECTURES[name].build().half()
     path = tmp_path / "model.onnx"
-    report = export(model, path=path, kv_cache="shared", target=target)
-    assert len(report.comparisons) == 3 * (4 if name == "gpt_oss" else 5)
+    report = export(model, path=path, kv_cache=way, target=target)
+    assert len(report.comparisons) == (3 if way == "shared" else 1) * (4 if name == "gpt_oss" else 5)
     held = {value.name: value.type.tensor_type.elem_type for value in onnx.load(path).graph.input}
     kinds = {kind for input_name, kind in held.items() if input_name.startswith("past_key_values")}
     assert kinds == {onnx.TensorProto.FLOAT16}
