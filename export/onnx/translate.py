@@ -18,6 +18,8 @@ from typing import Any, Final
 import onnx_ir as ir
 import torch
 from onnxscript import evaluator
+from onnxscript import opset18 as op
+from onnxscript.function_libs.torch_lib.ops.core import aten_slice_scatter
 from torch.export import ExportedProgram
 
 from grape_compile.errors import CaptureError, GrapeError
@@ -29,6 +31,8 @@ ROTATE: Final = "rotate"
 ATTEND: Final = "attend"
 FUSED: Final = "scaled_dot_product_attention"
 GROUPED: Final = "grouped_mm"
+#: An end behind every axis.
+LAST: Final = (1 << 63) - 1
 
 
 def translate(
@@ -174,12 +178,33 @@ def _grouped(rows: Any, weights: Any, offs: Any = None, bias: Any = None, out_dt
     return output
 
 
+def _slice_scatter(
+    base: Any, source: Any, dim: int = 0, start: Any = None, end: Any = None, step: Any = 1
+) -> Any:
+    """The base before and behind the source, joined; torch.onnx scatters rows, transposed there and back."""
+    if step != 1 or not all(bound is None or isinstance(bound, int) for bound in (start, end)):
+        return aten_slice_scatter(base, source, dim, start, end, step)
+    size = base.shape[dim] if base.shape is not None else None
+    parts = [source]
+    if start:
+        parts.insert(0, _cut(base, dim, 0, start))
+    if end is not None and end < (size if isinstance(size, int) else LAST):
+        parts.append(_cut(base, dim, end, LAST))
+    return op.Concat(*parts, axis=dim) if len(parts) > 1 else op.Identity(source)
+
+
+def _cut(value: Any, axis: int, start: int, end: int) -> Any:
+    bounds: list[Any] = [op.Constant(value_ints=[each]) for each in (start, end, axis)]
+    return op.Slice(value, *bounds)
+
+
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Return what replaces torch.onnx's own translations; operators of libraries that are not loaded are not there."""
     found: dict[Callable[..., Any], Callable[..., Any]] = {
         torch.ops.grape.rotate.default: _rotate,
         torch.ops.grape.attend.default: _attend,
         torch.ops.aten.scaled_dot_product_attention.default: _fused,
+        torch.ops.aten.slice_scatter.default: _slice_scatter,
     }
     for library, name in (("transformers", "grouped_mm_fallback"), ("aten", "_grouped_mm")):
         operator = getattr(getattr(torch.ops, library), name, None)

@@ -171,3 +171,21 @@ def test_a_model_without_a_position_is_a_file_too(tmp_path: Path) -> None:
     assert not report.lowered
     found = compare(tmp_path / "model.onnx", _Doubled(), (torch.randn(2, 3),))
     assert all(each.file == 0 for each in found)
+
+
+class Filled(nn.Module):
+    """Channels put into a new tensor by slices, as DeepSeek-V3 puts its keys together."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.ones(*x.shape[:-1], 12)
+        out[..., :4] = x[..., 4:] + 1
+        out[..., -4:-2] = 2 * x[..., :2]
+        out[:, 1:3] = 0
+        return out
+
+
+def test_parts_put_into_a_tensor_are_joined(tmp_path: Path) -> None:
+    export(Filled(), (torch.randn(2, 5, 8),), path=tmp_path / "model.onnx", target="portable")
+    kinds = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
+    assert "Concat" in kinds
+    assert not kinds & {"ScatterND", "Transpose"}
