@@ -131,24 +131,20 @@ class JoinedSums(Joined):
 # -- a list with an entry a step ---------------------------------------------------------------------------
 
 
-class Listed(Keeping):
-    def listed(self, *new: Tensor) -> tuple[Tensor, ...]:
+class Listed(Joined):
+    def joined(self, *new: Tensor) -> tuple[Tensor, ...]:
         self.kept = [*(self.kept or []), *new]
         return tuple(torch.cat(self.kept[place :: len(new)], 2) for place in range(len(new)))
 
 
-class ListedRope(Listed):
-    def forward(self, x: Tensor, past: int) -> Tensor:
-        query, key, value = self.heads(x)
-        places = torch.arange(past, past + x.shape[1])
-        query, (key, value) = self.turned(query, places), self.listed(self.turned(key, places), value)
-        return mixed(query, key, value, later(x.shape[1], key.shape[2]))
+class ListedRope(Listed, JoinedRope):
+    pass
 
 
 class ListedAlibi(Listed):
     def forward(self, x: Tensor, past: int) -> Tensor:
         query, key, value = self.heads(x)
-        key, value = self.listed(key, value)
+        key, value = self.joined(key, value)
         bias = self.slopes[:, None, None] * torch.arange(key.shape[2])
         return mixed(query, key, value, later(x.shape[1], key.shape[2]), bias)
 

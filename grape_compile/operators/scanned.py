@@ -35,7 +35,7 @@ KEYS: Final = 256
 #: Queries that walk together at most.
 QUERIES: Final = 128
 #: A number this low stays itself whatever logit is added to it.
-ABSORBING: Final = -1e38
+LOWEST: Final = -1e38
 #: Logits of a step at least, once heads have left: a megabyte, which caches hold.
 LOGITS: Final = 1 << 18
 #: Logits of the first step at most.
@@ -239,7 +239,7 @@ class _Walk:
         if added is not None:
             added = added.flip(-1)
             # The lowest numbers are as low in powers of two: scaled they would be minus infinity, which hides for good.
-            added = torch.where(added < ABSORBING, added, added * LOG2E)
+            added = torch.where(added < LOWEST, added, added * LOG2E)
             logits.add_(added[:, heads] if added.shape[1] > 1 else added)
         return _Step(heads, keys, query, key, back.value[:, heads, at], logits, product, sums)
 
