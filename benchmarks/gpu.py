@@ -6,25 +6,20 @@ Each case yields rows of JSON; every row has its baselines, timed in the same pr
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
+from benchmarks import gpu_attention, gpu_decoding, gpu_rotation
 from benchmarks.cases import keep
-from benchmarks.gpu_attention import attention
-from benchmarks.gpu_decoding import decoding
-from benchmarks.gpu_rotation import rotation
 from benchmarks.gpu_timing import gpu
 
-CASES: dict[str, Callable[[bool], Iterator[dict[str, Any]]]] = {
-    "attention": attention,
-    "decoding": decoding,
-    "rotation": rotation,
-}
+CASES: Final = {"attention": gpu_attention, "decoding": gpu_decoding, "rotation": gpu_rotation}
 
 
 def main() -> None:
@@ -34,6 +29,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("benchmarks/results"), help="folder of the JSON files"
     )
+    parser.add_argument("--rows", default="", help="only rows whose name this regular expression finds")
     parser.add_argument("--quick", action="store_true", help="small shapes: whether it runs, not how fast")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -43,10 +39,24 @@ def main() -> None:
     print(", ".join(f"{key} {value}" for key, value in gpu().items()))
     about = {"gpu": gpu(), "quick": arguments.quick}
     kept = [
-        keep(name, CASES[name](arguments.quick), arguments.out / f"gpu_{name}.json", about)
+        keep(
+            name,
+            _rows(name, arguments.rows, quick=arguments.quick),
+            arguments.out / f"gpu_{name}.json",
+            about,
+        )
         for name in arguments.cases
     ]
     raise SystemExit(0 if all(kept) else 1)
+
+
+def _rows(case: str, pattern: str, *, quick: bool) -> Iterator[dict[str, Any]]:
+    """Yield the results of the rows of a case that are wanted."""
+    wanted = [row for row in CASES[case].ROWS if re.search(pattern, row.name)]
+    for row in dict.fromkeys(row.small() for row in wanted) if quick else wanted:
+        yield from CASES[case].measured(row)
+        torch.compiler.reset()
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ FLEX, DENSE, FLOOR = "flex_attention", "sdpa, dense bias", "sdpa, no bias"
 #: Ours with a bias over ours without one, FlexAttention's time over ours: what is promised from 4096 tokens on.
 PROMISED_COST: Final = 1.10
 PROMISED_OVER_FLEX: Final = 1.3
+PROMISED_FROM: Final = 4096
 #: A dense bias of more tokens does not fit beside its gradients.
 LONGEST_DENSE: Final = 8192
 #: GRAPE-AP over ours without a bias, walked whole and with walks that end, and the dense way over GRAPE-AP.
@@ -83,19 +84,15 @@ ROWS: Final = tuple(
 )
 
 
-def attention(quick: bool) -> Iterator[dict[str, Any]]:
-    """One result per row and direction: microseconds, TFLOP/s, peak memory, errors against float64."""
-    rows = dict.fromkeys(row.small() for row in ROWS) if quick else ROWS
-    for row in rows:
-        layer = Layer(row, "cuda")
-        errors = layer.errors() if row.tokens <= LONGEST_EXACT else {}
-        with torch.no_grad():
-            forward = {name: timed(partial(way, *layer.heads)) for name, way in layer.ways().items()}
-        yield _result(row, "forward", forward, errors, promised=not quick)
-        both = {name: timed(partial(layer.step, way)) for name, way in layer.ways().items()}
-        yield _result(row, "forward and backward", both, {}, promised=not quick)
-        torch.compiler.reset()
-        torch.cuda.empty_cache()
+def measured(row: Row) -> Iterator[dict[str, Any]]:
+    """One result per direction: microseconds, TFLOP/s, peak memory, errors against float64."""
+    layer = Layer(row, "cuda")
+    errors = layer.errors() if row.tokens <= LONGEST_EXACT else {}
+    with torch.no_grad():
+        forward = {name: timed(partial(way, *layer.heads)) for name, way in layer.ways().items()}
+    yield _result(row, "forward", forward, errors)
+    both = {name: timed(partial(layer.step, way)) for name, way in layer.ways().items()}
+    yield _result(row, "forward and backward", both, {})
 
 
 class Layer:
@@ -241,7 +238,10 @@ def _flex(layer: Layer) -> Way:
 
     mask = create_block_mask(behind, None, None, row.tokens, row.tokens, device=str(slopes.device))
 
+    compiled = torch.compile(flex_attention)
+
     def attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        # Not in the compiled function: torch 2.11 finds no way back through sums that are made there.
         sums = slots["log_forget"].cumsum(-1) if row.bias == "fox" else slopes
 
         def biased(score: Tensor, b: Tensor, h: Tensor, t: Tensor, j: Tensor) -> Tensor:
@@ -253,16 +253,15 @@ def _flex(layer: Layer) -> Way:
             return score + slopes[h] * gate * (j - t)
 
         modification = None if row.bias == "none" else biased
-        output = flex_attention(query, key, value, score_mod=modification, block_mask=mask, enable_gqa=True)
+        output = compiled(query, key, value, score_mod=modification, block_mask=mask, enable_gqa=True)
         assert isinstance(output, Tensor), "no logsumexp was asked for"
         return output
 
-    compiled: Way = torch.compile(attended)
-    return compiled
+    return attended
 
 
 def _result(
-    row: Row, direction: str, found: Mapping[str, Timed], errors: Mapping[str, float], *, promised: bool
+    row: Row, direction: str, found: Mapping[str, Timed], errors: Mapping[str, float]
 ) -> dict[str, Any]:
     times = {name: timing.microseconds for name, timing in found.items()}
     # Two products of T (T + 1) / 2 logits forward, five more backward.
@@ -283,7 +282,7 @@ def _result(
     return {
         "name": f"{row.name}, {direction}",
         "told": f"{times[OURS]:.0f} us, {flops / times[OURS] / 1e6:.0f} TFLOP/s; {ratios}",
-        "holds": kept if promised and row.bias != "none" and row.tokens >= 4096 else None,
+        "holds": kept if row.bias != "none" and row.tokens >= PROMISED_FROM else None,
         "shape": [row.batch, row.heads, row.key_heads, row.tokens, row.head_dim],
         "encoding": str(row.encoding),
         "flops": flops,

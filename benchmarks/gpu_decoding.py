@@ -75,16 +75,14 @@ ROWS: Final = tuple(
 )
 
 
-def decoding(quick: bool) -> Iterator[dict[str, Any]]:
-    """One result per row: microseconds, GB/s, share of the copy rate, errors against float64."""
-    for row in dict.fromkeys(row.small() for row in ROWS) if quick else ROWS:
-        layer = Layer(row, "cuda")
-        errors = layer.errors() if row.keys <= LONGEST_EXACT else {}
-        with torch.no_grad():
-            found = {name: timed(partial(way)) for name, way in layer.ways().items()}
-        # What is read alone: a copy of so many bytes writes as many, at the same rate.
-        yield result(row, found, copy_rate(2 * row.bytes), errors, promised=not quick)
-        torch.cuda.empty_cache()
+def measured(row: Row) -> Iterator[dict[str, Any]]:
+    """The result of a row: microseconds, GB/s, share of the copy rate, errors against float64."""
+    layer = Layer(row, "cuda")
+    errors = layer.errors() if row.keys <= LONGEST_EXACT else {}
+    with torch.no_grad():
+        found = {name: timed(partial(way)) for name, way in layer.ways().items()}
+    # What is read alone: a copy of so many bytes writes as many, at the same rate.
+    yield result(row, found, copy_rate(2 * row.bytes), errors)
 
 
 class Layer:
@@ -166,7 +164,7 @@ class Layer:
 
 
 def result(
-    row: Row, found: Mapping[str, Timed], copied: float, errors: Mapping[str, float], *, promised: bool
+    row: Row, found: Mapping[str, Timed], copied: float, errors: Mapping[str, float]
 ) -> dict[str, Any]:
     """Return what is kept of a row; `copied` is the copy rate in GB/s."""
     ours = found[OURS].microseconds
@@ -180,7 +178,7 @@ def result(
     return {
         "name": row.name,
         "told": f"{ours:.1f} us, {rate:.0f} GB/s, {over_floor:.2f} x the time of reading the cache; {others}",
-        "holds": over_floor <= PROMISED_OVER_FLOOR if promised and row.keys >= PROMISED_FROM else None,
+        "holds": over_floor <= PROMISED_OVER_FLOOR if row.keys >= PROMISED_FROM else None,
         "shape": [row.batch, row.heads, row.key_heads, row.keys, row.head_dim],
         "encoding": str(row.encoding),
         "bytes": row.bytes,

@@ -49,7 +49,10 @@ def read(path: Path) -> Document | None:
 def text(found: Mapping[str, Document | None], figures: Sequence[str]) -> str:
     """Return the page."""
     lines = ["# Measured on a GPU", ""]
-    lines += ["This page is made by `make gpu-page` from the files that `make bench-gpu` writes.", ""]
+    lines += [
+        "This page is made by `make gpu-page` from the files that `make bench-gpu` writes. `1.2 x other` says that"
+    ]
+    lines += ["ours is 1.2 times as fast as the other.", ""]
     for figure in figures:
         lines += [f"![{figure}](figures/gpu_{figure}.png)", ""]
     for case, about in CASES.items():

@@ -61,15 +61,8 @@ ROWS: Final = (
 )
 
 
-def rotation(quick: bool) -> Iterator[dict[str, Any]]:
-    """One result per row and direction: microseconds, GB/s, share of the copy rate, errors against float64."""
-    for row in ROWS:
-        yield from measured(row.small() if quick else row)
-        torch.compiler.reset()
-
-
 def measured(row: Row) -> Iterator[dict[str, Any]]:
-    """Measure a row forward, and forward and backward."""
+    """One result per direction: microseconds, GB/s, share of the copy rate, errors against float64."""
     layer = Layer(row, "cuda")
     copied = copy_rate(row.bytes)
     errors = layer.errors()
@@ -114,7 +107,9 @@ class Layer:
 
     def ways(self) -> Mapping[str, Way]:
         """Return the ways that can turn this row."""
-        found: dict[str, Way] = {OURS: self.ours, COMPILED: torch.compile(self.written), EAGER: self.written}
+        # Norms join rotations in graphs alone, and there their way back is compiled.
+        ours = torch.compile(self.ours) if self.row.normed else self.ours
+        found: dict[str, Way] = {OURS: ours, COMPILED: torch.compile(self.written), EAGER: self.written}
         liger = (
             _liger() if not (self.row.normed or self.row.learned) and self.row.planes == Half(128) else None
         )

@@ -12,9 +12,11 @@ import torch
 
 from grape_compile.tuning.timing import replays
 
-#: Runs in one graph, and graphs that are timed.
+#: Runs in one graph at most, and replays that are timed.
 RUNS: Final = 10
 REPETITIONS: Final = 15
+#: A graph of a run of this many microseconds hides its launch by itself.
+LONG: Final = 2000.0
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,14 @@ def timed(run: Callable[[], object]) -> Timed:
         stream.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
         run()
+        stop.record()
         stream.synchronize()
         peak = torch.cuda.max_memory_allocated() - before
-    times = sorted(replays(run, RUNS, REPETITIONS))
+    once = 1000.0 * start.elapsed_time(stop)
+    times = sorted(replays(run, max(1, min(RUNS, round(LONG / once))), REPETITIONS))
     quarter = len(times) // 4
     return Timed(median(times), (times[quarter], times[-1 - quarter]), peak)
 

@@ -25,7 +25,7 @@ def leaves(*tensors: Tensor) -> list[Tensor]:
 
 
 def gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor], seed: int = 21) -> tuple[Tensor, ...]:
-    cotangents = [tensor(*output.shape, seed=seed + at).to(output.dtype) for at, output in enumerate(outputs)]
+    cotangents = [tensor(*output.shape, seed=seed + at).to(output) for at, output in enumerate(outputs)]
     wanted = [part for part in inputs if part.requires_grad]
     return torch.autograd.grad(outputs, wanted, cotangents, allow_unused=True, materialize_grads=True)
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 import torch
 from kernel_cases import DEVICE
 from operator_errors import leaves
@@ -35,6 +36,8 @@ from grape_compile.operators.providers import Provider
 from grape_compile.operators.samples import tensor, unit_roundoff
 
 HEADS, HEAD = 2, 8
+#: As `kernels.path` has it; that module needs no Triton, but these tests do.
+FEW_QUERIES = 16
 
 
 def path(link: Link, dim: int, normalised: str = "none", *, turned: bool = False) -> PathBias:
@@ -187,6 +190,8 @@ def heads_of(case: Case, seed: int = 0) -> list[Tensor]:
 
 def compare(case: Case) -> None:
     """Values, and gradients for a random cotangent of queries, keys, values and every slot whose gradient is taken."""
+    if case.mask and DEVICE == "cuda" and case.dtype == torch.float32 and case.queries > FEW_QUERIES:
+        pytest.skip("left to another provider on a GPU")
     heads, slots, mask = heads_of(case), slots_of(case), mask_of(case)
     results: list[list[Tensor]] = []
     cotangent = tensor(case.batch, case.heads, case.queries, case.values, seed=9, dtype=case.dtype).to(DEVICE)

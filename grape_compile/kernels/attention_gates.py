@@ -56,7 +56,12 @@ def _launch(kernel: Kernel, name: str, head_dim: int) -> Callable[[int], Launch]
 
 
 GATES: Final = tuple(
-    KernelGate(f"attention_{kernel}_{name}_{head_dim}", _launch(kernel, name, head_dim), matrix=True)
+    KernelGate(
+        f"attention_{kernel}_{name}_{head_dim}",
+        _launch(kernel, name, head_dim),
+        matrix=True,
+        timed=name not in ("capped", "packed"),
+    )
     for kernel in KERNELS
     for name, head_dim in (
         *((name, 128) for name in ENCODINGS if kernel in _ONLY_IN.get(name, KERNELS)),

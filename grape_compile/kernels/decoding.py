@@ -26,7 +26,7 @@ from grape_compile.operators.path import Path
 from grape_compile.operators.providers import AttendKernel
 
 #: Queries of a sequence that are few, and rows of a tile: queries times heads that share a key.
-MOST_QUERIES: Final = 16
+MOST_QUERIES: Final = path.FEW_QUERIES
 MOST_ROWS: Final = 64
 #: The least rows of a matrix product.
 LEAST_ROWS: Final = 16

@@ -194,7 +194,8 @@ def _attend_backward(
         call = attend_call(query, key, value, slots, encoding, *given)
         call = replace(call, wants_bias_gradients=slot_gradients, wants_mask_gradient=mask_gradient)
         found = choose(call).kernel().backward(call, gradient, output, logsumexp)
-    results = [found.query, found.key, found.value]
+    heads = zip((found.query, found.key, found.value), (query, key, value), strict=True)
+    results = [_as_planned(gradient, like) for gradient, like in heads]
     if slot_gradients:
         results += _pulled(call, parse_encoding(encoding), slots, found.biases)
     return results if found.mask is None else [*results, found.mask]
@@ -218,6 +219,17 @@ def _pulled(
     return [part.contiguous() for part in pull(made, [slots[place] for place in places], gradients)]
 
 
+def _planned(heads: Tensor) -> Tensor:
+    """Return memory for the gradient of heads: on a GPU it lies as they do, which is what a projection takes back."""
+    return torch.empty_like(heads) if heads.is_cuda else heads.new_empty(heads.shape)
+
+
+def _as_planned(gradient: Tensor, heads: Tensor) -> Tensor:
+    """Return a gradient in the layout that compilers were told of; most kernels leave it so."""
+    planned = _planned(heads)
+    return gradient if gradient.stride() == planned.stride() else planned.copy_(gradient)
+
+
 def _attend_backward_fake(
     gradient: Tensor,
     query: Tensor,
@@ -230,7 +242,7 @@ def _attend_backward_fake(
     *options: Any,
 ) -> list[Tensor]:
     mask, *_, slot_gradients, mask_gradient = options
-    results = [query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)]
+    results = [_planned(each) for each in (query, key, value)]
     if slot_gradients:
         results += [slots[place].new_empty(slots[place].shape) for place in floating(slots)]
     if mask_gradient and mask is not None:

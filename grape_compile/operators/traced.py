@@ -69,4 +69,4 @@ def define_for_transforms(
     with warnings.catch_warnings():
         # torch says that a kernel it registered itself is replaced.
         warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
-        operator._lib.impl(operator._name, differentiate, "Autograd", with_keyset=True)
+        operator._lib.impl(operator._name, differentiate, "Autograd", with_keyset=True, allow_override=True)

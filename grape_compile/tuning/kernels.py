@@ -24,6 +24,8 @@ from grape_compile.tuning.timing import microseconds
 
 #: Registers of one multiprocessor, and of one thread at most.
 REGISTERS: Final = 65536
+#: Bytes that a thread may spill: the fastest tiles of the backward kernels of attention on an H100 spill up to 312.
+SPILLED: Final = 512
 
 Timer = Callable[[Case, Mapping[str, Any]], float]
 
@@ -75,8 +77,8 @@ def tune_kernels(
 
     `encodings` are those of the layers; without any, the rotation of halves that most models have. The file, by default
     the one that kernels read, is written after every case, so that a search that was stopped goes on where it was;
-    `fresh` starts over. Configurations that spill, or want more shared memory or registers than there are, are dropped
-    before they run. Raises GrapeError without Triton or a GPU.
+    `fresh` starts over. Configurations that spill much, or want more shared memory or registers than there are, are
+    dropped before they run. Raises GrapeError without Triton or a GPU.
     """
     if absent := missing_triton():
         raise GrapeError("tune kernels", absent, "Triton and a CUDA device")
@@ -170,8 +172,8 @@ def _tune(case: Case, capability: int, timed: Timer) -> Tuned:
 def unfit(needs: Usage, configuration: Mapping[str, Any], capability: int) -> str:
     """Return why a configuration is not worth running, or nothing."""
     known = max((each for each in SHARED_LIMIT if each <= capability), default=min(SHARED_LIMIT))
-    if needs.stack:
-        return "it spills registers"
+    if needs.stack > SPILLED:
+        return f"it spills more than {SPILLED} bytes"
     if needs.shared > SHARED_LIMIT[known]:
         return "it needs more shared memory than a block has"
     if needs.registers * 32 * int(configuration.get("warps", 1)) > REGISTERS:

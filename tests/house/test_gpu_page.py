@@ -22,7 +22,7 @@ ABOUT = {"gpu": {"name": "a GPU", "torch": "2", "triton": "3"}, "date": "2026-01
 def decoded(microseconds: float, **changed: Any) -> dict[str, Any]:
     row = replace(ROWS[0], **changed)
     times = {name: Timed(microseconds, (microseconds, microseconds), 0) for name in (OURS, PREFILL, FLOOR)}
-    return result(row, times, 1000.0, {}, promised=True)
+    return result(row, times, 1000.0, {})
 
 
 def made(folder: Path, case: str, rows: list[dict[str, Any]], **changed: Any) -> None:

@@ -285,4 +285,5 @@ def test_one_graph_decodes_at_every_length(dtype: torch.dtype) -> None:
                 query.double(), key[:, :, :filled].double(), value[:, :, :filled].double(), alibi(32)
             )
             error = float((found.double() - wanted).norm() / wanted.norm())
-            assert error <= 1e-5 + 8 * unit_roundoff(dtype)
+            # The bias of the first keys is counted from the end of the cache: slopes below one, times its capacity.
+            assert error <= capacity * unit_roundoff(torch.float32) + 8 * unit_roundoff(dtype)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,12 @@ STRICT = KernelGate(
 def test_a_promise_that_is_broken_is_found(changed: dict[str, Any], sentence: str | None) -> None:
     told = breaches(STRICT, usage(**changed), 90)
     assert not told if sentence is None else any(sentence in each for each in told)
+
+
+def test_what_was_the_fastest_may_spill_where_it_was_timed() -> None:
+    timed = replace(STRICT, timed=True)
+    assert not breaches(timed, usage(stack=16), 90)
+    assert any("spills" in each for each in breaches(timed, usage(stack=16), 80))
 
 
 @pytest.mark.parametrize(

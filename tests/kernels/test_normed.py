@@ -130,7 +130,7 @@ def test_operands_that_do_not_fit(size: int, place: Place) -> None:
             [given],
             [torch.zeros(size, device=DEVICE)],
             encoding,
-            {"n": torch.arange(7)},
+            {"n": torch.arange(7, device=DEVICE)},
             epsilon=0.0,
             place=place,
         )

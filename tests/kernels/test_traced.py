@@ -19,7 +19,8 @@ from kernel_cases import DEVICE, kernels_first
 from rotation_spellings import ROTATION_SPELLINGS, Spelling
 
 from grape_compile import grape_compile, report
-from grape_compile.encoding import rope
+from grape_compile.encoding import Encoding, alibi, fox, grape_ap, rope
+from grape_compile.operators import attention, providers
 from grape_compile.operators.providers import turn_lowering
 from grape_compile.operators.sample import tensor
 from grape_compile.operators.turn_call import TurnCall
@@ -140,6 +141,31 @@ def test_the_kernels_of_the_table_are_those_of_rotations() -> None:
         assert turn_lowering(call) == "grape::rotate by triton"
 
 
+@pytest.mark.parametrize("encoding", [alibi(4), fox(), grape_ap(4)], ids=["alibi", "fox", "path"])
+def test_gradients_lie_as_compilers_plan(encoding: Encoding, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the gradient of heads [B, H, T, D] lies as they do, token after token."""
+    monkeypatch.setattr(attention, "_planned", torch.empty_like)
+    kernel = "path" if encoding.slots == grape_ap(4).slots else "attention"
+    row = providers.Provider("triton", f"grape_compile.kernels.{kernel}", priority=99, devices=(DEVICE,))
+    monkeypatch.setattr(providers, "PROVIDERS", (row,))
+    made = [tensor(1, 17, count, 8, dtype=torch.float32, seed=count).to(DEVICE) for count in (4, 2, 2)]
+    query, key, value = (each.transpose(1, 2) for each in made)
+    sizes = {"log_forget": (1, 4, 17), "path_query": (1, 4, 17, 8), "path_key": (1, 4, 17, 8)}
+    slots = [-torch.rand(sizes[name], device=DEVICE) for name in encoding.slots]
+    options = str(encoding), None, True, 1.0, None
+    results = torch.ops.grape.attend(query, key, value, slots, *options)
+    operands = torch.ones_like(results[0]), query, key, value, *results, slots
+    ending = *options, None, None, None, bool(slots), False
+    found = torch.ops.grape.attend_backward(*operands, *ending)
+    with FakeTensorMode() as mode:
+        told = torch.ops.grape.attend_backward(
+            *([mode.from_tensor(one) for one in each] if isinstance(each, list) else mode.from_tensor(each)
+              for each in operands), *ending
+        )  # fmt: skip
+    assert [each.stride() for each in told] == [each.stride() for each in found]
+    assert [each.stride() for each in told[:3]] == [each.stride() for each in (query, key, value)]
+
+
 def test_without_triton_everything_imports_and_runs() -> None:
     program = """
 import sys
@@ -148,12 +174,16 @@ import importlib, pkgutil
 import torch
 import grape_compile
 from grape_compile.encoding import rope
+from grape_compile.errors import GrapeError
 from grape_compile.kernels import turning
 from grape_compile.operators import rotate
 from grape_compile.operators.turn_call import TurnCall
 for module in pkgutil.walk_packages(grape_compile.__path__, "grape_compile."):
     if ".bodies." not in module.name:
-        importlib.import_module(module.name)
+        try:
+            importlib.import_module(module.name)
+        except GrapeError as missing:
+            assert "apache-tvm" in str(missing)
 heads = torch.ones(1, 2, 3, 8)
 rotate([heads], rope(8))
 print(turning.supports(TurnCall((heads,), rope(8), {})))

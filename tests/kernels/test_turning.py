@@ -167,7 +167,8 @@ def test_in_place(planes: Half) -> None:
     (launch,) = turning.launches(TurnCall(tuple(given), encoding, {}), given)
     assert launch.arguments["REST_0"] == launch.arguments["REST_1"] == 0
     rotate_into(given, given, encoding)
-    assert all(torch.equal(one, two) for one, two in zip(given, wanted, strict=True))
+    # A compiler may contract the sums of two kernels differently: one rounding of a product.
+    assert worst(given, wanted) <= 8 * torch.finfo(torch.float32).eps
 
 
 def test_planes_that_move_refuse_to_turn_in_place() -> None:

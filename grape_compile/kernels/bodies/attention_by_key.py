@@ -129,6 +129,7 @@ def attention_by_key(
             past_level = tl.load(levels + part + begin + row)
             products = tl.dot(key, tl.trans(query), input_precision=PRECISION)
             products = capped(products, scale / cap, CAPPED)
+            scaled = products * factor
             # From the origin of the keys to the first of the queries, and on to each of them.
             level_apart = -apart(bias.columns.level, begin + offset, level_high, level_low, bias, BIAS.level)
             term_apart = -apart(bias.columns.term, begin + offset, term_high, term_low, bias, BIAS.term)
@@ -146,7 +147,7 @@ def attention_by_key(
                     bias, level_apart, term_apart, 0.0, False, BIAS.gate_query or BIAS.gate_key, BIAS
                 )
                 logits = past_logits(
-                    products, factor, (by_keys + base)[:, None], (term_key + term_apart)[:, None],
+                    scaled, (by_keys + base)[:, None], (term_key + term_apart)[:, None],
                     term_query[None, :], gate_query, gate_key, BIAS,
                 )  # fmt: skip
                 logits -= past_level[None, :]
@@ -158,7 +159,7 @@ def attention_by_key(
                 else:
                     level_query = apart(bias.columns.level, first + KEY_BLOCK, at, at, bias, BIAS.level)
                 logits = near_logits(
-                    products, factor, bias, level_key[:, None], level_query[None, :], term_key[:, None],
+                    scaled, bias, level_key[:, None], level_query[None, :], term_key[:, None],
                     term_query[None, :], gate_query, gate_key, BIAS,
                 )  # fmt: skip
                 seen = visible(at[None, :], (first + column)[:, None], keys, window, SIGHT)

@@ -121,8 +121,7 @@ def attention_by_query(
         products = capped(products, scale / cap, CAPPED)
         past = (first >= past_start) & (first + KEY_BLOCK <= past_stop)
         logits, base, level_query, term_query, gate_key = tile_logits(
-            products,
-            factor,
+            products * factor,
             bias,
             sight,
             rows,

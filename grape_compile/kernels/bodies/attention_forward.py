@@ -95,8 +95,7 @@ def attention_forward(
         products = capped(products, scale / cap, CAPPED)
         past = (first >= past_start) & (first + KEY_BLOCK <= past_stop)
         logits, base, _, _, _ = tile_logits(
-            products,
-            factor,
+            products * factor,
             bias,
             sight,
             rows,

@@ -30,11 +30,14 @@ ABSORBING = tl.constexpr(-1e38)
 
 @triton.jit
 def tile_logits(
-    products, factor, bias, sight, rows, first, past, mask_offsets, there, level, BIAS: tl.constexpr,
-    SIGHT: tl.constexpr, KEY_BLOCK: tl.constexpr, LESS: tl.constexpr,
+    scaled, bias, sight, rows, first, past, mask_offsets, there, level,
+    BIAS: tl.constexpr, SIGHT: tl.constexpr, KEY_BLOCK: tl.constexpr, LESS: tl.constexpr,
 ):  # fmt: skip
     """Return the logits of queries by the keys from `first` on: with LESS, less the `level` of each query, or else less
     what the bias adds to the whole row, which is the second that comes back.
+
+    `scaled` are products times what makes them powers of two, multiplied before the branches: Triton 3.6 pipelines no
+    loop in which a branch reads what a matrix instruction returns.
 
     `past`: all of these queries see all of these keys, which lie behind them. `there` says which query is. With them
     come the queries' distances to the origin of the tile, of level and term, and the gates of the keys.
@@ -52,7 +55,7 @@ def tile_logits(
         by_key = part_of_keys(bias, first, BIAS, KEY_BLOCK)
         term_key = key_distance(bias.columns.term, first, bias, BIAS.term, KEY_BLOCK)
         logits = past_logits(
-            products, factor, by_key[None, :], term_key[None, :], term_query[:, None], gate_query, gate_key, BIAS
+            scaled, by_key[None, :], term_key[None, :], term_query[:, None], gate_query, gate_key, BIAS
         )  # fmt: skip
         base = part_of_queries(bias, level_query, term_query, rows.gate, BIAS.gate_query, BIAS.gate_key, BIAS)
         if LESS:
@@ -61,7 +64,7 @@ def tile_logits(
         level_key = key_distance(bias.columns.level, first, bias, BIAS.level, KEY_BLOCK)
         term_key = key_distance(bias.columns.term, first, bias, BIAS.term, KEY_BLOCK)
         logits = near_logits(
-            products, factor, bias, level_key[None, :], level_query[:, None], term_key[None, :], term_query[:, None],
+            scaled, bias, level_key[None, :], level_query[:, None], term_key[None, :], term_query[:, None],
             gate_query, gate_key, BIAS,
         )  # fmt: skip
         if LESS:
@@ -139,12 +142,12 @@ def part_of_queries(
 
 
 @triton.jit
-def past_logits(products, factor, by_key, term_key, term_query, gate_query, gate_key, BIAS: tl.constexpr):
+def past_logits(scaled, by_key, term_key, term_query, gate_query, gate_key, BIAS: tl.constexpr):
     """Return logits of keys in the past without the part that sees the query alone."""
     if BIAS.level != NONE or BIAS.gate_key or (BIAS.term != NONE and not BIAS.gate_query):
-        logits = products * factor + by_key
+        logits = scaled + by_key
     else:
-        logits = products * factor
+        logits = scaled
     if BIAS.gate_query:
         logits += gate_query * term_key
     if BIAS.gate_key:
@@ -154,8 +157,7 @@ def past_logits(products, factor, by_key, term_key, term_query, gate_query, gate
 
 @triton.jit
 def near_logits(
-    products,
-    factor,
+    scaled,
     bias,
     level_key,
     level_query,
@@ -166,7 +168,7 @@ def near_logits(
     BIAS: tl.constexpr,
 ):
     """Return logits whose differences are taken before they are multiplied."""
-    logits = products * factor
+    logits = scaled
     if BIAS.level != NONE:
         logits += bias.level_slope * (level_key + level_query)
     if BIAS.term != NONE:

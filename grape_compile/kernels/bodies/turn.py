@@ -102,7 +102,7 @@ def places(table, planes, turning, COUNT: tl.constexpr, START: tl.constexpr, RUN
 def take_planes(
     at, seen, planes, turning, table,
     COUNT: tl.constexpr, WIDTH: tl.constexpr, START: tl.constexpr, RUN: tl.constexpr, STEP: tl.constexpr,
-    APART: tl.constexpr, KEEP: tl.constexpr = "",
+    APART: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """First and second coordinate of every plane [rows, WIDTH] of the heads that `at` [rows, 1] points to, float32.
 
@@ -239,7 +239,7 @@ def turn_head(
 ):  # fmt: skip
     """Turn one head of a block of tokens; where it is normalised, by the mean of `squares` over SIZE."""
     first, second = take_planes(
-        source, seen, planes, turning, in_table, COUNT, WIDTH, IN_START, IN_RUN, IN_STEP, IN_APART
+        source, seen, planes, turning, in_table, COUNT, WIDTH, IN_START, IN_RUN, IN_STEP, IN_APART, ""
     )
     factor = 1.0
     if NORM != PLAIN:

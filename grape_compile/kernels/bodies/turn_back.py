@@ -42,11 +42,12 @@ def heads_back(
         far = tl.cast(head, tl.int64)
         at = cotangent + far * g_head
         one, two = take_planes(
-            at, seen, planes, turning, out_table, COUNT, WIDTH, OUT_START, OUT_RUN, OUT_STEP, OUT_APART
+            at, seen, planes, turning, out_table, COUNT, WIDTH, OUT_START, OUT_RUN, OUT_STEP, OUT_APART, ""
         )
         turned_one, turned_two = one * cos + two * sin, two * cos - one * sin
         first, second = take_planes(
-            source + far * x_head, seen, planes, turning, in_table, COUNT, WIDTH, IN_START, IN_RUN, IN_STEP, IN_APART
+            source + far * x_head, seen, planes, turning, in_table, COUNT, WIDTH, IN_START, IN_RUN, IN_STEP, IN_APART,
+            "",
         )  # fmt: skip
         if TABLED_ANGLES:
             cos_sum += one * first + two * second
