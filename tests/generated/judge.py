@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,7 +95,8 @@ def _judged(program: Program, loaded: Loaded) -> Tally:
     try:
         wanted = expected(program, loaded)
         model = drawn(loaded.model().eval())
-        output = model(*arguments(program, 2, program.length))
+        with _unwritten_is_no_number():
+            output = model(*arguments(program, 2, program.length))
         if not output.isfinite().all():
             raise Unusable("what it computes are no numbers")
     except (RuntimeError, TypeError, IndexError, ValueError, NameError, AttributeError) as failure:
@@ -106,6 +109,16 @@ def _judged(program: Program, loaded: Loaded) -> Tally:
         if isinstance(site.encoding, Rotation):
             _check_name(program, model, site)
     return tally
+
+
+@contextmanager
+def _unwritten_is_no_number() -> Iterator[None]:
+    """Fill new memory, so that a program that reads what it never wrote is seen to compute no numbers."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def _through_door(program: Program, model: nn.Module) -> tuple[Report, nn.Module, nn.Module, bool]:
