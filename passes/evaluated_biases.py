@@ -18,7 +18,7 @@ from grape_compile.encoding import Absolute, Distance, Signed
 from grape_compile.passes.bias_parts import BiasPart
 from grape_compile.passes.clocks import counted_by, counts, is_given
 from grape_compile.passes.elements import Reader
-from grape_compile.passes.finished_tables import TablePart, at_key, changing, finished_table
+from grape_compile.passes.finished_tables import TablePart, at_key, finished_table, unknown
 from grape_compile.passes.graph import Program, Taint, Unreadable
 from grape_compile.passes.operands import Operand
 from grape_compile.passes.plans import Miss
@@ -80,7 +80,7 @@ class _Term:
                     "ALiBi by absolute distance" if isinstance(distance, Absolute) else "ALiBi",
                 )
             if self.program.made_of(clock.node) is None:
-                return changing("distances")
+                return unknown(self.program, clock.node, "distances")
             scores.rely_on_numbers([clock.node])
         if isinstance(distance, Absolute):
             sign = -1.0 if float(scores.aligned(clock).max()) > 0 else 1.0
@@ -178,7 +178,7 @@ class _Term:
         if isinstance(whole, TablePart):
             return [whole]
         if program.made_of(node) is None:
-            return changing("biases")
+            return unknown(program, node, "biases")
         keys = scores.shape[KEY]
         if isinstance(distance, Absolute) or keys < 2:
             return Miss(

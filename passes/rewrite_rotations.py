@@ -114,9 +114,8 @@ def _prepare(
     hazard = mutation_between(program, plan.region, plan.output)
     if hazard is not None:
         raise Unreadable(f"{hazard.name} changes a value in place while it is being rotated")
-    planes = plan.operator.planes.count
     source = _permuted(emitter, plan.input, plan.order)
-    operands = tuple(emitter.rotated(operand, source, planes) for operand in plan.operands)
+    operands = plan.emit(emitter, source)
     hazard = overwritten(program, operands, plan.output)
     if hazard is not None:
         raise Unreadable(f"{hazard.name} changes the angles in place before they are used")

@@ -9,9 +9,11 @@ from torch import fx
 
 from grape_compile.passes.axes import Axes, Letters
 from grape_compile.passes.graph import Program, Taint, fake, op_name, require_fake
-from grape_compile.passes.movement import PERMUTES, RESHAPES
+from grape_compile.passes.movement import PERMUTES, RESHAPES, keeps_numbers
 from grape_compile.passes.products import Product, product_of
-from grape_compile.passes.score_terms import ABSORBING, PASSED, ScoreTerm, constant, split_terms
+from grape_compile.passes.replay import Replay
+from grape_compile.passes.score_terms import ABSORBING, LOWEST, PASSED, ScoreTerm, constant, split_terms
+from grape_compile.passes.truths import is_truth
 
 _BENDING = {
     "aten::max",
@@ -46,7 +48,7 @@ class ScoreWalk:
     """
 
     def __init__(self, program: Program) -> None:
-        self.program = program
+        self.program, self.replay = program, Replay(program)
         self.letters = Letters()
         self.terms: list[ScoreTerm] = []
         self.obstacle = ""
@@ -109,6 +111,9 @@ class ScoreWalk:
 
     def _sum(self, node: fx.Node, name: str, data: list[fx.Node], factor: float) -> Core | None:
         """A sum with the scores on one side: of two activations, the one that leads to a product of query and key."""
+        blended = self._blended(node, name, factor)
+        if blended is not None:
+            return blended
         found = []
         held = self._state()
         for candidate in dict.fromkeys(data):
@@ -143,6 +148,40 @@ class ScoreWalk:
         if core is not None and isinstance(other, fx.Node):
             self.terms = split_terms(self.program, other, factor * others, core.axes) + self.terms
         return core
+
+    def _blended(self, node: fx.Node, name: str, factor: float) -> Core | None:
+        """`scores * mask + number * (1 - mask)` is a fill where the mask, of ones and zeros, is zero (GPT-2)."""
+        if node.kwargs or not all(isinstance(each, fx.Node) for each in node.args[:2]):
+            return None
+        for kept, other in (node.args[:2], node.args[1::-1]):
+            assert isinstance(kept, fx.Node)
+            assert isinstance(other, fx.Node)
+            number, mask = _times_complement(other)
+            signs = (1.0, -1.0) if name == "aten::sub" else (1.0, 1.0)
+            own, others = signs if kept is node.args[0] else signs[::-1]
+            operands = kept.all_input_nodes if op_name(kept) == "aten::mul" else []
+            scores = [each for each in operands if self.program.taints[each] is Taint.DATA]
+            masks = [each for each in operands if mask is not None and self._is_same(each, mask)]
+            if mask is None or len(operands) != 2 or len(scores) != 1 or len(masks) != 1:
+                continue
+            value = number * others * factor
+            if value > LOWEST:
+                return None
+            if not is_truth(self.program, mask, self.replay):
+                self.hinder(
+                    "its scores are multiplied by a mask of which nothing shows that it holds ones and zeros alone in "
+                    "every call: make it of truth values, or keep it with persistent=False"
+                )
+            core = self._spread(node, scores[0], self.read(scores[0], factor * own))
+            if core is not None:
+                self.terms.insert(0, ScoreTerm(masks[0], dead=False, value=value, whole=True, axes=core.axes))
+            return core
+        return None
+
+    def _is_same(self, one: fx.Node, other: fx.Node) -> bool:
+        """Whether two values hold the same numbers, be it in other types."""
+        numbers = self.program.value_numbers
+        return numbers[_uncast(one)] == numbers[_uncast(other)]
 
     def _spread(self, node: fx.Node, data: fx.Node, core: Core | None) -> Core | None:
         """The scores after something was done to each of them, which may have put axes of one entry before them."""
@@ -195,3 +234,30 @@ class ScoreWalk:
         if number and isinstance(bias, fx.Node):
             self.terms = split_terms(self.program, bias, number, product.axes)
         return Core(product, factor, product.axes)
+
+
+def _times_complement(node: fx.Node) -> tuple[float, fx.Node | None]:
+    """A number and the value whose difference from one it is multiplied by."""
+    number = 1.0
+    while True:
+        name, args = op_name(node), node.args
+        factor = args[1] if len(args) > 1 else None
+        if name == "aten::rsub":
+            plain = (
+                factor == 1 and args[2:] in ((), (1,)) and not node.kwargs and isinstance(args[0], fx.Node)
+            )
+            return number, _uncast(args[0]) if plain else None  # type: ignore[arg-type] # checked before
+        if name in PASSED and isinstance(args[0], fx.Node):
+            node = args[0]
+        elif name == "aten::neg" and isinstance(args[0], fx.Node):
+            node, number = args[0], -number
+        elif name == "aten::mul" and isinstance(factor, int | float) and isinstance(args[0], fx.Node):
+            node, number = args[0], number * factor
+        else:
+            return number, None
+
+
+def _uncast(node: fx.Node) -> fx.Node:
+    while op_name(node) in PASSED and keeps_numbers(node) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node

@@ -200,6 +200,34 @@ def raised_to_the_lowest(query: Tensor, key: Tensor, value: Tensor, slopes: Tens
     return torch.max(scores, torch.tensor(torch.finfo(scores.dtype).min)).softmax(-1) @ value
 
 
+def mask_multiplied(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    """As GPT-2 hides keys."""
+    scores = scores_of(query, key) + by_distance(slopes, key.shape[-2])
+    seen = causal(key.shape[-2]).to(scores.dtype)
+    return (scores * seen - 1e10 * (1 - seen)).softmax(-1) @ value
+
+
+class MaskKept(nn.Module):
+    """As OpenAI's GPT hides keys, by ones and zeros in a buffer."""
+
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = BiasedAttention(self.hidden)
+        self.register_buffer("seen", causal(64).float().view(1, 1, 64, 64), persistent=False)
+
+    def hidden(self, query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+        length = key.shape[-2]
+        seen = self.seen[:, :, :length, :length]
+        scores = scores_of(query, key) + by_distance(slopes, length)
+        return (scores * seen + -1e4 * (1 - seen)).softmax(-1) @ value
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner(x)
+        return out
+
+
 class LearnedSlopes(nn.Module):
     """Slopes that are trained."""
 
@@ -268,7 +296,9 @@ BIAS_SPELLINGS: tuple[BiasSpelling, ...] = (
     _row(softmax_in_wider_type),
     _row(through_axes_of_one),
     _row(raised_to_the_lowest),
+    _row(mask_multiplied),
     _row(above_a_soft_cap),
     _row(beside_sinks),
+    BiasSpelling("mask_kept", MaskKept),
     BiasSpelling("learned_slopes", lambda: LearnedSlopes(distance_then_masked_fill)),
 )
