@@ -151,18 +151,22 @@ class ScoreWalk:
 
     def _blended(self, node: fx.Node, name: str, factor: float) -> Core | None:
         """`scores * mask + number * (1 - mask)` is a fill where the mask, of ones and zeros, is zero (GPT-2)."""
-        if node.kwargs or not all(isinstance(each, fx.Node) for each in node.args[:2]):
+        alpha = node.kwargs.get("alpha", 1)
+        if not all(isinstance(each, fx.Node) for each in node.args[:2]) or not isinstance(alpha, int | float):
             return None
         for kept, other in (node.args[:2], node.args[1::-1]):
             assert isinstance(kept, fx.Node)
             assert isinstance(other, fx.Node)
-            number, mask = _times_complement(other)
-            signs = (1.0, -1.0) if name == "aten::sub" else (1.0, 1.0)
+            signs = 1.0, float(-alpha if name == "aten::sub" else alpha)
             own, others = signs if kept is node.args[0] else signs[::-1]
             operands = kept.all_input_nodes if op_name(kept) == "aten::mul" else []
             scores = [each for each in operands if self.program.taints[each] is Taint.DATA]
-            masks = [each for each in operands if mask is not None and self._is_same(each, mask)]
-            if mask is None or len(operands) != 2 or len(scores) != 1 or len(masks) != 1:
+            masks = [each for each in operands if each not in scores and fake(each) is not None]
+            if len(scores) != 1 or len(masks) != 1:
+                continue
+            (mask,) = masks
+            number = self._of_complement(other, mask)
+            if number is None:
                 continue
             value = number * others * factor
             if value > LOWEST:
@@ -174,14 +178,31 @@ class ScoreWalk:
                 )
             core = self._spread(node, scores[0], self.read(scores[0], factor * own))
             if core is not None:
-                self.terms.insert(0, ScoreTerm(masks[0], dead=False, value=value, whole=True, axes=core.axes))
+                self.terms.insert(0, ScoreTerm(mask, dead=False, value=value, whole=True, axes=core.axes))
             return core
         return None
 
-    def _is_same(self, one: fx.Node, other: fx.Node) -> bool:
-        """Whether two values hold the same numbers, be it in other types."""
-        numbers = self.program.value_numbers
-        return numbers[_uncast(one)] == numbers[_uncast(other)]
+    def _of_complement(self, node: fx.Node, mask: fx.Node) -> float | None:
+        """The number that 1 - mask is multiplied by; None for anything else."""
+        start, rise, numbers = 0.0, 1.0, self.program.value_numbers
+        while numbers[_uncast(node)] != numbers[_uncast(mask)]:
+            name, args = op_name(node), node.args
+            given = args[1] if len(args) > 1 else 0
+            plain = isinstance(given, int | float) and not node.kwargs and len(args) < 3
+            if not args or not isinstance(args[0], fx.Node) or not (plain or name in PASSED):
+                return None
+            number = float(given) if isinstance(given, int | float) else 0.0
+            if name in ("aten::add", "aten::sub", "aten::rsub"):
+                start += rise * (-number if name == "aten::sub" else number)
+                rise = -rise if name == "aten::rsub" else rise
+            elif name in ("aten::mul", "aten::div") and number:
+                rise = rise * number if name == "aten::mul" else rise / number
+            elif name == "aten::neg":
+                rise = -rise
+            elif name not in PASSED:
+                return None
+            node = args[0]
+        return start if start == -rise else None
 
     def _spread(self, node: fx.Node, data: fx.Node, core: Core | None) -> Core | None:
         """The scores after something was done to each of them, which may have put axes of one entry before them."""
@@ -234,27 +255,6 @@ class ScoreWalk:
         if number and isinstance(bias, fx.Node):
             self.terms = split_terms(self.program, bias, number, product.axes)
         return Core(product, factor, product.axes)
-
-
-def _times_complement(node: fx.Node) -> tuple[float, fx.Node | None]:
-    """A number and the value whose difference from one it is multiplied by."""
-    number = 1.0
-    while True:
-        name, args = op_name(node), node.args
-        factor = args[1] if len(args) > 1 else None
-        if name == "aten::rsub":
-            plain = (
-                factor == 1 and args[2:] in ((), (1,)) and not node.kwargs and isinstance(args[0], fx.Node)
-            )
-            return number, _uncast(args[0]) if plain else None  # type: ignore[arg-type] # checked before
-        if name in PASSED and isinstance(args[0], fx.Node):
-            node = args[0]
-        elif name == "aten::neg" and isinstance(args[0], fx.Node):
-            node, number = args[0], -number
-        elif name == "aten::mul" and isinstance(factor, int | float) and isinstance(args[0], fx.Node):
-            node, number = args[0], number * factor
-        else:
-            return number, None
 
 
 def _uncast(node: fx.Node) -> fx.Node:

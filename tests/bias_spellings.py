@@ -265,6 +265,21 @@ def beside_sinks(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> T
     return functional.dropout(weights, p=0.0, training=False) @ value
 
 
+def one_beside_the_sum(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    """A sink of logit zero ("softmax off by one")."""
+    scores = fill_above_diagonal(scores_of(query, key) + by_distance(slopes, key.shape[-2]))
+    parts = scores.exp()
+    return parts / (1 + parts.sum(-1, keepdim=True)) @ value
+
+
+def two_beside_the_sum(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    """The same of logit log 2, the largest score taken off."""
+    scores = fill_above_diagonal(scores_of(query, key) + by_distance(slopes, key.shape[-2]))
+    largest = scores.amax(-1, keepdim=True)
+    parts = (scores - largest).exp()
+    return parts / (parts.sum(-1, keepdim=True) + 2 * (-largest).exp()) @ value
+
+
 def _row(attention: Attention) -> BiasSpelling:
     return BiasSpelling(attention.__name__, lambda: BiasedAttention(attention))
 
@@ -299,6 +314,8 @@ BIAS_SPELLINGS: tuple[BiasSpelling, ...] = (
     _row(mask_multiplied),
     _row(above_a_soft_cap),
     _row(beside_sinks),
+    _row(one_beside_the_sum),
+    _row(two_beside_the_sum),
     BiasSpelling("mask_kept", MaskKept),
     BiasSpelling("learned_slopes", lambda: LearnedSlopes(distance_then_masked_fill)),
 )
