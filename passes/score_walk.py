@@ -164,7 +164,9 @@ class ScoreWalk:
             masks = [each for each in operands if each not in scores and fake(each) is not None]
             if len(scores) != 1 or len(masks) != 1:
                 continue
-            (mask,) = masks
+            mask = _uncast(masks[0])
+            if op_name(mask) == "aten::neg":
+                mask, own = _uncast(mask.all_input_nodes[0]), -own
             number = self._of_complement(other, mask)
             if number is None:
                 continue
@@ -185,9 +187,11 @@ class ScoreWalk:
     def _of_complement(self, node: fx.Node, mask: fx.Node) -> float | None:
         """The number that 1 - mask is multiplied by; None for anything else."""
         start, rise, numbers = 0.0, 1.0, self.program.value_numbers
-        while numbers[_uncast(node)] != numbers[_uncast(mask)]:
+        while numbers[_uncast(node)] != numbers[mask]:
             name, args = op_name(node), node.args
-            given = args[1] if len(args) > 1 else 0
+            if name == "aten::sub" and constant(args[0]) is not None:
+                name, args = "aten::rsub", args[1::-1]
+            given = constant(args[1]) if len(args) > 1 else 0
             plain = isinstance(given, int | float) and not node.kwargs and len(args) < 3
             if not args or not isinstance(args[0], fx.Node) or not (plain or name in PASSED):
                 return None

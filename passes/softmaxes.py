@@ -127,19 +127,26 @@ def _beside_a_number(
 def _less_its_largest(node: fx.Node, dim: int) -> tuple[fx.Node, fx.Node] | None:
     """The x and the max(x) of x - max(x) along an axis."""
     node = _passed(node)
-    if (
-        op_name(node) != "aten::sub"
-        or node.kwargs
-        or not all(isinstance(each, fx.Node) for each in node.args)
-    ):
+    alpha = node.kwargs.get("alpha", 1)
+    sign = -1 if op_name(node) == "aten::sub" else 1
+    known = op_name(node) in ("aten::sub", "aten::add") and isinstance(alpha, int | float)
+    if not known or not all(isinstance(each, fx.Node) for each in node.args):
         return None
-    plain, largest = operand_of(node, 0), operand_of(node, 1)
+    one, other = (_signed(operand_of(node, place), factor) for place, factor in ((0, 1), (1, sign * alpha)))
+    if {one[1], other[1]} != {1, -1}:
+        return None
+    (plain, _), (largest, _) = (one, other) if one[1] == 1 else (other, one)
     behind = _reducing(largest)
     given = behind.args
     along = ints(given[1]) if len(given) > 2 and isinstance(given[1], int | list | tuple) else []
     largest_of = op_name(behind) in ("aten::amax", "aten::max") and given[0] is plain and given[2] is True
     rank = require_fake(plain).dim()
     return (plain, largest) if largest_of and [each % rank for each in along] == [dim] else None
+
+
+def _signed(node: fx.Node, factor: float) -> tuple[fx.Node, float]:
+    """A value without its sign, and the factor with it."""
+    return (operand_of(node, 0), -factor) if op_name(node) == "aten::neg" else (node, factor)
 
 
 def _reducing(node: fx.Node) -> fx.Node:

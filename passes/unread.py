@@ -48,7 +48,7 @@ def unread_biases(program: Program, replay: Replay, known: Container[fx.Node]) -
             for each in node.all_input_nodes
             if products.get(each) is not product and fake(each) is not None
         ]
-        if len(others) != 1 or not is_positional(others[0]):
+        if len(others) != 1 or not (is_positional(others[0]) or _is_stored(program, others[0])):
             continue
         if op_name(node) == "aten::mul":
             if _weighs_keys(program, replay, others[0]):
@@ -80,6 +80,13 @@ def _is_flexible(program: Program, node: fx.Node) -> bool:
         return False
     places = body.graph.find_nodes(op="placeholder")[3:5]
     return any(op_name(user) not in _COMPARISONS for place in places for user in place.users)
+
+
+def _is_stored(program: Program, node: fx.Node) -> bool:
+    """Whether a value over keys is made of what the model keeps, and of no weight."""
+    value = fake(node)
+    shape = () if value is None else value.shape
+    return program.taints[node] is Taint.STRUCTURE and len(shape) > 1 and str(shape[-1]) != "1"
 
 
 def _product(program: Program, node: fx.Node, products: dict[fx.Node, fx.Node | None]) -> fx.Node | None:
