@@ -213,6 +213,12 @@ class _Reader:
             sinks = softmax.sink if self.column is None else self.column
             if sinks is not None and layer.axes["scores"] != layer.layout.roles[:4]:
                 self.walk.hinder("sinks stand beside scores whose axes are not batch, head, query and key")
+            if sinks is not None and any(
+                self._is_of_rows(term, rank - softmax.dim) for term in self.walk.terms
+            ):
+                self.walk.hinder(
+                    "a number of each row, made of activations, is added to its scores beside a sink"
+                )
             if softmax.nearly:
                 self.stays = self.stays or (
                     "a number beside the sum of its exponentials makes its weights other than a softmax"
@@ -223,6 +229,12 @@ class _Reader:
             layer.floored, layer.nearly = self.walk.floored, softmax.nearly
             layer.stays, layer.drops, layer.given = self.stays, self.drops, scores
         return layer
+
+    def _is_of_rows(self, term: ScoreTerm, place: int) -> bool:
+        """Whether an activation is added to whole rows, keys being the axis at this place from the end."""
+        shape = require_fake(term.node).shape
+        along = len(shape) >= place and str(shape[-place]) != "1"
+        return self.program.taints[term.node] is Taint.DATA and not along
 
     def _hide(self, softmax: Softmax, axes: Axes) -> bool:
         """Masks that set weights to zero hide keys as fills of the scores do."""

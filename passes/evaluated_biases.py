@@ -52,7 +52,7 @@ class _Term:
         if scores.is_static and self.program.taints[term.node] is Taint.STRUCTURE:
             # What another call may leave in sight has to be right as well.
             self.looked_at = [mask for mask in masks if scores.are_known([mask])]
-        self.alive = scores.alive(self.looked_at)
+        self.alive, self.apart = scores.alive(self.looked_at), False
 
     def part(self) -> list[BiasPart | TablePart] | Miss:
         """The bias; what its numbers and those of the masks have shown is relied on."""
@@ -137,6 +137,7 @@ class _Term:
             number, factors = found
             views = [self.scores.view(factor, lead) for factor in factors]
             if views[0] is None or views[1] is None:
+                self.apart = True
                 continue
             slopes, clock = (views[0], views[1]) if KEY in views[1].token_axes else (views[1], views[0])
             if reader.frozen and not _shiftable(slopes, clock):
@@ -177,6 +178,14 @@ class _Term:
         whole = finished_table(scores, self.term, self.masks, stored=False)
         if isinstance(whole, TablePart):
             return [whole]
+        if program.made_of(node) is None and self.apart:
+            return Miss(
+                "product",
+                "the bias is a product of which one side does not lie along the axes of the scores, as do slopes that "
+                "are kept in another order than the heads: keep one for each head, in their order",
+                3,
+                "ALiBi",
+            )
         if program.made_of(node) is None:
             return unknown(program, node, "biases")
         keys = scores.shape[KEY]

@@ -281,7 +281,8 @@ def _factors(
     along = {axis.role: axis for axis in table.axes}
     heads = [axis for view in (table, *slopes) for axis in view.axes if axis.role == HEAD]
     moved = reader.frozen and any((axis.offset, axis.stride) != (0, 1) for axis in heads)
-    if table.part != "value" or BATCH in along or along[KEY].stride != 1 or moved:
+    parts = any(axis.is_part for axis in table.axes)
+    if table.part != "value" or BATCH in along or along[KEY].stride != 1 or moved or parts:
         return None
     return number, table, slopes, reader.frozen, bool(fills)
 

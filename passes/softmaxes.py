@@ -110,7 +110,7 @@ def _beside_a_number(
     if not dims or len(found := [dim for dim in dims if dim is not None]) != 1:
         return None
     (dim,) = found
-    number = constant(below.args[1]) if len(dims) == 1 else None
+    number = constant(below.args[1]) if len(dims) == 1 and len(below.args) > 1 else None
     shifted = _less_its_largest(scores, dim)
     if shifted is None:
         sink = number is not None and number > 0 and not raised
@@ -127,19 +127,18 @@ def _beside_a_number(
 def _less_its_largest(node: fx.Node, dim: int) -> tuple[fx.Node, fx.Node] | None:
     """The x and the max(x) of x - max(x) along an axis."""
     node = _passed(node)
-    alpha = node.kwargs.get("alpha", 1)
-    sign = -1 if op_name(node) == "aten::sub" else 1
-    known = op_name(node) in ("aten::sub", "aten::add") and isinstance(alpha, int | float)
-    if not known or not all(isinstance(each, fx.Node) for each in node.args):
+    alpha, tensors = node.kwargs.get("alpha", 1), all(isinstance(each, fx.Node) for each in node.args)
+    if op_name(node) not in ("aten::sub", "aten::add") or not tensors or not isinstance(alpha, int | float):
         return None
-    one, other = (_signed(operand_of(node, place), factor) for place, factor in ((0, 1), (1, sign * alpha)))
+    second = -alpha if op_name(node) == "aten::sub" else alpha
+    one, other = _signed(operand_of(node, 0), 1), _signed(operand_of(node, 1), second)
     if {one[1], other[1]} != {1, -1}:
         return None
     (plain, _), (largest, _) = (one, other) if one[1] == 1 else (other, one)
     behind = _reducing(largest)
     given = behind.args
     along = ints(given[1]) if len(given) > 2 and isinstance(given[1], int | list | tuple) else []
-    largest_of = op_name(behind) in ("aten::amax", "aten::max") and given[0] is plain and given[2] is True
+    largest_of = op_name(behind) in ("aten::amax", "aten::max") and given[0] is plain and given[2:] == (True,)
     rank = require_fake(plain).dim()
     return (plain, largest) if largest_of and [each % rank for each in along] == [dim] else None
 

@@ -191,6 +191,15 @@ def filled_beside_what_is_multiplied(query: Tensor, key: Tensor, value: Tensor, 
     return (biased * seen - 1e10 * (1 - other)).softmax(dim=-1) @ value
 
 
+def less_the_largest_of_all(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    """The number beside the sum is a sink that moves with scores of other rows, hardly to be seen in most."""
+    steps = torch.arange(key.shape[-2])
+    biased = scores_of(query, key) + linear(slopes[:, None, None], steps[:, None], steps)
+    hidden = biased.masked_fill(~causal(key.shape[-2]), float("-inf"))
+    parts = (hidden - biased.max()).exp()
+    return parts / (parts.sum(-1, keepdim=True) + 1e-14) @ value
+
+
 def scaled_by_the_scores(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
     steps = torch.arange(key.shape[-2])
     bias = linear(slopes[:, None, None], steps[:, None], steps)
@@ -264,6 +273,7 @@ NOT_PLAIN = (
     row_beside_a_sink,
     multiplied_by_halves,
     filled_beside_what_is_multiplied,
+    less_the_largest_of_all,
 )
 # Nothing is added to a score that a softmax over the keys reads: there is no place to tell of.
 NOT_ADDED = (scaled_by_the_scores, softmax_over_queries, after_the_softmax, sink_that_is_a_key)
