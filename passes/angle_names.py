@@ -22,7 +22,7 @@ from grape_compile.encoding import (
 )
 from grape_compile.passes.clocks import is_steps, is_unit_clock
 from grape_compile.passes.coefficients import Coefficients, element_values, scaled_turns
-from grape_compile.passes.graph import ANGLES, Taint, Unreadable, op_name, require_fake
+from grape_compile.passes.graph import ANGLES, Program, Taint, Unreadable, op_name, require_fake
 from grape_compile.passes.movement import SINGLE, is_frozen, move
 from grape_compile.passes.operands import Operand, fit
 from grape_compile.passes.plans import Miss
@@ -60,6 +60,22 @@ def name_angle(
     if isinstance(tables, Miss):
         return tables
     return replace(tables, spectrum=named.spectrum, clock=named.clock)
+
+
+def without_gradient(program: Program, table: fx.Node, leaf: fx.Node) -> bool:
+    """Whether the model cuts the gradient between a value and the table made of it."""
+    cut, seen, stack, order = program.no_grad, {table}, [(table, False)], program.order
+    leaf = program.representative(leaf)
+    while stack:
+        node, blocked = stack.pop()
+        blocked = blocked or node in cut or str(node.target).startswith("aten.detach")
+        if program.representative(node) is leaf:
+            return blocked
+        for operand in node.all_input_nodes:
+            if operand not in seen and order[operand] >= order[leaf]:
+                seen.add(operand)
+                stack.append((operand, blocked))
+    return False
 
 
 class _Namer:
@@ -110,12 +126,15 @@ class _Namer:
         told = self._clock(clock)
         if told is None:
             return None
-        clock = replace(clock, detach=self._without_gradient(boundary, clock.node))
+        clock = replace(clock, detach=without_gradient(self.program, boundary, clock.node))
         if len(views) == 1:
             return self._without_frequencies(clock, told, len(found), number, scale)
         spectrum = next(view for view in seen if view.has_planes)
         spectrum = replace(
-            spectrum, planes=True, scale=number, detach=self._without_gradient(boundary, spectrum.node)
+            spectrum,
+            planes=True,
+            scale=number,
+            detach=without_gradient(self.program, boundary, spectrum.node),
         )
         described = self._spectrum(spectrum, clock, [angle[1] for angle in found], number)
         learned = self.program.taints[spectrum.node] is Taint.PARAMETER
@@ -202,21 +221,6 @@ class _Namer:
                     seen.add(operand)
                     stack.append(operand)
         return seen
-
-    def _without_gradient(self, table: fx.Node, leaf: fx.Node) -> bool:
-        """Whether the model cuts the gradient between the frequencies and the table made of them."""
-        cut, seen, stack, order = self.program.no_grad, {table}, [(table, False)], self.program.order
-        leaf = self.program.representative(leaf)
-        while stack:
-            node, blocked = stack.pop()
-            blocked = blocked or node in cut or str(node.target).startswith("aten.detach")
-            if self.program.representative(node) is leaf:
-                return blocked
-            for operand in node.all_input_nodes:
-                if operand not in seen and order[operand] >= order[leaf]:
-                    seen.add(operand)
-                    stack.append((operand, blocked))
-        return False
 
     def tables(self, cosines: list[tuple[int, int]], sines: list[tuple[int, int]], sign: int) -> Named | Miss:
         """The tables themselves as operands: the use of them is a rotation whatever they hold."""

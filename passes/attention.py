@@ -36,7 +36,8 @@ class Attention:
     `product` is the one of query and key, or the fused call; `floored` scores are raised to a lowest number.
 
     A `plain` one is wanted as an operator even where it adds nothing. `stays` says why its weights have to stay the
-    model's own: they are dropped out at random by `drops`, or used elsewhere. The softmax is `given` its scores.
+    model's own: they are dropped out at random by `drops`, or used elsewhere, or `nearly` a softmax. The softmax is
+    `given` its scores. `sinks` are a value, or the logit of all heads.
     """
 
     softmax: fx.Node
@@ -52,12 +53,13 @@ class Attention:
     is_causal: bool = False
     obstacle: str = ""
     cap: float | None = None
-    sinks: fx.Node | None = None
+    sinks: fx.Node | float | None = None
     floored: bool = False
     plain: bool = False
     stays: str = ""
     drops: list[fx.Node] = field(default_factory=list)
     given: fx.Node | None = None
+    nearly: bool = False
 
     @property
     def is_fused(self) -> bool:
@@ -170,7 +172,7 @@ class _Reader:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.walk = ScoreWalk(program)
-        self.sinks: fx.Node | None = None
+        self.column: fx.Node | None = None
         self.stays = ""
         self.drops: list[fx.Node] = []
 
@@ -183,7 +185,9 @@ class _Reader:
             return None
         joined = joined_sinks(self.program, scores) if rank == 4 and softmax.dim == 3 else None
         if joined is not None:
-            scores, self.sinks = joined.scores, joined.sinks
+            if softmax.nearly or softmax.sink is not None:
+                return None
+            scores, self.column = joined.scores, joined.sinks
         core = self.walk.read(scores, 1.0)
         if core is None or not self._hide(softmax, core.axes):
             return None
@@ -206,14 +210,31 @@ class _Reader:
             (core.axes, *both), value, output, core.scale, self.walk.terms,
         )  # fmt: skip
         if layer is not None:
-            if self.sinks is not None and layer.axes["scores"] != layer.layout.roles[:4]:
+            sinks = softmax.sink if self.column is None else self.column
+            if sinks is not None and layer.axes["scores"] != layer.layout.roles[:4]:
                 self.walk.hinder("sinks stand beside scores whose axes are not batch, head, query and key")
-            if self.stays and not softmax.is_operator:
+            if sinks is not None and any(
+                self._is_of_rows(term, rank - softmax.dim) for term in self.walk.terms
+            ):
+                self.walk.hinder(
+                    "a number of each row, made of activations, is added to its scores beside a sink"
+                )
+            if softmax.nearly:
+                self.stays = self.stays or (
+                    "a number beside the sum of its exponentials makes its weights other than a softmax"
+                )
+            elif self.stays and not softmax.is_operator:
                 self.walk.hinder(self.stays)
-            layer.obstacle, layer.cap, layer.sinks = self.walk.obstacle, self.walk.cap, self.sinks
-            layer.floored = self.walk.floored
+            layer.obstacle, layer.cap, layer.sinks = self.walk.obstacle, self.walk.cap, sinks
+            layer.floored, layer.nearly = self.walk.floored, softmax.nearly
             layer.stays, layer.drops, layer.given = self.stays, self.drops, scores
         return layer
+
+    def _is_of_rows(self, term: ScoreTerm, place: int) -> bool:
+        """Whether an activation is added to whole rows, keys being the axis at this place from the end."""
+        shape = require_fake(term.node).shape
+        along = len(shape) >= place and str(shape[-place]) != "1"
+        return self.program.taints[term.node] is Taint.DATA and not along
 
     def _hide(self, softmax: Softmax, axes: Axes) -> bool:
         """Masks that set weights to zero hide keys as fills of the scores do."""
@@ -229,7 +250,7 @@ class _Reader:
         self, softmax: Softmax, axes: Axes, key: str
     ) -> tuple[fx.Node, fx.Node, tuple[Axes, Axes] | None] | None:
         """The product with the values, the values and the axes of both, when nothing else looks at the weights."""
-        node, whole = guarded(softmax.weights, softmax.scores), self.sinks is not None
+        node, whole = guarded(softmax.weights, softmax.scores), self.column is not None
         while True:
             users = [user for user in node.users if op_name(user) != "aten::_assert_tensor_metadata"]
             if not users:

@@ -24,7 +24,7 @@ from torch import fx
 from grape_compile.encoding import Absolute, Distance, Euclidean, Signed
 from grape_compile.passes.addends import Addend, AddendReader
 from grape_compile.passes.causal import CausalMasks, same_count
-from grape_compile.passes.clocks import is_positional
+from grape_compile.passes.clocks import is_positional, never_falls
 from grape_compile.passes.distances import cut_off, places_of
 from grape_compile.passes.graph import Program, Role, Taint, Unreadable, op_name
 from grape_compile.passes.key_clocks import Clock, KeyClocks
@@ -33,7 +33,7 @@ from grape_compile.passes.operands import Operand
 from grape_compile.passes.paths import PathPart, Paths
 from grape_compile.passes.plans import Miss
 from grape_compile.passes.score_terms import ScoreTerm
-from grape_compile.passes.scores import HEAD, Scores, as_key
+from grape_compile.passes.scores import HEAD, KEY, Scores, as_key
 from grape_compile.passes.terms import Index
 
 
@@ -224,7 +224,8 @@ class Namer:
         if not same and not (clock.view is None and same_count(query.queries[0].node, key.keys[0].node)):
             return None
         number = clock.number * key.number
-        past = clock.view is None and self.causal.hide_the_future(self.masks)
+        rises = clock.view is None or _never_falls(clock.view)
+        past = rises and self.causal.hide_the_future(self.masks)
         if name == "aten::abs":
             return replace(clock, number=-abs(number)), Signed() if past else Absolute()
         return (replace(clock, number=number), Signed()) if past and number * sign < 0 else None
@@ -296,6 +297,12 @@ def _weights(program: Program, nodes: set[fx.Node]) -> set[fx.Node]:
         seen.update(new)
         stack += new
     return {node for node in seen if program.roles.get(node) is Role.PARAMETER}
+
+
+def _never_falls(view: Operand) -> bool:
+    """Whether later keys are at no smaller place."""
+    along = next(dim for dim, axis in enumerate(view.axes) if axis.role == KEY)
+    return view.part == "value" and never_falls(view.node, along)
 
 
 def _said(node: fx.Node) -> str:

@@ -117,6 +117,8 @@ class BiasSlots:
         if not any(each.slopes for each in found):
             values = [numbers.get(head, 0.0) for head in range(count)]
             return Constant(tuple(values)), describe_slopes(values, 0.0)
+        if any(axis.is_part for each in found for view in each.slopes for axis in view.axes):
+            raise Unreadable("slopes of some heads are kept in groups")
         first = next(view for each in found for view in each.slopes)
         like = self.emitter.operand(replace(first, axes=tuple(map(_first, first.axes))), [HEAD], self.counts)
         parts: list[fx.Node] = []

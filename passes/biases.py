@@ -50,12 +50,15 @@ def detect_biases(
     plain: Callable[[Attention], bool] = lambda _: False,
     unbiased: Callable[[Attention], bool] = lambda _: False,
     keeps: Callable[[Attention], bool] = lambda _: False,
+    *,
+    nearly: bool = True,
 ) -> tuple[list[BiasPlan], list[tuple[fx.Node, Miss]]]:
     """All additive biases of a program, and the layers with a position-dependent bias of another form.
 
     Of the layers that are wanted as operators although nothing is added, `plain` ones, there are plans without parts.
     Of `unbiased` ones it is known that they add no position: what the graph is given to add to them stays as it is.
-    Those that one `keeps` may have weights that have to stay the model's own, which otherwise is an obstacle.
+    Those that one `keeps` may have weights that have to stay the model's own, which otherwise is an obstacle; so may
+    those whose weights are `nearly` a softmax of their scores.
     """
     plans: list[BiasPlan] = []
     misses: list[tuple[fx.Node, Miss]] = []
@@ -63,7 +66,8 @@ def detect_biases(
     layers, products = find_attention(program, plain)
     for layer in layers:
         if layer.stays and not keeps(layer):
-            layer.obstacle = layer.obstacle or layer.stays
+            layer.plain = layer.plain and not layer.nearly
+            layer.obstacle = layer.obstacle or ("" if layer.nearly and nearly else layer.stays)
         try:
             result = _plan(Scores(program, replay, layer), unbiased(layer))
         except Unreadable as reason:

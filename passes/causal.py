@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from grape_compile.passes.addends import Addend, AddendReader
 from grape_compile.passes.clocks import counted_by
+from grape_compile.passes.filled import filled
 from grape_compile.passes.graph import Taint, Unreadable, fake, op_name, require_fake
 from grape_compile.passes.movement import IDENTITIES, operand_of
 from grape_compile.passes.operands import Axis, Operand
@@ -33,6 +34,7 @@ _OF_WHOLE_NUMBERS = {
     ("aten::gt", -1): "aten::ge",
 }
 """Comparisons with one and minus one as those with zero."""
+_NOT = {"aten::logical_not", "aten::bitwise_not"}
 _ALL = {"aten::__and__", "aten::bitwise_and", "aten::logical_and", "aten::mul"}
 _ANY = {"aten::__or__", "aten::bitwise_or", "aten::logical_or", "aten::add"}
 
@@ -109,6 +111,8 @@ class CausalMasks:
         seen = self.seen(view)
         if seen is not None:
             return seen is not dead
+        if op_name(view.node) in _NOT:
+            return self._says_future(replace(view, node=operand_of(view.node, 0)), not dead)
         if op_name(view.node) not in (_ANY if dead else _ALL):
             return False
         lead = self.scores.places()
@@ -153,7 +157,7 @@ class CausalMasks:
     def _seen(self, view: Operand) -> bool | None:
         view = self._unmoved(view)
         node, name = view.node, op_name(view.node)
-        if name in IDENTITIES | {"aten::logical_not", "aten::bitwise_not"}:
+        if name in IDENTITIES | _NOT:
             inner = self._seen(replace(view, node=operand_of(node, 0)))
             return inner if name in IDENTITIES else _opposite(inner)
         if (
@@ -165,6 +169,8 @@ class CausalMasks:
             return inner if (name == "aten::eq") == (node.args[1] == 1) else _opposite(inner)
         if name in _RELATIONS:
             return self._relation(view, name)
+        if name in _ALL and (other := _beside_ones(node)) is not None:
+            return self._seen(replace(view, node=other))
         exchanged = _exchanged(view)
         if exchanged is None:
             return None
@@ -252,6 +258,19 @@ class CausalMasks:
         held = self.program.values[node] if node in self.program.kept else self.scores.replay.tensor(node)
         assert isinstance(held, Tensor)
         return held
+
+
+def _beside_ones(node: fx.Node) -> fx.Node | None:
+    """What is multiplied by ones alone, or joined to what is true everywhere."""
+    left = [
+        each
+        for each in node.all_input_nodes
+        if op_name(each) not in _ONES and filled(each, op_name(each)) != 1
+    ]
+    if len(left) != 1 or len(node.all_input_nodes) != 2:
+        return None
+    shapes = [list(map(str, require_fake(each).shape)) for each in (node, left[0])]
+    return left[0] if shapes[0] == shapes[1] else None
 
 
 def _triangle(held: Tensor, exchanged: bool) -> bool | None:

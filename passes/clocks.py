@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from grape_compile.passes.graph import Program, Taint, Unreadable, fake, op_name
-from grape_compile.passes.movement import MOVEMENTS
+from grape_compile.passes.graph import Program, Taint, Unreadable, fake, op_name, require_fake
+from grape_compile.passes.movement import IDENTITIES, MOVEMENTS, keeps_numbers
 from grape_compile.passes.operands import Operand
 from grape_compile.passes.replay import Replay
 
@@ -114,6 +114,28 @@ def counted_by(node: fx.Node) -> int | None:
     return None
 
 
+def never_falls(node: fx.Node, dim: int) -> bool:
+    """Whether a value counts what is true along an axis, shifted or cut off: it is no less at any later place."""
+    while op_name(node) != "aten::cumsum":
+        operands = [each for each in node.all_input_nodes if fake(each) is not None]
+        shifted = op_name(node) in ("aten::add", "aten::sub") and node.args[0] in operands
+        cut = op_name(node) in ("aten::clamp", "aten::clamp_min", "aten::clamp_max", "aten::relu")
+        cast = op_name(node) in ("aten::to", "aten::_to_copy", "aten::clone") and keeps_numbers(node)
+        if len(operands) != 1 or not (shifted or cut or cast):
+            return False
+        (node,) = operands
+    if not isinstance(node.args[1], int) or node.args[1] % require_fake(node).dim() != dim:
+        return False
+    return _is_truth(node.all_input_nodes[0])
+
+
+def _is_truth(node: fx.Node) -> bool:
+    """What is true or not, be it cast."""
+    while op_name(node) in IDENTITIES and require_fake(node).dtype is not torch.bool:
+        node = node.all_input_nodes[0]
+    return require_fake(node).dtype is torch.bool
+
+
 def _masks(node: fx.Node) -> bool:
     """A product with a boolean or integer mask input (BLOOM: `(cumsum(mask) - 1) * mask`), or with the number one."""
     if op_name(node) != "aten::mul":
@@ -191,14 +213,14 @@ _LOOK = 8
 """Operations to look back for positions, for the sake of a sentence."""
 
 
-def is_positional(node: fx.Node) -> bool:
-    """Whether a value is made of positions or of a running sum."""
+def is_positional(node: fx.Node, look: int = _LOOK) -> bool:
+    """Whether a value is made of positions or of a running sum, at most `look` operations back."""
     seen, stack = {node}, [(node, 0)]
     while stack:
         step, depth = stack.pop()
         if op_name(step) in ("aten::cumsum", "aten::arange") or is_given(step):
             return True
-        if depth < _LOOK:
+        if depth < look:
             new = [each for each in step.all_input_nodes if each not in seen]
             seen.update(new)
             stack += [(each, depth + 1) for each in new]

@@ -88,12 +88,14 @@ class Reader:
 
     `alive` reads a masked value as if nothing were masked (what its live entries hold), and cuts at symbolic offsets at
     the captured offset; `masked` and `frozen` tell that this happened: what was read holds for the captured sizes only.
+    `fills` are the values whose masks were not looked at.
     """
 
     def __init__(self, program: Program, replay: Replay, alive: bool = False) -> None:
         self.program, self.replay, self.alive = program, replay, alive
         self.sizes = Sizes()
         self.frozen = self.masked = False
+        self.fills: set[fx.Node] = set()
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         return self.sizes.shape(node)
@@ -176,7 +178,7 @@ class Reader:
         if name in _DETACHES:
             return self.program.taints[node] <= Taint.PARAMETER
         if name in _MASKED:
-            return self.alive and self._kept(node, name) is not None
+            return self.alive and kept_by_mask(node) is not None
         if name in IDENTITIES:
             return keeps_numbers(node)
         if name in MOVEMENTS:
@@ -215,10 +217,11 @@ class Reader:
             operand, moved = move(node, name, index, self.sizes)
             return back(operand, moved, rows)
         if name in _MASKED and self.alive:
-            kept = self._kept(node, name)
-            if kept is not None:
+            filled = kept_by_mask(node)
+            if filled is not None:
                 self.masked = True
-                return self._at(kept, index, rows, back)
+                self.fills.add(node)
+                return self._at(filled[0], index, rows, back)
         if name in COMPLEX:
             return self._complex(node, name, index, rows, back)
         if name in SUMS:
@@ -251,12 +254,6 @@ class Reader:
             left = back(product.left, product.left_at(here, at), rows[keep])
             terms += multiply(left, back(product.right, product.right_at(here, at), rows[keep]))
         return terms
-
-    def _kept(self, node: fx.Node, name: str) -> fx.Node | None:
-        """What a mask leaves: the operand that is not the constant written over it."""
-        candidates = node.args[:1] if name == "aten::masked_fill" else node.args[1:3]
-        kept = [each for each in candidates if isinstance(each, fx.Node) and require_fake(each).dim() > 0]
-        return kept[0] if len(kept) == 1 else None
 
     def _picked(self, node: fx.Node, index: Index) -> Index:
         """Elements picked along one axis by a list of places, or by a place for every element, that cannot change."""
@@ -382,6 +379,18 @@ class Reader:
         conjugate_too = any(factor.is_complex for term in terms for factor in term.factors)
         raise_if(conjugate_too, "the conjugate of a complex position-side value")
         return [replace(term, coefficient=term.coefficient.conj()) for term in terms]
+
+
+def kept_by_mask(node: fx.Node) -> tuple[fx.Node, object] | None:
+    """What a mask leaves, the operand that is not the constant written over it, and that; None for anything else."""
+    if op_name(node) not in _MASKED:
+        return None
+    one, other = (node.args[0], node.args[2]) if op_name(node) == "aten::masked_fill" else node.args[1:3]
+    pairs = ((one, other),) if op_name(node) == "aten::masked_fill" else ((one, other), (other, one))
+    found = [
+        (kept, filled) for kept, filled in pairs if isinstance(kept, fx.Node) and require_fake(kept).dim() > 0
+    ]
+    return found[0] if len(found) == 1 else None
 
 
 def _number(value: Any) -> complex:

@@ -18,7 +18,7 @@ from grape_compile.encoding import Absolute, Distance, Signed
 from grape_compile.passes.bias_parts import BiasPart
 from grape_compile.passes.clocks import counted_by, counts, is_given
 from grape_compile.passes.elements import Reader
-from grape_compile.passes.finished_tables import TablePart, at_key, changing, finished_table
+from grape_compile.passes.finished_tables import TablePart, at_key, finished_table, unknown
 from grape_compile.passes.graph import Program, Taint, Unreadable
 from grape_compile.passes.operands import Operand
 from grape_compile.passes.plans import Miss
@@ -52,7 +52,7 @@ class _Term:
         if scores.is_static and self.program.taints[term.node] is Taint.STRUCTURE:
             # What another call may leave in sight has to be right as well.
             self.looked_at = [mask for mask in masks if scores.are_known([mask])]
-        self.alive = scores.alive(self.looked_at)
+        self.alive, self.apart = scores.alive(self.looked_at), False
 
     def part(self) -> list[BiasPart | TablePart] | Miss:
         """The bias; what its numbers and those of the masks have shown is relied on."""
@@ -80,7 +80,7 @@ class _Term:
                     "ALiBi by absolute distance" if isinstance(distance, Absolute) else "ALiBi",
                 )
             if self.program.made_of(clock.node) is None:
-                return changing("distances")
+                return unknown(self.program, clock.node, "distances")
             scores.rely_on_numbers([clock.node])
         if isinstance(distance, Absolute):
             sign = -1.0 if float(scores.aligned(clock).max()) > 0 else 1.0
@@ -137,6 +137,7 @@ class _Term:
             number, factors = found
             views = [self.scores.view(factor, lead) for factor in factors]
             if views[0] is None or views[1] is None:
+                self.apart = True
                 continue
             slopes, clock = (views[0], views[1]) if KEY in views[1].token_axes else (views[1], views[0])
             if reader.frozen and not _shiftable(slopes, clock):
@@ -177,8 +178,16 @@ class _Term:
         whole = finished_table(scores, self.term, self.masks, stored=False)
         if isinstance(whole, TablePart):
             return [whole]
+        if program.made_of(node) is None and self.apart:
+            return Miss(
+                "product",
+                "the bias is a product of which one side does not lie along the axes of the scores, as do slopes that "
+                "are kept in another order than the heads: keep one for each head, in their order",
+                3,
+                "ALiBi",
+            )
         if program.made_of(node) is None:
-            return changing("biases")
+            return unknown(program, node, "biases")
         keys = scores.shape[KEY]
         if isinstance(distance, Absolute) or keys < 2:
             return Miss(

@@ -117,6 +117,16 @@ class Zeros:
         return same and not bool((tensor[..., self.places.to(tensor.device)] != 0).any())
 
 
+@dataclass(frozen=True)
+class Skew:
+    """The fact that matrices on two `axes` of a tensor are the opposites of their transposes."""
+
+    axes: tuple[int, int]
+
+    def __call__(self, tensor: Tensor) -> bool:
+        return torch.equal(tensor, -tensor.transpose(*self.axes))
+
+
 @dataclass(frozen=True, eq=False)
 class _Input:
     """One input of a graph: the facts about it, and what they say of the tensors seen so far."""

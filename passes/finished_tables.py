@@ -15,16 +15,17 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from grape_compile.encoding import Absolute, Distance, Signed
 from grape_compile.passes.addends import AddendReader
 from grape_compile.passes.causal import CausalMasks
-from grape_compile.passes.elements import Reader
-from grape_compile.passes.graph import Role, Unreadable, require_fake
+from grape_compile.passes.elements import Reader, kept_by_mask
+from grape_compile.passes.graph import Program, Role, Unreadable, op_name, require_fake
+from grape_compile.passes.movement import SINGLE, operand_of
 from grape_compile.passes.operands import Axis, Operand
 from grape_compile.passes.plans import Miss
-from grape_compile.passes.score_terms import ScoreTerm
+from grape_compile.passes.score_terms import NEVER, ScoreTerm, uniform
 from grape_compile.passes.scores import BATCH, DEAD, HEAD, KEY, QUERY, Scores
 
 _ROWS = 1024
@@ -192,7 +193,7 @@ def finished_table(
     read = _factors(scores, term)
     if read is None or scores.layer.sinks is not None:
         return None
-    number, view, slopes, frozen = read
+    number, view, slopes, frozen, filled = read
     program = scores.program
     is_known, is_stored = program.made_of(view.node) is not None, view.node.op != "call_function"
     if not (is_known or program.roles.get(view.node) is Role.BUFFER) or (stored and not is_stored):
@@ -203,16 +204,16 @@ def finished_table(
     if cornered and table.has_diagonal(held):
         table = replace(table, past=CausalMasks(scores, AddendReader(scores)).hide_the_future(masks))
     shape = scores.replay.once(table, [view.node], partial(table.shape, held))
-    hidden = any(mask.node is term.node and mask.finished for mask in masks)
+    hidden = filled or any(mask.node is term.node and mask.finished for mask in masks)
     if shape is None or (shape.hides and slopes) or (shape.deep and (hidden or shape.hides)):
         return _off(view)
     if not is_known:
-        return changing("biases")
+        return unknown(program, view.node, "biases")
     if shape.distance == Absolute() and not cornered:
         return None
-    if shape.hides and not hidden:
+    hidden = hidden or shape.hides
+    if hidden and not any(mask.node is term.node and mask.finished for mask in masks):
         masks.append(replace(term, finished=True))
-        hidden = True
     if view.node in program.kept:
         scores.rely(view.node, Lines(table, shape, hidden))
     else:
@@ -232,40 +233,68 @@ def _off(view: Operand) -> Miss:
     )
 
 
-def changing(what: str) -> Miss:
-    """Why numbers of a tensor may not be read."""
+def unknown(program: Program, node: fx.Node, what: str) -> Miss:
+    """Why numbers of a value may not be read."""
+    cause = program.unknown_behind(node)
+    stored = cause is None or cause is node or program.roles.get(cause) is Role.BUFFER
+    if stored:
+        told = (
+            "they are kept in a tensor that may change unseen (an argument, what the graph writes to, a buffer of an "
+            "exported program that a state dict may replace): keep them with persistent=False"
+        )
+    elif cause in program.roles:
+        told = f"the input {cause} is in them, which is another in the next call: add masks by themselves"
+    else:
+        told = "their size is known in a call alone: keep them in a buffer, all of them, and cut out what a call needs"
     return Miss(
         "buffer",
-        f"the finished {what} are kept in a tensor that may change unseen (an argument, what the graph writes to, a "
-        "buffer of an exported program that a state dict may replace): keep them with persistent=False, or make "
-        "them from slopes and positions in the forward pass",
+        f"the finished {what} are read off their numbers, but {told}, or make them from slopes and positions in the "
+        "forward pass",
         3,
         "ALiBi computed from its slopes",
     )
 
 
-def _factors(scores: Scores, term: ScoreTerm) -> tuple[float, Operand, tuple[Operand, ...], bool] | None:
-    """A number, a table along the keys, slopes, and whether the table is cut where the captured sizes say."""
+def _factors(
+    scores: Scores, term: ScoreTerm
+) -> tuple[float, Operand, tuple[Operand, ...], bool, bool] | None:
+    """A number, a table along the keys, slopes, whether the table is cut where the captured sizes say, and filled."""
     lead, index, rows = scores.samples(term)
     reader = Reader(scores.program, scores.replay, alive=True)
     try:
         terms = reader.position(term.node, index, rows)
     except Unreadable:
         return None
-    if reader.masked or len(terms) != 1 or len(terms[0].rows) != len(rows):
+    if len(terms) != 1 or len(terms[0].rows) != len(rows):
+        return None
+    fills = _fills(scores.program, term.node)
+    if len(fills) != len(reader.fills) or any(
+        value is None or value * term.factor > NEVER for value in fills
+    ):
         return None
     number, views = terms[0].constant(), [scores.view(factor, lead) for factor in terms[0].factors]
     tables = [view for view in views if view is not None and KEY in view.token_axes]
     slopes = tuple(view for view in views if view is not None and set(view.token_axes) <= {BATCH, HEAD})
-    if number is None or len(tables) != 1 or len(tables) + len(slopes) != len(views):
+    if number is None or len(tables) != 1 or len(tables) + len(slopes) != len(views) or (fills and slopes):
         return None
     (table,) = tables
     along = {axis.role: axis for axis in table.axes}
     heads = [axis for view in (table, *slopes) for axis in view.axes if axis.role == HEAD]
     moved = reader.frozen and any((axis.offset, axis.stride) != (0, 1) for axis in heads)
-    if table.part != "value" or BATCH in along or along[KEY].stride != 1 or moved:
+    parts = any(axis.is_part for axis in table.axes)
+    if table.part != "value" or BATCH in along or along[KEY].stride != 1 or moved or parts:
         return None
-    return number, table, slopes, reader.frozen
+    return number, table, slopes, reader.frozen, bool(fills)
+
+
+def _fills(program: Program, node: fx.Node) -> list[float | None]:
+    """What entries of a value were filled with last, moved about since and not otherwise changed."""
+    found: list[float | None] = []
+    while (filled := kept_by_mask(node)) is not None or op_name(node) in SINGLE:
+        if filled is not None:
+            found.append(uniform(filled[1], program))
+        node = filled[0] if filled is not None else operand_of(node, 0)
+    return found
 
 
 def _seen(view: Operand, frozen: bool, number: float) -> Table:

@@ -202,6 +202,25 @@ class Program:
             whole |= part
         return whole
 
+    def unknown_behind(self, node: fx.Node) -> fx.Node | None:
+        """What keeps the numbers of a value from being known: an input that is not kept, or what a call alone decides.
+
+        Inputs come first. None for a value made of constants and kept inputs.
+        """
+        seen, stack = {node}, [node]
+        sized: fx.Node | None = None
+        while stack:
+            step = stack.pop()
+            if self.made_of(step) is not None:
+                continue
+            if step.op != "call_function" and fake(step) is not None:
+                return step
+            sized = step if sized is None or _has_symbols(step) else sized
+            new = [each for each in step.all_input_nodes if each not in seen]
+            seen.update(new)
+            stack += new
+        return sized
+
     @cached_property
     def marks(self) -> dict[fx.Node, fx.Node | None]:
         """The last node before each at which gradients, autocast or the region change."""

@@ -23,13 +23,27 @@ class Axis:
     """Where a dimension of the value goes: `role` is "fixed" (element `offset`), "plane", or a target axis number.
 
     Along an axis the element read for position `i` is `offset + stride * i`, or the `i`-th of the `runs`, each an
-    offset and a length.
+    offset and a length. Two dimensions side by side may be one axis (heads in groups): of `i` the first reads
+    `i // inner`, and the second, which is `within` the first, `i % within`.
     """
 
     role: str | int
     offset: int = 0
     stride: int = 1
     runs: tuple[tuple[int, int], ...] = ()
+    inner: int = 1
+    within: int = 0
+
+    @property
+    def is_part(self) -> bool:
+        """Whether this is one of two dimensions that are one axis."""
+        return self.inner > 1 or self.within > 0
+
+    def at(self, position: Tensor) -> Tensor:
+        """The elements read for positions."""
+        if self.within:
+            return position % self.within
+        return position // self.inner if self.inner > 1 else self.offset + self.stride * position
 
 
 @dataclass(frozen=True)
@@ -65,12 +79,13 @@ def fit(
     counts: Sequence[int],
     *,
     runs: bool = False,
+    groups: bool = False,
 ) -> tuple[Axis, ...] | None:
     """Express every dimension of the read elements through the target's axes or the plane number, or give up.
 
     `lead` and `plane` say, row by row, for which target position and plane the element `index` was read; `counts` are
     the sizes of the target's axes followed by the number of planes. With `runs` the planes may be channels in a few
-    runs. Planes may take two axes: a diagonal of matrices.
+    runs; with `groups` two dimensions may be one axis. Planes may take two axes: a diagonal of matrices.
     """
     axes: list[Axis] = []
     used: set[str | int] = set()
@@ -78,14 +93,21 @@ def fit(
         (number, axis, counts[number]) for number, axis in enumerate(lead)
     ]
     targets.append(("plane", plane, counts[-1]))
-    for dimension, size in zip(index, sizes.shape(node), strict=True):
-        axis = _fit_dimension(dimension, size, targets, used)
+    shape, dimension = sizes.shape(node), 0
+    while dimension < len(shape):
+        axis = _fit_dimension(index[dimension], shape[dimension], targets, used)
         if axis is None and runs and "plane" not in used:
-            axis = _fit_runs(dimension, plane)
-        if axis is None:
+            axis = _fit_runs(index[dimension], plane)
+        found: tuple[Axis, ...] = (axis,) if axis is not None else ()
+        if groups and not found:
+            found = _fit_groups(
+                index[dimension : dimension + 2], shape[dimension : dimension + 2], targets, used
+            )
+        if not found:
             return None
-        used.add(axis.role)
-        axes.append(axis)
+        used.add(found[0].role)
+        axes += found
+        dimension += len(found)
     return tuple(axes)
 
 
@@ -108,6 +130,20 @@ def _fit_dimension(
         if stride > 0 and bool((offset + stride * positions == values).all()):
             return Axis(role, offset, stride)
     return None
+
+
+def _fit_groups(
+    index: Index, shape: Sequence[int], targets: list[tuple[str | int, Tensor, int]], used: set[str | int]
+) -> tuple[Axis, ...]:
+    """Two dimensions that are all of one axis, a size for each entry of the first; empty where they are not."""
+    if len(index) < 2:
+        return ()
+    inner = shape[1]
+    axis = _fit_dimension(index[0] * inner + index[1], shape[0] * inner, targets, used)
+    if axis is None or not isinstance(axis.role, int) or (axis.offset, axis.stride) != (0, 1):
+        return ()
+    whole = any(role == axis.role and count == shape[0] * inner for role, _, count in targets)
+    return (Axis(axis.role, inner=inner), Axis(axis.role, within=inner)) if whole else ()
 
 
 _END = 2**63 - 1
@@ -206,10 +242,14 @@ class Emitter:
         names: list[str | int] = []
         for axis in operand.axes:
             dimension = len(names)
+            if axis.within:  # seen with the dimension before
+                node = self.call(node, aten.flatten.using_ints, (node, dimension - 1, dimension))
+                continue
             if axis.role == "fixed":
                 node = self.call(node, aten.select.int, (node, dimension, axis.offset))
                 continue
-            node = self._slice(node, axis, dimension, counts[axis.role])
+            if axis.inner == 1:
+                node = self._slice(node, axis, dimension, counts[axis.role])
             if axis.role in names:
                 first = names.index(axis.role)
                 diagonal = self.call(node, aten.diagonal.default, (node, 0, first, dimension))

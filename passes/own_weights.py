@@ -1,8 +1,9 @@
 """Give attention that keeps its own weights new scores: its softmax, its dropout and its product stay the model's.
 
 What: a call of `grape::attend` that nothing reads says what the scores of a layer are to be,
-    cap tanh(scale q k^T / cap) + bias + mask. They take the place of those its softmax is given; the fused attention is
-    given bias + mask as its mask. In rows whose keys are all hidden by a fill the scores are one number.
+    cap tanh(scale q k^T / cap) + bias + mask. They take the place of those its softmax is given, or what is nearly one;
+    the fused attention is given bias + mask as its mask. In rows whose keys are all hidden by a fill the scores are one
+    number.
 Leaves alone: all that comes behind the scores.
 Requires: queries that are the last of the keys.
 Cost: bias + mask in memory, T_q x T_k numbers for each head, and what their gradients need.
@@ -38,7 +39,8 @@ class OwnWeights:
         options = {name: call.kwargs.get(name) for name in ("mask", "is_causal", "window")}
         options["is_causal"] = bool(options["is_causal"])
         operands: Any = [query, key, *slots, options["mask"], self.hidden]  # type: ignore[misc] # nodes
-        place = emitter.last([*operands, emitter.program.marks[self.layer.softmax]])
+        reads = self.layer.given if self.layer.nearly else None
+        place = emitter.last([*operands, emitter.program.marks[reads or self.layer.softmax]])
         added = emitter.call(
             place, torch.ops.grape.logit_bias.default, (query, key, slots, encoding), options
         )

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from grape_compile.encoding import Rotation
+from grape_compile.encoding import Multiplicative, Rotation
 from grape_compile.passes.elements import Reader
 from grape_compile.passes.graph import Program
-from grape_compile.passes.operands import Operand
+from grape_compile.passes.operands import Emitter, Operand
 from grape_compile.passes.replay import Replay
 from grape_compile.passes.terms import Factor, Index
 
@@ -25,8 +25,8 @@ class RotationPlan:
 
     input: fx.Node
     output: fx.Node
-    encoding: Rotation
-    operator: Rotation
+    encoding: Multiplicative
+    operator: Multiplicative
     operands: tuple[Operand, ...]
     evidence: str
     region: tuple[fx.Node, ...]
@@ -37,6 +37,12 @@ class RotationPlan:
     def inverse(self) -> list[int]:
         """What undoes `order`."""
         return [self.order.index(axis) for axis in range(len(self.order))]
+
+    def emit(self, emitter: Emitter, source: fx.Node) -> tuple[fx.Node, ...]:
+        """The tensors in the slots of the operator, for `source`: the input with its axes in `order`."""
+        assert isinstance(self.operator, Rotation)
+        planes = self.operator.planes.count
+        return tuple(emitter.rotated(operand, source, planes) for operand in self.operands)
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,14 @@ Cost: one replay per distinct layer structure.
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from grape_compile.operators.attention import attend_call
+from grape_compile.operators.operands import compute_dtype
 from grape_compile.operators.providers import attend_lowering
 from grape_compile.passes.attention import Attention
 from grape_compile.passes.axes import BATCH, CHANNEL, HEAD, KEY, QUERY, WIDTH
@@ -55,7 +56,8 @@ class RewriteBiases(Pass):
     """Attention layers with an additive bias become `grape::attend` nodes, and those that are to get one.
 
     `every`: whatever they add. Layers whose weights stay their own become calls that nothing reads, where they are to
-    get another encoding, or where the program is looked at alone (`looks`).
+    get another encoding, or where the program is looked at alone (`looks`). Those whose weights are nearly a softmax
+    are given new scores at once, but where all attention is to be operators.
     """
 
     every: bool = False
@@ -63,11 +65,16 @@ class RewriteBiases(Pass):
 
     def run(self, program: Program) -> Outcome:
         marked = Marked(program)
+
+        def waits(layer: Attention) -> bool:
+            return self.looks or _is_moved(marked, layer)
+
         plans, misses = detect_biases(
             program,
             lambda layer: self.every or _gets_bias(marked, layer),
             lambda layer: _had_none(marked, layer),
-            lambda layer: self.looks or _is_moved(marked, layer),
+            waits,
+            nearly=not self.every,
         )
         outcome = Outcome(refusals=[refusal(node, miss) for node, miss in misses])
         emitter = Emitter(program, Sizes())
@@ -76,7 +83,7 @@ class RewriteBiases(Pass):
         turned: list[fx.Node] = []
         verified: dict[object, float] = {}
         for plan in plans:
-            layer = _Layer(program, plan, emitter, replay, verified)
+            layer = _Layer(program, plan, emitter, replay, verified, waits(plan.layer))
             try:
                 site = layer.replace()
             except Unreadable as reason:
@@ -90,6 +97,7 @@ class RewriteBiases(Pass):
             outcome.sites.append(site)
             outputs.append(plan.layer.output)
             turned += layer.turned
+            outputs += layer.unused
         made = [node for node in emitter.ranks if node not in program.weighted]
         remove_unused(program.graph, [*outputs, *reversed(made)])
         outcome.absorbed = [program.rotated[node] for node in dict.fromkeys(turned) if node._erased]
@@ -119,10 +127,13 @@ class _Layer:
         emitter: Emitter,
         replay: Replay,
         verified: dict[object, float],
+        waits: bool,
     ) -> None:
+        self.waits = waits
         self.program, self.plan, self.layer = program, plan, plan.layer
         self.emitter, self.replay, self.verified = emitter, replay, verified
         self.turned: list[fx.Node] = []
+        self.unused: list[fx.Node] = []
 
     def replace(self) -> Site:
         """Emit, verify, and only then redirect the consumers."""
@@ -177,11 +188,19 @@ class _Layer:
             self.program.rely(kept, facts)
         self.program.attended[call] = site
         if layer.stays:
-            self.program.weighted[call] = OwnWeights(layer, hidden)
-            return site
+            self._weigh(call, OwnWeights(layer, hidden))
+            return replace(site, lowering="grape::logit_bias")
         layer.output.replace_all_uses_with(result)
         self.program.replaced[layer.output] = (result, site)
         return site
+
+    def _weigh(self, call: fx.Node, own: OwnWeights) -> None:
+        """Let a layer that keeps its own weights make them of the scores of a call, now or where it is moved."""
+        if self.waits:
+            self.program.weighted[call] = own
+            return
+        del self.program.attended[call]
+        self.unused = [own.give(self.emitter, call), call]
 
     def _result(self, call: fx.Node, value: fx.Node, hidden: fx.Node | None, dtype: torch.dtype) -> fx.Node:
         """What a call gives, in the axes and the type of the layer's output."""
@@ -244,6 +263,10 @@ class _Layer:
     def _sinks(self) -> fx.Node | None:
         """The sinks of the layer as [B or 1, H or 1]."""
         sinks = self.layer.sinks
+        if isinstance(sinks, float):
+            query = require_fake(self.layer.query)
+            options = {"dtype": compute_dtype(query), "device": query.device}
+            return self.emitter.call(self.layer.query, aten.full.default, ([1, 1], sinks), options)
         if sinks is None:
             return None
         for _ in range(2):

@@ -114,9 +114,8 @@ def _prepare(
     hazard = mutation_between(program, plan.region, plan.output)
     if hazard is not None:
         raise Unreadable(f"{hazard.name} changes a value in place while it is being rotated")
-    planes = plan.operator.planes.count
     source = _permuted(emitter, plan.input, plan.order)
-    operands = tuple(emitter.rotated(operand, source, planes) for operand in plan.operands)
+    operands = plan.emit(emitter, source)
     hazard = overwritten(program, operands, plan.output)
     if hazard is not None:
         raise Unreadable(f"{hazard.name} changes the angles in place before they are used")
@@ -234,19 +233,24 @@ def _cast(emitter: Emitter, node: fx.Node, dtype: torch.dtype) -> fx.Node:
 
 
 def remove_unused(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
-    """Erase pure nodes nothing uses any more, starting at `nodes`; random and mutating nodes stay."""
+    """Erase pure nodes nothing uses any more, starting at `nodes`; random and mutating nodes stay.
+
+    What only says of which type a value is uses it no more than that.
+    """
     stack = list(nodes)
     while stack:
         node = stack.pop()
-        if (
-            node._erased
-            or node.users
-            or (not is_pure(node) and op_name(node) != "aten::_assert_tensor_metadata")
-        ):
+        if node._erased or not (is_pure(node) or _asserts(node)) or not all(map(_asserts, node.users)):
             continue
         operands = node.all_input_nodes
+        for user in list(node.users):
+            graph.erase_node(user)
         graph.erase_node(node)
         stack.extend(operands)
+
+
+def _asserts(node: fx.Node) -> bool:
+    return op_name(node) == "aten::_assert_tensor_metadata"
 
 
 __all__ = ["RewriteRotations", "mutation_between", "overwritten", "refusal", "remove_unused"]

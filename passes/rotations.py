@@ -21,13 +21,14 @@ from grape_compile.passes.channel_maps import ChannelMap
 from grape_compile.passes.chosen_tables import turned_by_chosen_tables
 from grape_compile.passes.contractions import CONTRACTIONS
 from grape_compile.passes.elements import COMPLEX, PICKS, PRODUCTS, SUMS
+from grape_compile.passes.exponentials import exponential_behind, turned_by_exponentials
 from grape_compile.passes.filled import holds_zeros
 from grape_compile.passes.graph import Changing, Program, Taint, Unreadable, fake, is_pure, op_name
 from grape_compile.passes.movement import JOINS, LIKE, MOVEMENTS, PERMUTES, RESHAPES, operand_of
 from grape_compile.passes.pieces import SCATTERS
 from grape_compile.passes.plans import Miss, RotationPlan
 from grape_compile.passes.replay import Replay
-from grape_compile.passes.unread import unread_turns
+from grape_compile.passes.unread import unread_matrices, unread_turns
 
 
 def detect_rotations(program: Program) -> tuple[list[RotationPlan], list[tuple[fx.Node, Miss]]]:
@@ -66,6 +67,8 @@ class _Finder:
         operands = [each for each in _read_by(node) if name not in SUMS or not holds_zeros(each)]
         taints = [self.program.taints[operand] for operand in operands]
         if any(taint is Taint.PARAMETER for taint in taints):
+            return None
+        if name in CONTRACTIONS and any(map(exponential_behind, operands)):  # read by itself
             return None
         data = [
             roots[operand] for operand, taint in zip(operands, taints, strict=True) if taint is Taint.DATA
@@ -111,22 +114,26 @@ class _Finder:
     def inputs(self, region: Sequence[fx.Node]) -> list[fx.Node]:
         """Nodes of the region every path runs through, earliest first: where the operator's input may be taken.
 
-        A factor common to all channels (the score scale) stays outside of the rotation. Where paths meet again behind
-        it (queries and keys stacked, to be turned as one) there is another place to begin.
+        A factor common to all channels (the score scale) stays outside of the rotation, unless that begins before it
+        (channels seen in pairs and scaled as such). Where paths meet again behind it (queries and keys stacked, to be
+        turned as one) there is another place to begin.
         """
         members, order = set(region), self.program.order
+        before: list[fx.Node] = []
         trunk: list[fx.Node] = []
         meetings: list[fx.Node] = []
         split, reach = False, 0
         for node in region:
             users = [user for user in node.users if user in members and node in _read_by(user)]
             if not split:
-                trunk = [node] if self._is_scaling(node) else [*trunk, node]
+                if self._is_scaling(node):
+                    before, trunk = before + trunk, []
+                trunk.append(node)
             elif order[node] >= reach:
                 meetings.append(node)
             split = split or len(users) != 1
             reach = max([reach, *(order[user] for user in users)])
-        return trunk + meetings
+        return trunk + meetings + before
 
     def _is_scaling(self, node: fx.Node) -> bool:
         return (
@@ -146,10 +153,13 @@ class _Finder:
                 found.append(result)
             elif result is not None:
                 misses.append((output, result, region))
-        refused = [*self._refusals(found, misses), *turned_by_chosen_tables(self.program)]
+        turned, near = turned_by_exponentials(self.program, self.replay)
+        found += turned
+        refused = [*self._refusals(found, misses), *near, *turned_by_chosen_tables(self.program)]
         regions = [*(plan.region for plan in found), *(region for _, miss, region in misses if miss.depth)]
-        known = {node for region in regions for node in region}
-        return self._maximal(found), [*refused, *unread_turns(self.program, known)]
+        known = {node for region in regions for node in region} | {node for node, _ in near}
+        unread = [*unread_turns(self.program, known), *unread_matrices(self.program, known)]
+        return self._maximal(found), [*refused, *unread]
 
     def _maximal(self, found: list[RotationPlan]) -> list[RotationPlan]:
         """Of rotations one inside the other keep the one over the most elements; of equals that whose angles differ
@@ -160,7 +170,7 @@ class _Finder:
         def rank(plan: RotationPlan) -> tuple[int, int, int, int]:
             elements = torch.Size(self.replay.sizes.shape(plan.output)).numel()
             axes = {axis for operand in plan.operands for axis in operand.token_axes}
-            return -elements, len(axes), plan.encoding.planes.head_dim, self.program.order[plan.output]
+            return -elements, len(axes), plan.encoding.head_dim, self.program.order[plan.output]
 
         kept: list[RotationPlan] = []
         for plan in sorted(found, key=rank):

@@ -135,7 +135,7 @@ class RunningSums:
         return tuple(
             torch.full_like(self.lead[0], axis.offset)
             if axis.role == "fixed"
-            else axis.offset + axis.stride * where[int(axis.role)]
+            else axis.at(where[int(axis.role)])
             for axis in view.axes
         )
 

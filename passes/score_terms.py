@@ -16,7 +16,8 @@ _RESHAPED = {
     "aten::view", "aten::reshape", "aten::_unsafe_view", "aten::unsqueeze", "aten::squeeze", "aten::expand",
     "aten::select",
 }  # fmt: skip
-_LOWEST = -1e4
+LOWEST = -1e4
+"""A number this low may hide an entry, and nothing else is as low."""
 NEVER = -1e9
 """A value this low removes an entry whatever the scores are; only such a mask may be replaced by `is_causal`."""
 
@@ -74,12 +75,12 @@ def split_terms(program: Program, node: fx.Node, factor: float, axes: Axes) -> l
             if name == "aten::masked_fill"
             else (args[0], args[1], args[2], False)
         )
-        value_of, kept_of = _uniform(filled, program), _uniform(kept, program)
-        if kept_of is not None and kept_of * factor <= _LOWEST:
+        value_of, kept_of = uniform(filled, program), uniform(kept, program)
+        if kept_of is not None and kept_of * factor <= LOWEST:
             kept, value_of, kept_of, dead = filled, kept_of, value_of, not dead
         if (
             value_of is not None
-            and value_of * factor <= _LOWEST
+            and value_of * factor <= LOWEST
             # What adds so high a number or nothing fills nothing: a row whose keys are all hidden keeps its bias.
             and (kept_of is None or (kept_of == 0.0 and value_of * factor <= NEVER))
             and isinstance(mask, fx.Node)
@@ -93,7 +94,7 @@ def split_terms(program: Program, node: fx.Node, factor: float, axes: Axes) -> l
     return [ScoreTerm(node, factor, axes=axes)]
 
 
-def _uniform(value: Any, program: Program) -> float | None:
+def uniform(value: Any, program: Program) -> float | None:
     """The one number of a value, or of all its entries."""
     made = isinstance(value, fx.Node) and op_name(value) in (
         "aten::full",

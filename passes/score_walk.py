@@ -9,9 +9,11 @@ from torch import fx
 
 from grape_compile.passes.axes import Axes, Letters
 from grape_compile.passes.graph import Program, Taint, fake, op_name, require_fake
-from grape_compile.passes.movement import PERMUTES, RESHAPES
+from grape_compile.passes.movement import PERMUTES, RESHAPES, keeps_numbers
 from grape_compile.passes.products import Product, product_of
-from grape_compile.passes.score_terms import ABSORBING, PASSED, ScoreTerm, constant, split_terms
+from grape_compile.passes.replay import Replay
+from grape_compile.passes.score_terms import ABSORBING, LOWEST, PASSED, ScoreTerm, constant, split_terms
+from grape_compile.passes.truths import is_truth
 
 _BENDING = {
     "aten::max",
@@ -46,7 +48,7 @@ class ScoreWalk:
     """
 
     def __init__(self, program: Program) -> None:
-        self.program = program
+        self.program, self.replay = program, Replay(program)
         self.letters = Letters()
         self.terms: list[ScoreTerm] = []
         self.obstacle = ""
@@ -109,6 +111,9 @@ class ScoreWalk:
 
     def _sum(self, node: fx.Node, name: str, data: list[fx.Node], factor: float) -> Core | None:
         """A sum with the scores on one side: of two activations, the one that leads to a product of query and key."""
+        blended = self._blended(node, name, factor)
+        if blended is not None:
+            return blended
         found = []
         held = self._state()
         for candidate in dict.fromkeys(data):
@@ -143,6 +148,65 @@ class ScoreWalk:
         if core is not None and isinstance(other, fx.Node):
             self.terms = split_terms(self.program, other, factor * others, core.axes) + self.terms
         return core
+
+    def _blended(self, node: fx.Node, name: str, factor: float) -> Core | None:
+        """`scores * mask + number * (1 - mask)` is a fill where the mask, of ones and zeros, is zero (GPT-2)."""
+        alpha = node.kwargs.get("alpha", 1)
+        if not all(isinstance(each, fx.Node) for each in node.args[:2]) or not isinstance(alpha, int | float):
+            return None
+        for kept, other in (node.args[:2], node.args[1::-1]):
+            assert isinstance(kept, fx.Node)
+            assert isinstance(other, fx.Node)
+            signs = 1.0, float(-alpha if name == "aten::sub" else alpha)
+            own, others = signs if kept is node.args[0] else signs[::-1]
+            operands = kept.all_input_nodes if op_name(kept) == "aten::mul" else []
+            scores = [each for each in operands if self.program.taints[each] is Taint.DATA]
+            masks = [each for each in operands if each not in scores and fake(each) is not None]
+            if len(scores) != 1 or len(masks) != 1:
+                continue
+            mask = _uncast(masks[0])
+            if op_name(mask) == "aten::neg":
+                mask, own = _uncast(mask.all_input_nodes[0]), -own
+            number = self._of_complement(other, mask)
+            if number is None:
+                continue
+            value = number * others * factor
+            if value > LOWEST:
+                return None
+            if not is_truth(self.program, mask, self.replay):
+                self.hinder(
+                    "its scores are multiplied by a mask of which nothing shows that it holds ones and zeros alone in "
+                    "every call: make it of truth values, or keep it with persistent=False"
+                )
+            core = self._spread(node, scores[0], self.read(scores[0], factor * own))
+            if core is not None:
+                self.terms.insert(0, ScoreTerm(mask, dead=False, value=value, whole=True, axes=core.axes))
+            return core
+        return None
+
+    def _of_complement(self, node: fx.Node, mask: fx.Node) -> float | None:
+        """The number that 1 - mask is multiplied by; None for anything else."""
+        start, rise, numbers = 0.0, 1.0, self.program.value_numbers
+        while numbers[_uncast(node)] != numbers[mask]:
+            name, args = op_name(node), node.args
+            if name == "aten::sub" and constant(args[0]) is not None:
+                name, args = "aten::rsub", args[1::-1]
+            given = constant(args[1]) if len(args) > 1 else 0
+            plain = isinstance(given, int | float) and not node.kwargs and len(args) < 3
+            if not args or not isinstance(args[0], fx.Node) or not (plain or name in PASSED):
+                return None
+            number = float(given) if isinstance(given, int | float) else 0.0
+            if name in ("aten::add", "aten::sub", "aten::rsub"):
+                start += rise * (-number if name == "aten::sub" else number)
+                rise = -rise if name == "aten::rsub" else rise
+            elif name in ("aten::mul", "aten::div") and number:
+                rise = rise * number if name == "aten::mul" else rise / number
+            elif name == "aten::neg":
+                rise = -rise
+            elif name not in PASSED:
+                return None
+            node = args[0]
+        return start if start == -rise else None
 
     def _spread(self, node: fx.Node, data: fx.Node, core: Core | None) -> Core | None:
         """The scores after something was done to each of them, which may have put axes of one entry before them."""
@@ -195,3 +259,9 @@ class ScoreWalk:
         if number and isinstance(bias, fx.Node):
             self.terms = split_terms(self.program, bias, number, product.axes)
         return Core(product, factor, product.axes)
+
+
+def _uncast(node: fx.Node) -> fx.Node:
+    while op_name(node) in PASSED and keeps_numbers(node) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node

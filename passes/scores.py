@@ -57,6 +57,7 @@ class Scores:
         return all(
             axis.role == "fixed"
             or ((axis.offset, axis.stride) == (0, 1) and str(size) == str(sizes[axis.role]))
+            or axis.is_part
             for axis, size in zip(view.axes, shape, strict=True)
         )
 
@@ -168,12 +169,14 @@ class Scores:
             return None
         node = self.program.representative(factor.node)
         plane = torch.zeros_like(lead[0]) if plane is None else plane
-        axes = fit(self.program, node, factor.index, lead, plane, self.sizes, (*self.shape, planes))
+        counts = *self.shape, planes
+        axes = fit(self.program, node, factor.index, lead, plane, self.sizes, counts, groups=True)
         if axes is None or any(
-            axis.role == "fixed" and axis.offset and is_symbolic(size)
+            (axis.role == "fixed" and axis.offset and is_symbolic(size))
+            or (axis.is_part and (axis.role != HEAD or is_symbolic(size)))
             for axis, size in zip(axes, require_fake(node).shape, strict=True)
         ):
-            return None  # a place counted from an end that moves
+            return None  # a place counted from an end that moves, or tokens in blocks
         return Operand(node, axes, factor.part)
 
     def along(self, view: Operand, lead: Index, plane: Tensor | None = None) -> Index:
@@ -183,9 +186,7 @@ class Scores:
             "plane": torch.zeros_like(lead[0]) if plane is None else plane,
         }
         return tuple(
-            torch.full_like(lead[0], axis.offset)
-            if axis.role == "fixed"
-            else axis.offset + axis.stride * where[axis.role]
+            torch.full_like(lead[0], axis.offset) if axis.role == "fixed" else axis.at(where[axis.role])
             for axis in view.axes
         )
 

@@ -3,11 +3,17 @@
     exp(x) / sum(exp(x)),   exp(x - logsumexp(x)),   exp(log_softmax(x))
 
 With entries of exp(x) set to zero in between, keys are hidden as by a fill of x with minus infinity. What is taken off
-from x beforehand is the same along a row, and for whoever reads x to see.
+from x beforehand is the same along a row, and for whoever reads x to see. A number beside the sum is a sink:
+
+    exp(x) / (c + sum(exp(x))) = exp(x - m) / (c exp(-m) + sum(exp(x - m))),   a sink of logit log(c)
+
+One beside the sum of exp(x - max(x)) is none, as it moves with the row; such weights are no softmax, though no number
+that is added to a row changes them either.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +32,8 @@ class Softmax:
     """`weights` are the softmax of `scores` along the axis `dim`, but for the keys that masks set to zero behind it.
 
     A mask comes with its truth value that hides. `product` is what the exponentials were multiplied with before they
-    were divided by their sum, and `weights` the quotient, where the model divides as late.
+    were divided by their sum, and `weights` the quotient, where the model divides as late. A `sink` takes its share of
+    every row. What is `nearly` a softmax depends on the scores less the largest of their row.
     """
 
     weights: fx.Node
@@ -34,6 +41,8 @@ class Softmax:
     dim: int
     hidden: tuple[tuple[fx.Node, bool], ...] = ()
     product: fx.Node | None = None
+    sink: float | None = None
+    nearly: bool = False
 
     @property
     def is_operator(self) -> bool:
@@ -74,8 +83,10 @@ def _quotient(node: fx.Node) -> Softmax | None:
     above, below = _passed(operand_of(node, 0)), operand_of(node, 1)
     parts, hidden = _exponentials(above)
     if op_name(parts) == "aten::exp":
-        dim = _reduced(below, "aten::sum", above)
-        return None if dim is None else Softmax(node, operand_of(parts, 0), dim, hidden)
+        dim, scores = _reduced(below, "aten::sum", above), operand_of(parts, 0)
+        if dim is None:
+            return _beside_a_number(node, above, scores, hidden)
+        return Softmax(node, scores, dim, hidden)
     if op_name(above) not in ("aten::matmul", "aten::bmm"):
         return None
     weights = _passed(operand_of(above, 0))
@@ -85,6 +96,75 @@ def _quotient(node: fx.Node) -> Softmax | None:
     dim, rank = _reduced(below, "aten::sum", weights), require_fake(weights).dim()
     same = require_fake(node).dim() == rank and dim == rank - 1
     return Softmax(node, operand_of(parts, 0), rank - 1, hidden, above) if same else None
+
+
+def _beside_a_number(
+    node: fx.Node, above: fx.Node, scores: fx.Node, hidden: tuple[tuple[fx.Node, bool], ...]
+) -> Softmax | None:
+    """The quotient of exponentials and their sum with something added to it, or raised to it."""
+    below = _passed(operand_of(node, 1))
+    raised = op_name(below) in ("aten::clamp", "aten::clamp_min", "aten::maximum")
+    if not raised and (op_name(below) != "aten::add" or below.kwargs):
+        return None
+    dims = [_reduced(each, "aten::sum", above) for each in below.all_input_nodes if fake(each) is not None]
+    if not dims or len(found := [dim for dim in dims if dim is not None]) != 1:
+        return None
+    (dim,) = found
+    number = constant(below.args[1]) if len(dims) == 1 and len(below.args) > 1 else None
+    shifted = _less_its_largest(scores, dim)
+    if shifted is None:
+        sink = number is not None and number > 0 and not raised
+        return Softmax(node, scores, dim, hidden, sink=math.log(number)) if sink and number else None
+    plain, largest = shifted
+    weight = _of_the_largest(below, largest) if len(dims) == 2 and not raised else None
+    if weight is not None:
+        return Softmax(node, plain, dim, hidden, sink=math.log(weight))
+    read = {user for user in plain.users if op_name(user) != "aten::_assert_tensor_metadata"}
+    alone = read <= {_passed(scores), _reducing(largest)}
+    return Softmax(node, plain, dim, nearly=True) if number is not None and alone and not hidden else None
+
+
+def _less_its_largest(node: fx.Node, dim: int) -> tuple[fx.Node, fx.Node] | None:
+    """The x and the max(x) of x - max(x) along an axis."""
+    node = _passed(node)
+    alpha, tensors = node.kwargs.get("alpha", 1), all(isinstance(each, fx.Node) for each in node.args)
+    if op_name(node) not in ("aten::sub", "aten::add") or not tensors or not isinstance(alpha, int | float):
+        return None
+    second = -alpha if op_name(node) == "aten::sub" else alpha
+    one, other = _signed(operand_of(node, 0), 1), _signed(operand_of(node, 1), second)
+    if {one[1], other[1]} != {1, -1}:
+        return None
+    (plain, _), (largest, _) = (one, other) if one[1] == 1 else (other, one)
+    behind = _reducing(largest)
+    given = behind.args
+    along = ints(given[1]) if len(given) > 2 and isinstance(given[1], int | list | tuple) else []
+    largest_of = op_name(behind) in ("aten::amax", "aten::max") and given[0] is plain and given[2:] == (True,)
+    rank = require_fake(plain).dim()
+    return (plain, largest) if largest_of and [each % rank for each in along] == [dim] else None
+
+
+def _signed(node: fx.Node, factor: float) -> tuple[fx.Node, float]:
+    """A value without its sign, and the factor with it."""
+    return (operand_of(node, 0), -factor) if op_name(node) == "aten::neg" else (node, factor)
+
+
+def _reducing(node: fx.Node) -> fx.Node:
+    """The operator that a largest score comes from, its gradient cut off or not."""
+    while op_name(node) == "aten::detach":
+        node = operand_of(node, 0)
+    return operand_of(node, 0) if op_name(node) == "getitem" and node.args[1] == 0 else node
+
+
+def _of_the_largest(below: fx.Node, largest: fx.Node) -> float | None:
+    """The number c of c exp(-m), which is added to a sum, for m this largest score."""
+    for term in below.all_input_nodes:
+        number, inner = 1.0, _passed(term)
+        if op_name(inner) == "aten::mul" and isinstance(inner.args[1], int | float):
+            number, inner = float(inner.args[1]), operand_of(inner, 0)
+        power = operand_of(inner, 0) if op_name(inner) == "aten::exp" else None
+        if power is not None and op_name(power) == "aten::neg" and power.args[0] is largest and number > 0:
+            return number
+    return None
 
 
 def _exponentials(node: fx.Node) -> tuple[fx.Node, tuple[tuple[fx.Node, bool], ...]]:

@@ -1,19 +1,22 @@
 """Tell of positions that meet activations where nothing was read: what came near must not be missed in silence.
 
-What: a product of two activations to which something made of positions is added, and no attention around it was read;
-    a score_mod of `flex_attention` that reads positions; activations multiplied by cosines and by sines of positions
-    that meet, and no rotation was read where they do.
+What: a product of two activations to which something made of positions is added, or that is multiplied by it, and no
+    attention around it was read; a score_mod of `flex_attention` that reads positions; activations multiplied by
+    cosines and by sines of positions that meet, or by a function of matrices (an exponential, an inverse) that
+    positions are in, and no rotation was read there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Container
 
+import torch
 from torch import fx
 
 from grape_compile.passes.clocks import is_positional
 from grape_compile.passes.contractions import CONTRACTIONS
 from grape_compile.passes.elements import COMPLEX, PICKS
+from grape_compile.passes.exponentials import EXPONENTIALS, exponential_behind, is_made_of_positions
 from grape_compile.passes.graph import Program, Taint, Unreadable, fake, op_name
 from grape_compile.passes.memory import writes
 from grape_compile.passes.movement import MOVEMENTS
@@ -37,7 +40,7 @@ def unread_biases(program: Program, replay: Replay, known: Container[fx.Node]) -
             product is None
             or product in known
             or product in told
-            or op_name(node) not in ("aten::add", "aten::sub")
+            or op_name(node) not in ("aten::add", "aten::sub", "aten::mul")
         ):
             continue
         others = [
@@ -45,7 +48,12 @@ def unread_biases(program: Program, replay: Replay, known: Container[fx.Node]) -
             for each in node.all_input_nodes
             if products.get(each) is not product and fake(each) is not None
         ]
-        if len(others) == 1 and is_positional(others[0]) and _differs(program, replay, others[0]):
+        if len(others) != 1 or not (is_positional(others[0]) or _is_stored(program, others[0])):
+            continue
+        if op_name(node) == "aten::mul":
+            if _weighs_keys(program, replay, others[0]):
+                told[product] = node, _WEIGHED
+        elif _differs(program, replay, others[0]):
             told[product] = node, _miss(program, node)
     return [
         *told.values(),
@@ -74,6 +82,13 @@ def _is_flexible(program: Program, node: fx.Node) -> bool:
     return any(op_name(user) not in _COMPARISONS for place in places for user in place.users)
 
 
+def _is_stored(program: Program, node: fx.Node) -> bool:
+    """Whether a value over keys is made of what the model keeps, and of no weight."""
+    value = fake(node)
+    shape = () if value is None else value.shape
+    return program.taints[node] is Taint.STRUCTURE and len(shape) > 1 and str(shape[-1]) != "1"
+
+
 def _product(program: Program, node: fx.Node, products: dict[fx.Node, fx.Node | None]) -> fx.Node | None:
     """The product of two activations a value is, scaled and shifted."""
     name = op_name(node)
@@ -96,6 +111,31 @@ def _differs(program: Program, replay: Replay, node: fx.Node) -> bool:
         return True
     live = value[value > DEAD]
     return live.numel() > 0 and bool((live != live[0]).any())
+
+
+def _weighs_keys(program: Program, replay: Replay, node: fx.Node) -> bool:
+    """Whether a factor without activations differs along its last axis, zeros aside."""
+    if program.taints[node] is Taint.DATA:
+        return False
+    try:
+        value = replay.tensor(node)
+    except Unreadable:
+        return False
+    if value.dim() < 2 or value.shape[-1] < 2 or value.is_complex():
+        return False
+    value = value.double()
+    high = value.masked_fill(value == 0, -torch.inf).amax(-1)
+    low = value.masked_fill(value == 0, torch.inf).amin(-1)
+    return bool((high > low).any())
+
+
+_WEIGHED = Miss(
+    "attention",
+    "a product of two activations is multiplied by numbers that positions choose, key by key (a decay, say): what is "
+    "read is what is added to the scores before a softmax, such as the logarithm of a decay",
+    3,
+    "a bias by steps",
+)
 
 
 def _miss(program: Program, node: fx.Node) -> Miss:
@@ -149,6 +189,48 @@ def unread_turns(program: Program, known: Container[fx.Node]) -> list[tuple[fx.N
     return told
 
 
+def unread_matrices(program: Program, known: Container[fx.Node]) -> list[tuple[fx.Node, Miss]]:
+    """Activations multiplied by a function of matrices that positions are in, at no value that is `known`."""
+    told: list[tuple[fx.Node, Miss]] = []
+    for node in program.graph.nodes:
+        if program.taints[node] is Taint.DATA and op_name(node) in _TIMES and node not in known:
+            made = next(filter(None, (_matrices_in(program, each) for each in node.all_input_nodes)), None)
+            if made is not None:
+                told.append((node, _of_matrices(made)))
+    return told
+
+
+def _matrices_in(program: Program, node: fx.Node) -> fx.Node | None:
+    """The function of matrices that an operand is a multiple of, where positions or activations are in those."""
+    if program.taints[node] is Taint.DATA:
+        return exponential_behind(node)
+    seen, stack = {node}, [node]
+    while stack:
+        step = stack.pop()
+        if op_name(step) in _FUNCTIONS:
+            value = step.meta["val"]
+            held = value[0] if isinstance(value, tuple | list) else value
+            several = held.dim() > 2
+            if several and is_made_of_positions(program, step):
+                return step
+        elif op_name(step) in _LINEAR:
+            new = [each for each in step.all_input_nodes if each not in seen]
+            seen.update(new)
+            stack += new
+    return None
+
+
+def _of_matrices(made: fx.Node) -> Miss:
+    return Miss(
+        "generator",
+        f"activations are multiplied by matrices that {op_name(made).removeprefix('aten::')} makes of positions or of "
+        "given numbers, and nothing shows how they turn: what is read are exponentials of one position times one skew "
+        "matrix (A - A.mT), multiplied with queries and keys as they are, and planes that turn by cosines and sines",
+        3,
+        "a rotation by the exponential of one position times one skew matrix",
+    )
+
+
 def _kinds(
     program: Program, node: fx.Node, kinds: dict[fx.Node, frozenset[str]]
 ) -> tuple[frozenset[str], bool]:
@@ -186,6 +268,13 @@ _LINEAR = MOVEMENTS | CONTRACTIONS | {
 }  # fmt: skip
 
 
+_FUNCTIONS = EXPONENTIALS | {
+    f"aten::{name}"
+    for name in (
+        "linalg_solve", "linalg_solve_ex", "linalg_inv", "linalg_inv_ex", "inverse", "matrix_power",
+        "linalg_matrix_power", "linalg_householder_product", "linalg_qr",
+    )
+}  # fmt: skip
 _TIMES = CONTRACTIONS | {"aten::mul", "aten::div", "aten::addcmul"}
 _HOLDS = COMPLEX | PICKS | PADS | {
     "aten::detach", "aten::embedding", "aten::gather", "aten::masked_fill", "aten::where",

@@ -78,8 +78,11 @@ class _Check:
             return self._rows(tensors[1])
         for drop in layer.drops:
             self.replay.known[drop] = _kept_whole(drop, self.replay)
-        original = self.replay.tensor(layer.output)
         query, key, value = (self.replay.tensor(node) for node in tensors)
+        if layer.nearly:
+            # The mean of unit vectors are the weights.
+            value = torch.eye(keys, dtype=torch.float64).expand(*key.shape[:2], keys, keys)
+        original = self._weights() if layer.nearly else self.replay.tensor(layer.output)
         rewritten = reference_attend(
             query, key, value, self.emitted.operator, self._slots(), mask=self._mask(),
             is_causal=plan.is_causal, scale=layer.scale, window=plan.window, cap=layer.cap,
@@ -88,10 +91,18 @@ class _Check:
         if self.hidden is not None:
             mean = value.mean(2, keepdim=True).repeat_interleave(heads // value.shape[1], 1)
             rewritten = torch.where(self.replay.tensor(self.hidden), mean, rewritten)
-        rewritten = layer.layout.restored(
-            on_tensors, rewritten, layer.axes["output"], (BATCH, HEAD, QUERY, WIDTH)
-        )
+        if not layer.nearly:
+            rewritten = layer.layout.restored(
+                on_tensors, rewritten, layer.axes["output"], (BATCH, HEAD, QUERY, WIDTH)
+            )
         return difference(original, rewritten, self.evaluated)
+
+    def _weights(self) -> Tensor:
+        """What a softmax makes of the scores that something else makes the weights of, [B, H, T_q, T_k]."""
+        assert self.layer.given is not None
+        held, roles = self.replay.tensor(self.layer.given), (BATCH, HEAD, QUERY, KEY)
+        scores: Tensor = self.layer.layout.ordered(on_tensors, held, self.layer.axes["scores"], roles)
+        return scores.softmax(-1)
 
     def _slots(self) -> Mapping[str, Tensor]:
         return {name: self.replay.tensor(node) for name, node in self.emitted.slots.items()}

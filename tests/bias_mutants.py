@@ -175,6 +175,31 @@ def with_sinks(scores: Tensor, sinks: Tensor) -> Tensor:
     return torch.cat([scores, column], -1).softmax(-1)[..., :-1]
 
 
+def multiplied_by_halves(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    """What looks like a mask that hides the future halves the score of one key as well."""
+    steps = torch.arange(key.shape[-2])
+    biased = scores_of(query, key) + linear(slopes[:, None, None], steps[:, None], steps)
+    seen = causal(key.shape[-2]).to(query.dtype) * torch.where(steps == 3, 0.5, 1.0).to(query.dtype)
+    return (biased * seen - 1e10 * (1 - seen)).softmax(dim=-1) @ value
+
+
+def filled_beside_what_is_multiplied(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    """Scores are zero where one mask says so, and lowered where another does."""
+    steps = torch.arange(key.shape[-2])
+    biased = scores_of(query, key) + linear(slopes[:, None, None], steps[:, None], steps)
+    seen, other = (causal(key.shape[-2]).roll(by, 0).to(query.dtype) for by in (0, 1))
+    return (biased * seen - 1e10 * (1 - other)).softmax(dim=-1) @ value
+
+
+def less_the_largest_of_all(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    """The number beside the sum is a sink that moves with scores of other rows, hardly to be seen in most."""
+    steps = torch.arange(key.shape[-2])
+    biased = scores_of(query, key) + linear(slopes[:, None, None], steps[:, None], steps)
+    hidden = biased.masked_fill(~causal(key.shape[-2]), float("-inf"))
+    parts = (hidden - biased.max()).exp()
+    return parts / (parts.sum(-1, keepdim=True) + 1e-14) @ value
+
+
 def scaled_by_the_scores(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
     steps = torch.arange(key.shape[-2])
     bias = linear(slopes[:, None, None], steps[:, None], steps)
@@ -246,6 +271,9 @@ NOT_PLAIN = (
     two_soft_caps,
     hidden_under_a_soft_cap,
     row_beside_a_sink,
+    multiplied_by_halves,
+    filled_beside_what_is_multiplied,
+    less_the_largest_of_all,
 )
 # Nothing is added to a score that a softmax over the keys reads: there is no place to tell of.
 NOT_ADDED = (scaled_by_the_scores, softmax_over_queries, after_the_softmax, sink_that_is_a_key)

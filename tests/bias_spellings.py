@@ -200,6 +200,34 @@ def raised_to_the_lowest(query: Tensor, key: Tensor, value: Tensor, slopes: Tens
     return torch.max(scores, torch.tensor(torch.finfo(scores.dtype).min)).softmax(-1) @ value
 
 
+def mask_multiplied(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    """As GPT-2 hides keys."""
+    scores = scores_of(query, key) + by_distance(slopes, key.shape[-2])
+    seen = causal(key.shape[-2]).to(scores.dtype)
+    return (scores * seen - 1e10 * (1 - seen)).softmax(-1) @ value
+
+
+class MaskKept(nn.Module):
+    """As OpenAI's GPT hides keys, by ones and zeros in a buffer."""
+
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = BiasedAttention(self.hidden)
+        self.register_buffer("seen", causal(64).float().view(1, 1, 64, 64), persistent=False)
+
+    def hidden(self, query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+        length = key.shape[-2]
+        seen = self.seen[:, :, :length, :length]
+        scores = scores_of(query, key) + by_distance(slopes, length)
+        return (scores * seen + -1e4 * (1 - seen)).softmax(-1) @ value
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner(x)
+        return out
+
+
 class LearnedSlopes(nn.Module):
     """Slopes that are trained."""
 
@@ -237,6 +265,21 @@ def beside_sinks(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> T
     return functional.dropout(weights, p=0.0, training=False) @ value
 
 
+def one_beside_the_sum(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    """A sink of logit zero ("softmax off by one")."""
+    scores = fill_above_diagonal(scores_of(query, key) + by_distance(slopes, key.shape[-2]))
+    parts = scores.exp()
+    return parts / (1 + parts.sum(-1, keepdim=True)) @ value
+
+
+def two_beside_the_sum(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    """The same of logit log 2, the largest score taken off."""
+    scores = fill_above_diagonal(scores_of(query, key) + by_distance(slopes, key.shape[-2]))
+    largest = scores.amax(-1, keepdim=True)
+    parts = (scores - largest).exp()
+    return parts / (parts.sum(-1, keepdim=True) + 2 * (-largest).exp()) @ value
+
+
 def _row(attention: Attention) -> BiasSpelling:
     return BiasSpelling(attention.__name__, lambda: BiasedAttention(attention))
 
@@ -268,7 +311,11 @@ BIAS_SPELLINGS: tuple[BiasSpelling, ...] = (
     _row(softmax_in_wider_type),
     _row(through_axes_of_one),
     _row(raised_to_the_lowest),
+    _row(mask_multiplied),
     _row(above_a_soft_cap),
     _row(beside_sinks),
+    _row(one_beside_the_sum),
+    _row(two_beside_the_sum),
+    BiasSpelling("mask_kept", MaskKept),
     BiasSpelling("learned_slopes", lambda: LearnedSlopes(distance_then_masked_fill)),
 )

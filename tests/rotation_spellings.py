@@ -139,6 +139,13 @@ def complex_product(x: Tensor, angle: Tensor) -> Tensor:
     return torch.view_as_real(turned).flatten(-2)
 
 
+def complex_pairs_scaled(x: Tensor, angle: Tensor) -> Tensor:
+    """Channels seen in pairs are scaled before they turn."""
+    numbers = torch.view_as_complex(x.reshape(*x.shape[:-1], HALF, 2)) / -1
+    turned = numbers * -torch.polar(torch.ones_like(angle), angle)
+    return torch.view_as_real(turned).flatten(-2)
+
+
 def complex_from_parts(x: Tensor, angle: Tensor) -> Tensor:
     numbers = torch.view_as_complex(torch.unflatten(x, -1, (HALF, 2)).contiguous())
     turned = numbers * torch.complex(angle.cos(), angle.sin())
@@ -307,6 +314,7 @@ NEIGHBOUR_SPELLINGS = tuple(
         neighbours,
         every_two,
         complex_product,
+        complex_pairs_scaled,
         complex_from_parts,
         matrices,
         matrix_columns,

@@ -107,6 +107,19 @@ def softmax_in_wider_type(query: Tensor, key: Tensor, value: Tensor, bias: Tenso
     return scores.softmax(-1, dtype=torch.float64).to(query.dtype) @ value
 
 
+def hidden_by_a_product(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    """As GPT-2 hides keys."""
+    scores = scores_of(query, key) + bias
+    seen = causal(key.shape[-2]).to(scores.dtype)
+    return (scores * seen - 1e10 * (1 - seen)).softmax(-1) @ value
+
+
+def with_a_number_beside_the_sum(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    scores = fill_above_diagonal(scores_of(query, key) + bias)
+    parts = (scores - scores.amax(-1, keepdim=True)).exp()
+    return parts / (parts.sum(-1, keepdim=True) + 1e-3) @ value
+
+
 BIASED: tuple[Callable[..., Tensor], ...] = (
     added_and_filled,
     added_first,
@@ -118,6 +131,8 @@ BIASED: tuple[Callable[..., Tensor], ...] = (
     contracted_by_name,
     scaled_after_the_sum,
     softmax_in_wider_type,
+    hidden_by_a_product,
+    with_a_number_beside_the_sum,
 )
 
 

@@ -6,7 +6,11 @@ import pytest
 import torch
 from attention_layers import HIDDEN, example, sharpen
 from kin_spellings import KIN_SPELLINGS, KinSpelling
+from research import parts
+from research.parts import future, root_mean_square
+from research.paths import PATH_DIM, Path, turn_halves
 from torch import Tensor, nn
+from torch.nn import functional
 
 from grape_compile import grape_compile, inspect, report
 from grape_compile.encoding import parse
@@ -91,3 +95,23 @@ def test_the_cosine_of_the_opposite_angle(sign: float, other: float, sites: int)
     torch.testing.assert_close(compiled(example().double()), plain(example().double()))
     found = report(compiled)
     assert (len(found.sites), len(found.refusals)) == (sites, 1 - sites), str(found)
+
+
+class CastPath(Path):
+    """As the authors of GRAPE write it: what turned is cast to the type it has."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.heads(x)
+        p = self.paths(x)
+        hidden = future(x.shape[1], x.device)
+        turned = turn_halves(root_mean_square(p)).type_as(p)
+        edges = functional.logsigmoid((p @ turned.mT / PATH_DIM).float()) * self.slopes.view(1, -1, 1, 1)
+        edges = edges.masked_fill(hidden, 0.0)
+        bias = edges.sum(-1, keepdim=True) - edges.cumsum(-1)
+        scores = (query @ key.mT / query.shape[-1] ** 0.5 + bias).masked_fill(hidden, float("-inf"))
+        return self.merged(scores.softmax(-1) @ value)
+
+
+def test_a_turn_that_a_path_took_in_is_no_site_beside_it() -> None:
+    found = inspect(sharpen(CastPath()), (torch.randn(2, 12, parts.HIDDEN),))
+    assert [site.kind for site in found.sites] == ["bias"], str(found)

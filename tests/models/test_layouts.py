@@ -149,6 +149,40 @@ class LearnedHeadByHead(nn.Module):
         return out
 
 
+class Grouped(nn.Module):
+    """Two groups of two heads that share a key, with learned slopes for each group, in this or the other order."""
+
+    def __init__(self, *, exchanged: bool = False) -> None:
+        super().__init__()
+        self.exchanged = exchanged
+        self.slopes = nn.Parameter(torch.tensor([[0.5, 0.25], [0.125, 0.0625]]).view(2, 2, 1, 1))
+        self.query, self.key = nn.Linear(HIDDEN, 4 * HEAD_DIM), nn.Linear(HIDDEN, 2 * HEAD_DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query = self.query(x).unflatten(-1, (2, 2, HEAD_DIM)).permute(0, 2, 3, 1, 4)
+        key = self.key(x).unflatten(-1, (2, 1, HEAD_DIM)).permute(0, 2, 3, 1, 4)
+        steps = torch.arange(x.shape[1])
+        slopes = self.slopes.transpose(0, 1) if self.exchanged else self.slopes
+        scores = query @ key.mT / HEAD_DIM**0.5 + slopes * (steps - steps[:, None])
+        mixed: Tensor = scores.masked_fill(~causal(x.shape[1]), -torch.inf).softmax(-1) @ key
+        return mixed
+
+
+@pytest.mark.parametrize("exchanged", [False, True])
+def test_slopes_kept_by_group(exchanged: bool) -> None:
+    plain = sharpen(Grouped(exchanged=exchanged)).double()
+    compiled = grape_compile(copy.deepcopy(plain), backend="eager")
+    for length in (12, 17):
+        x, gradients = example(length).double(), []
+        for layer in (plain, compiled):
+            layer.zero_grad()
+            layer(x).square().sum().backward()
+            gradients.append({name: p.grad for name, p in layer.named_parameters()})
+        torch.testing.assert_close(compiled(x), plain(x), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-9)
+    assert (len(report(compiled).sites), report(compiled).refusals) == (1, ()), str(report(compiled))
+
+
 def test_slopes_learned_head_by_head() -> None:
     found = rewritten(LearnedHeadByHead())
     assert [str(site.encoding) for site in found.sites] == ['bias(learned("slopes"), steps)'], str(found)
