@@ -72,10 +72,11 @@ def grape_compile(
     """Compile a model in place, its position encodings rewritten into GRAPE operators, and return the same object.
 
     The model keeps its type, state, hooks and methods; `report(model)` tells what was done once it has run,
-    `restore(model)` undoes it, a second call replaces the first. `backend` compiles the rewritten graph ("eager" runs
-    it as it is, without a C++ compiler), `dynamic`, `fullgraph` and `options` mean what they mean to `torch.compile`.
-    One more of the options, "tvm", is a directory of tuning records, or True: graphs without gradients then call tuned
-    functions of TVM for attention on a CPU, where they are measured to be faster.
+    `restore(model)` undoes it, a second call replaces the first. A part that a method of the model calls by itself, as
+    `generate` does the encoder of pictures, is compiled by a call of its own. `backend` compiles the rewritten graph
+    ("eager" runs it as it is, without a C++ compiler), `dynamic`, `fullgraph` and `options` mean what they mean to
+    `torch.compile`. One more of the options, "tvm", is a directory of tuning records, or True: graphs without gradients
+    then call tuned functions of TVM for attention on a CPU, where they are measured to be faster.
     `on_refusal="raise"` turns the first refusal into a RefusalError; "keep" leaves the place as it was.
 
     Raises ModelError for something that is no module, GrapeError for an unknown backend or `on_refusal`.

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from grape_compile.passes.graph import ANGLES, Program, Taint, Unreadable, fake, has_unknown_size, op_name
-from grape_compile.passes.movement import CUTS
+from grape_compile.passes.movement import CUTS, LIKE
 from grape_compile.passes.sizes import Sizes
 
 Found = TypeVar("Found")
@@ -109,12 +109,12 @@ class Replay:
         return [operand for operand in node.all_input_nodes if not self._metadata_only(node, operand)]
 
     def _metadata_only(self, node: fx.Node, operand: fx.Node) -> bool:
-        return (
-            self._first(operand) not in self.known
-            and op_name(node) not in ANGLES
-            and self._taint(node) < Taint.DATA
-            and self._taint(operand) is Taint.DATA
-        )
+        """Whether a node asks an operand that is not known yet for its shape and type alone."""
+        if self._first(operand) in self.known or op_name(node) in ANGLES:
+            return False
+        if op_name(node) in LIKE and operand is not node.args[0]:
+            return not has_unknown_size(operand.meta.get("val"))
+        return self._taint(node) < Taint.DATA and self._taint(operand) is Taint.DATA
 
     def _taint(self, node: fx.Node) -> Taint:
         return self.program.taints.get(node, Taint.DATA)
@@ -153,8 +153,8 @@ class Replay:
         if isinstance(item, fx.Node):
             if (first := self._first(item)) in self.known:
                 return self.known[first] if op_name(node) in CUTS else exact(self.known[first])
-            if self._metadata_only(node, item) and fake(item) is not None:
-                return torch.zeros((), dtype=torch.float64).expand(self.sizes.shape(item))
+            if self._metadata_only(node, item) and (like := fake(item)) is not None:
+                return torch.zeros((), dtype=exact(like.dtype)).expand(self.sizes.shape(item))
             value = item.meta.get("val")
             return self.sizes.real(value) if isinstance(value, torch.SymFloat) else self.sizes(value)
         if isinstance(item, torch.SymInt):

@@ -8,7 +8,7 @@
 | cache | the same, one token after a prefill of the plain model |
 | training | the same, gradients of every parameter for a random cotangent |
 | bf16 | the same, parameters in bfloat16 |
-| generate | greedy generation from a left-padded batch; found and truth are counted over all its forward passes |
+| generate | greedy generation with a cache from a left-padded batch; its forward passes are counted together |
 | inductor | `grape_compile(backend="inductor")`, gradients in float32 and a forward pass in bfloat16, for a sample |
 
 Each counts its own truth by running the original through the same inputs.
@@ -177,7 +177,7 @@ def generate(case: Case) -> Outcome:
             _compiled_alone(case, "eager"),
         )
     found = _found(report(ours), truth) | {"rotations": ran.rotations, "biases": ran.biases}
-    return found | compared(ours, model, inputs)
+    return found | compared(ours, model, given)
 
 
 DOORS: dict[str, Callable[[Case], Outcome]] = {

@@ -89,6 +89,7 @@ def generated(model: nn.Module, inputs: Inputs) -> Generated:
         found = generate(
             **copy.deepcopy(inputs),
             do_sample=False,
+            use_cache=True,
             max_new_tokens=NEW_TOKENS,
             min_new_tokens=NEW_TOKENS,
             return_dict_in_generate=True,
@@ -101,8 +102,8 @@ def generated(model: nn.Module, inputs: Inputs) -> Generated:
 def compared(ours: nn.Module, original: nn.Module, inputs: Inputs) -> dict[str, Any]:
     """Error of the logits of ours and of the original over `SEEDS`, and whether the same tokens were chosen.
 
-    Logits are compared as long as the tokens before them agree. Where two tokens are closer to each other than the
-    errors of the logits, either may be chosen.
+    `inputs` are those of one forward pass. Logits are compared as long as the tokens before them agree. Where two
+    tokens are closer to each other than the errors of the logits, either may be chosen.
     """
     wide: nn.Module | None = in_double(original)
     errors = {"ours": Deviation(), "original": Deviation()}

@@ -31,8 +31,8 @@ error stands where the original itself goes another way than in fp64 and gives a
 | cache | the same, one token after a prefill |
 | training | the same in training mode, with gradients |
 | bf16 | the same with parameters in bfloat16; every run makes the choices of the oracle (by `topk`, `max` and `>`) |
-| generate | greedy generation from a left-padded batch, the sites of all its forward passes; the encoder of pictures, \
-which `generate` calls by itself, is compiled as well |
+| generate | greedy generation with a cache from a left-padded batch, the sites of all its forward passes; the encoder \
+of pictures, which `generate` calls by itself, is compiled as well |
 | inductor | `grape_compile(backend="inductor")`, with gradients in fp32 and forward in bfloat16; {sample} models |
 
 A dash means that the model, torch.export or torch.compile alone does not take that way; the reasons stand

@@ -18,7 +18,8 @@ from benchmarks.coverage.architectures import Architecture, architectures
 from benchmarks.coverage.arguments import completed
 from benchmarks.coverage.choices import Choices, held, noted
 from benchmarks.coverage.doors import DOORS
-from benchmarks.coverage.inputs import Random, lengthened, redrawn
+from benchmarks.coverage.generation import NEW_TOKENS, generated, prompt
+from benchmarks.coverage.inputs import LENGTH, Random, candidates, lengthened, redrawn
 from benchmarks.coverage.oracle import Deviation, InDouble
 from benchmarks.coverage.page import complete, page
 from benchmarks.coverage.processes import Task, run_all
@@ -115,6 +116,19 @@ def test_a_hang_and_a_crash_cost_one_row_each() -> None:
     found = {record["name"]: record for record in run_all(lost, jobs=2, timeout=3.0)}
     assert found["hangs"]["unbuilt"] == "out of time"
     assert found["crashes"]["unbuilt"] == "the process ended with status 3"
+
+
+def test_tokens_are_generated_with_a_cache() -> None:
+    """After the prompt a forward pass sees one token, though the models of the benchmark keep no cache unasked."""
+    (llama,) = architectures(["llama/Llama"])
+    model, config = next(iter(llama.models()))
+    lengths: list[int] = []
+    model.register_forward_pre_hook(
+        lambda _, args, given: lengths.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    inputs = next(candidates(model, config, llama.name))
+    generated(model, prompt({"input_ids": inputs["input_ids"]}))
+    assert lengths == [LENGTH] + [1] * (NEW_TOKENS - 1)
 
 
 @pytest.mark.slow

@@ -88,6 +88,7 @@ ROWS = {row.name: row for row in CACHED}
 LEFT_OUT = {
     "falcon-alibi": "fails with a static cache in transformers itself",
     "llama-dynamic": "compiles by length",
+    "phi3-longrope": "drops its cache at the trained length, with torch.compile alone too: a test of its own, below",
 }
 SHORT = 5
 """Tokens of a prompt within the window of 8: generation crosses it."""
@@ -131,7 +132,12 @@ def test_a_static_cache_past_the_window(row: Architecture) -> None:
 
 
 @pytest.mark.parametrize(
-    "row", [_marked(row.name, ("gptj", "mpt")) for row in CACHED if row.name != "llama-dynamic"]
+    "row",
+    [
+        _marked(row.name, ("gptj", "mpt"))
+        for row in CACHED
+        if row.name == "falcon-alibi" or row.name not in LEFT_OUT
+    ],
 )
 @pytest.mark.timeout(600)
 def test_a_growing_cache_compiles_a_bounded_number_of_graphs(row: Architecture) -> None:
@@ -160,6 +166,26 @@ def test_the_compile_transformers_puts_around_a_token_takes_nothing_away(row: Ar
 def test_beams_reorder_the_cache(row: Architecture, settings: dict[str, Any]) -> None:
     few, many = _graphs(row, 10, (6, 12), {"num_beams": 3, **settings})
     assert many == few <= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, STATIC, {"num_beams": 3}], ids=["growing", "static", "beams"])
+@pytest.mark.timeout(600)
+def test_a_model_that_drops_its_cache_compiles_as_often_as_with_torch(settings: dict[str, Any]) -> None:
+    """Past the trained length Phi-3 computes all anew and goes on with a cache of its own; then nothing is compiled."""
+    row, counts = ROWS["phi3-longrope"], (8, 32, 32)
+    alone = CountedGraphs()
+    plain = row.build()
+    plain.compile(backend=alone)
+    ids, mask = prompt(row, (0, 2), 10)
+    with_torch = []
+    for tokens in counts:
+        generated(plain, ids, mask, tokens=tokens, max_cache_len=64, **settings)
+        with_torch.append(alone.graphs)
+    torch.compiler.reset()  # the limit of recompilations is of the code, which both run
+    found = _graphs(row, 10, counts, settings)
+    assert found == with_torch
+    assert found[1] == found[2]
 
 
 @pytest.mark.parametrize("row", [_marked(name, ("llama",)) for name in ("llama", "bloom", "gptj")])

@@ -149,3 +149,30 @@ def test_memory_behind_data(what: str, sites: int) -> None:
         for one, other in zip(model.parameters(), original.parameters(), strict=True):
             torch.testing.assert_close(one.grad, other.grad)
     assert len(report(model).sites) == sites, str(report(model))
+
+
+class NormedBehindAWrite(nn.Module):
+    """Turns what was normed in another type and cast back to the type of a value that is not read as it was."""
+
+    inv_freq: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("inv_freq", inverse_frequencies(HALF))
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = x.topk(2, dim=-1).indices
+        chosen.reshape(-1).clamp_(max=1)
+        x = x[..., :HEAD_DIM] + chosen.sum(-1, keepdim=True)
+        normed = (x.double() * x.double().square().mean(-1, keepdim=True).rsqrt()).type_as(x)
+        angle = torch.outer(torch.arange(x.shape[1], device=x.device).to(x.dtype), self.inv_freq)
+        cos, sin = angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
+        return normed * cos + torch.cat((-normed[..., HALF:], normed[..., :HALF]), dim=-1) * sin
+
+
+def test_a_value_whose_type_is_asked_for_need_not_be_known() -> None:
+    model, x = NormedBehindAWrite(), example()
+    expected = model(x)
+    found = grape_compile(model, backend="eager")(x)
+    torch.testing.assert_close(found, expected)
+    assert [site.kind for site in report(model).sites] == ["rotation"], str(report(model))
