@@ -18,6 +18,7 @@ from grape_compile.encoding import (
     Encoding,
     Gate,
     Learned,
+    NegativeExp,
     Nope,
     PathBias,
     Positions,
@@ -202,6 +203,11 @@ class BiasSlots:
     def _path(self, part: PathPart) -> tuple[Encoding, Encoding]:
         """A path integral; a rotation of its keys by steps goes into it."""
         called, told = self._slopes(part)
+        if isinstance(part.link, NegativeExp) and _rises(told):
+            raise Unreadable(
+                "a path of exponentials that adds more to a key the farther it is: its sums from the query on lose "
+                "digits that other sums keep"
+            )
         turn = turn_of(self.program, self.plan.scores, part)
         operator = described = None
         if turn is not None:
@@ -251,6 +257,12 @@ class BiasSlots:
 
     def _scaled(self, node: fx.Node, number: float) -> fx.Node:
         return node if number == 1.0 else self.emitter.call(node, aten.mul.Tensor, (node, number))
+
+
+def _rises(slopes: Slopes) -> bool:
+    """Whether some slope is known to be below zero."""
+    known = slopes.per_head if isinstance(slopes, Constant) else ()
+    return min((slopes.slope,) if isinstance(slopes, Uniform) else known, default=0.0) < 0.0
 
 
 def _first(axis: Axis) -> Axis:

@@ -32,7 +32,8 @@ class Over:
 
 LINKS_OVER: Final[Mapping[type[Link], Over]] = {
     LogSigmoid: Over(-LOG2E, lambda product: product.exp2_().log1p_(), -1.0),
-    NegativeExp: Over(LOG2E, Tensor.exp2_, -1.0),
+    # Not by powers of two: the rounding of the product with log2(e) would grow with the product.
+    NegativeExp: Over(1.0, Tensor.exp_, -1.0),
     Identity: Over(1.0, lambda product: product, 1.0),
 }
 #: Minus the softplus of -x is the log-sigmoid of x, and below -40 x itself; no power of two overflows on the way.
@@ -77,7 +78,8 @@ class Path(Leaves):
         """Return the bias [1 or B, 1 or H, rows, keys]; `keys` reach up to the key of the last query."""
         edges = self.linked(self.query[..., rows, :] @ self.key[..., keys, :].mT)
         edges = edges.masked_fill(later(rows, keys, offset, edges.device), 0.0)
-        sums = edges.flip(-1).cumsum(-1).flip(-1) - edges
+        # Sums from the next key on: a difference to the key's own edge would lose what a large one hides.
+        sums = torch.nn.functional.pad(edges.flip(-1).cumsum(-1).flip(-1)[..., 1:], (0, 1))
         return self.slopes[..., None, None] * sums
 
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from attention_layers import HIDDEN, example, sharpen
-from kin_spellings import KIN_SPELLINGS, KinSpelling
+from kin_spellings import KIN_SPELLINGS, Kin, KinSpelling, exponential_path
 from research import parts
 from research.parts import future, root_mean_square
 from research.paths import PATH_DIM, Path, turn_halves
@@ -44,6 +44,14 @@ def test_it_equals_itself_at_every_length(spelling: KinSpelling, dynamic: bool) 
         torch.testing.assert_close(compiled(x), plain(x), rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-9)
     assert len(report(compiled).sites) == 1, str(report(compiled))
+
+
+def test_exponentials_that_rise_with_the_distance_are_left() -> None:
+    """A model that sums from the first key rounds alike what all keys of a row share."""
+    found = inspect(sharpen(Kin(lambda *given: -exponential_path(*given))), (example(),))
+    (refusal,) = found.refusals
+    assert found.sites == ()
+    assert "lose digits" in refusal.reason
 
 
 class GivenPlaces(nn.Module):
