@@ -37,7 +37,7 @@ GATES: Final = (
     KernelGate("path_forward_bounded", _launch("forward", "both"), matrix=True),
     KernelGate("path_forward_turned", _launch("forward", "keys", turns=True), matrix=True),
     *(
-        KernelGate(f"path_{kernel}", _launch(kernel, "keys"), matrix=True, timed=True)
+        KernelGate(f"path_{kernel}", _launch(kernel, "keys"), matrix=True)
         for kernel in ("forward", *BACKWARD)
     ),
 )
