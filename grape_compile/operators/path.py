@@ -78,8 +78,7 @@ class Path(Leaves):
         """Return the bias [1 or B, 1 or H, rows, keys]; `keys` reach up to the key of the last query."""
         edges = self.linked(self.query[..., rows, :] @ self.key[..., keys, :].mT)
         edges = edges.masked_fill(later(rows, keys, offset, edges.device), 0.0)
-        # Sums from the next key on: a difference to the key's own edge would lose what a large one hides.
-        sums = torch.nn.functional.pad(edges.flip(-1).cumsum(-1).flip(-1)[..., 1:], (0, 1))
+        sums = edges.flip(-1).cumsum(-1).flip(-1) - edges
         return self.slopes[..., None, None] * sums
 
 
