@@ -9,9 +9,10 @@ What: a product of two activations to which something made of positions is added
 from __future__ import annotations
 
 from collections.abc import Container
+from contextlib import suppress
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from grape_compile.passes.clocks import is_positional
 from grape_compile.passes.contractions import CONTRACTIONS
@@ -101,13 +102,19 @@ def _product(program: Program, node: fx.Node, products: dict[fx.Node, fx.Node | 
     return found.pop() if len(found) == 1 and (len(data) == 1 or name in ("aten::add", "aten::sub")) else None
 
 
+def _value(program: Program, replay: Replay, node: fx.Node) -> Tensor | None:
+    """The numbers of a value; None for an activation, and for what cannot be replayed."""
+    if program.taints[node] is Taint.DATA:
+        return None
+    with suppress(Unreadable):
+        return replay.tensor(node)
+    return None
+
+
 def _differs(program: Program, replay: Replay, node: fx.Node) -> bool:
     """Whether a value adds more than one number to what it does not hide."""
-    if program.taints[node] is Taint.DATA:
-        return True
-    try:
-        value = replay.tensor(node)
-    except Unreadable:
+    value = _value(program, replay, node)
+    if value is None:
         return True
     live = value[value > DEAD]
     return live.numel() > 0 and bool((live != live[0]).any())
@@ -115,13 +122,8 @@ def _differs(program: Program, replay: Replay, node: fx.Node) -> bool:
 
 def _weighs_keys(program: Program, replay: Replay, node: fx.Node) -> bool:
     """Whether a factor without activations differs along its last axis, zeros aside."""
-    if program.taints[node] is Taint.DATA:
-        return False
-    try:
-        value = replay.tensor(node)
-    except Unreadable:
-        return False
-    if value.dim() < 2 or value.shape[-1] < 2 or value.is_complex():
+    value = _value(program, replay, node)
+    if value is None or value.dim() < 2 or value.shape[-1] < 2 or value.is_complex():
         return False
     value = value.double()
     high = value.masked_fill(value == 0, -torch.inf).amax(-1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -119,3 +119,17 @@ def sharpen(layer: nn.Module, seed: int = 0) -> nn.Module:
                 noise = torch.randn(module.weight.shape, generator=generator)
                 module.weight.copy_(noise * 1.5 / module.in_features**0.5)
     return layer.eval()
+
+
+def assert_trains_alike(
+    plain: nn.Module, compiled: nn.Module, lengths: Iterable[int], gradient_tolerance: float = 1e-9
+) -> None:
+    """Outputs and gradients of two layers in float64, at every length."""
+    for length in lengths:
+        x, gradients = example(length).double(), []
+        for layer in (plain, compiled):
+            layer.zero_grad()
+            torch.autograd.backward(layer(x), example(length, seed=1).double())
+            gradients.append({name: p.grad for name, p in layer.named_parameters() if p.grad is not None})
+        torch.testing.assert_close(compiled(x), plain(x), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(*gradients[::-1], rtol=gradient_tolerance, atol=gradient_tolerance)

@@ -31,13 +31,12 @@ from grape_compile.encoding import (
     grape_ap,
     rope,
 )
+from grape_compile.kernels.path import FEW_QUERIES
 from grape_compile.operators import attend, providers, reference_attend
 from grape_compile.operators.providers import Provider
 from grape_compile.operators.samples import tensor, unit_roundoff
 
 HEADS, HEAD = 2, 8
-#: As `kernels.path` has it; that module needs no Triton, but these tests do.
-FEW_QUERIES = 16
 
 
 def path(link: Link, dim: int, normalised: str = "none", *, turned: bool = False) -> PathBias:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from attention_layers import HEAD_DIM, HEADS, HIDDEN, RotaryAttention, example, sharpen
+from attention_layers import HEAD_DIM, HEADS, HIDDEN, RotaryAttention, assert_trains_alike, example, sharpen
 from torch import Tensor, nn
 
 from grape_compile import grape_compile, inspect, report
@@ -85,15 +85,7 @@ def test_it_is_found_and_equals_itself(
     """Outputs and gradients in float64, at a second length too."""
     plain = sharpen(RotaryAttention(Generated(turn, *shape))).double()
     compiled = grape_compile(copy.deepcopy(plain), backend="eager")
-    for length in (12, 19):
-        gradients = []
-        for layer in (plain, compiled):
-            layer.zero_grad()
-            torch.autograd.backward(layer(example(length).double()), example(length, seed=1).double())
-            gradients.append({name: p.grad for name, p in layer.named_parameters() if p.grad is not None})
-        x = example(length).double()
-        torch.testing.assert_close(compiled(x), plain(x), rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-8, atol=1e-8)
+    assert_trains_alike(plain, compiled, (12, 19), 1e-8)
     found = report(compiled)
     assert [str(site.encoding) for site in found.sites] == 2 * [text], str(found)
     assert found.refusals == ()

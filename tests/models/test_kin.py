@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from attention_layers import HIDDEN, example, sharpen
+from attention_layers import HIDDEN, assert_trains_alike, example, sharpen
 from kin_spellings import KIN_SPELLINGS, Kin, KinSpelling, exponential_path
 from research import parts
 from research.parts import future, root_mean_square
@@ -34,15 +34,7 @@ def test_it_equals_itself_at_every_length(spelling: KinSpelling, dynamic: bool) 
     """Outputs and gradients in float64."""
     plain = sharpen(spelling.make()).double()
     compiled = grape_compile(copy.deepcopy(plain), backend="eager", dynamic=dynamic)
-    for length in (12, 12, 19, 7):
-        x = example(length).double()
-        gradients = []
-        for layer in (plain, compiled):
-            layer.zero_grad()
-            torch.autograd.backward(layer(x), example(length, seed=1).double())
-            gradients.append({name: p.grad for name, p in layer.named_parameters() if p.grad is not None})
-        torch.testing.assert_close(compiled(x), plain(x), rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-9)
+    assert_trains_alike(plain, compiled, (12, 12, 19, 7))
     assert len(report(compiled).sites) == 1, str(report(compiled))
 
 

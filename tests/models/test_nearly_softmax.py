@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from attention_layers import BiasedAttention, example, sharpen
+from attention_layers import BiasedAttention, assert_trains_alike, example, sharpen
 from bias_spellings import by_distance, by_key, fill_above_diagonal, scores_of
 from torch import Tensor
 
@@ -42,15 +42,7 @@ def test_its_bias_is_rewritten_alone(attention: Attention) -> None:
     """Outputs and gradients in float64, at a second length too, and of an exported program."""
     plain = sharpen(BiasedAttention(attention)).double()
     compiled = grape_compile(copy.deepcopy(plain), backend="eager")
-    for length in (12, 19):
-        gradients = []
-        for layer in (plain, compiled):
-            layer.zero_grad()
-            torch.autograd.backward(layer(example(length).double()), example(length, seed=1).double())
-            gradients.append({name: p.grad for name, p in layer.named_parameters()})
-        x = example(length).double()
-        torch.testing.assert_close(compiled(x), plain(x), rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-9)
+    assert_trains_alike(plain, compiled, (12, 19))
     x = example().double()
     (site,) = report(compiled).sites
     assert (site.kind, site.lowering, report(compiled).refusals) == ("bias", "grape::logit_bias", ())
